@@ -1,0 +1,216 @@
+"""The operator ai.gsrq::GsrqAttention in plain torch: the oracle for the ONNX function and every kernel.
+
+docs/operator.md has the signature in full. Written for reading; memory and time are O(T * n).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from gsrq_export.cache.rule import CacheRule
+from gsrq_export.codec.codebook import Codebook
+
+QUERY_CHUNK = 512  # rows of the score matrix formed at once; bounds memory, changes nothing else
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The operator's attributes."""
+
+    scale: float
+    rule: CacheRule = field(default_factory=CacheRule)
+    beam: int = 1
+    rope_interleaved: bool = False
+    exact_prefill: bool = False
+    softcap: float = 0.0  # 0: none
+    sliding_window: int = 0  # 0: none
+
+
+@dataclass
+class LayerCache:
+    """A layer's cache tensors.
+
+    Attributes:
+        key_codes: int8 [B, capacity, code bytes of keys]; row c is token sinks + c.
+        value_codes: int8 [B, capacity, code bytes of values].
+        key_exact: float16, bfloat16 or float32 [B, KV heads, exact_slots, head_dim], before RoPE.
+        value_exact: the same for values.
+    """
+
+    key_codes: torch.Tensor
+    value_codes: torch.Tensor
+    key_exact: torch.Tensor
+    value_exact: torch.Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        keys: Codebook,
+        values: Codebook,
+        rule: CacheRule,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "cpu",
+    ) -> LayerCache:
+        exact = (batch, kv_heads, rule.exact_slots, head_dim)
+        return cls(
+            torch.zeros(batch, capacity, keys.code_bytes, dtype=torch.int8, device=device),
+            torch.zeros(batch, capacity, values.code_bytes, dtype=torch.int8, device=device),
+            torch.zeros(exact, dtype=dtype, device=device),
+            torch.zeros(exact, dtype=dtype, device=device),
+        )
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotary embedding of the first 2 * cos.shape[-1] elements of each head.
+
+    Args:
+        x: [B, heads, L, head_dim].
+        cos, sin: [B, L, rope_dim / 2].
+        interleaved: pairs are (0, 1), (2, 3), ...; else (i, i + rope_dim / 2).
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    rope, rest = x[..., : 2 * half], x[..., 2 * half :]
+    a, b = (rope[..., 0::2], rope[..., 1::2]) if interleaved else (rope[..., :half], rope[..., half:])
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    rotated = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat([rotated, rest], -1)
+
+
+def gsrq_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    past_lengths: torch.Tensor,
+    new_lengths: torch.Tensor,
+    cache: LayerCache,
+    keys: Codebook,
+    values: Codebook,
+    config: AttentionConfig,
+) -> tuple[torch.Tensor, LayerCache]:
+    """Append new tokens to a coded cache and attend over it.
+
+    Args:
+        query: float32 [B, heads, T, head_dim], before RoPE; row b has new_lengths[b] tokens, then padding.
+        key, value: float32 [B, KV heads, T, head_dim], key before RoPE.
+        cos, sin: float32 [max positions, rope_dim / 2].
+        past_lengths, new_lengths: int64 [B].
+        cache: the tensors before; not changed.
+        keys, values: the codebooks.
+    Returns:
+        (output float32 [B, T, heads, head_dim], zero in the padding; the cache after).
+    Raises:
+        ValueError: a length exceeds the capacity or the rotary table.
+    """
+    rule = config.rule
+    batch, heads, steps, head_dim = query.shape
+    kv_heads = key.shape[1]
+    total = past_lengths + new_lengths
+    coded_after = rule.coded(total)
+    most = int(coded_after.max()) if batch else 0
+    if most > cache.key_codes.shape[1]:
+        raise ValueError(f"{most} coded tokens exceed the cache's capacity of {cache.key_codes.shape[1]}")
+    if batch and int(total.max()) > cos.shape[0]:
+        raise ValueError(f"{int(total.max())} tokens exceed the rotary table's {cos.shape[0]} positions")
+
+    # What the cache stores is what attention sees: new tokens are rounded to its precision first.
+    key = key.to(cache.key_exact.dtype)
+    value = value.to(cache.value_exact.dtype)
+    offset = torch.arange(steps, device=query.device)
+    position = past_lengths[:, None] + offset  # [B, T]
+
+    exact_keys = torch.cat([cache.key_exact, key], 2)  # [B, KV, E + T, head_dim]
+    exact_values = torch.cat([cache.value_exact, value], 2)
+    new_token = torch.where(offset < new_lengths[:, None], position, -1)
+    exact_token = torch.cat([rule.slot_tokens(past_lengths), new_token], 1)  # [B, E + T], -1: nothing there
+
+    after = LayerCache(
+        _code_blocks(cache.key_codes, exact_keys, keys, past_lengths, total, config),
+        _code_blocks(cache.value_codes, exact_values, values, past_lengths, total, config),
+        _write_ring(exact_keys, past_lengths, total, rule),
+        _write_ring(exact_values, past_lengths, total, rule),
+    )
+
+    coded_keys = _split_heads(keys.decode(after.key_codes[:, :most]), kv_heads)  # [B, KV, most, head_dim]
+    coded_values = _split_heads(values.decode(after.value_codes[:, :most]), kv_heads)
+    coded_token = (rule.sinks + torch.arange(most, device=query.device)).expand(batch, -1)
+
+    token = torch.cat([coded_token, exact_token], 1)  # [B, L]
+    is_coded = torch.arange(token.shape[1], device=query.device) < most
+    table = token.clamp(min=0)
+    all_keys = rotate(torch.cat([coded_keys, exact_keys.float()], 2), cos[table], sin[table], config.rope_interleaved)
+    all_values = torch.cat([coded_values, exact_values.float()], 2)
+
+    safe = position.clamp(max=cos.shape[0] - 1)
+    rotated = rotate(query, cos[safe], sin[safe], config.rope_interleaved)
+    rotated = rotated.reshape(batch, kv_heads, heads // kv_heads, steps, head_dim)
+    # The number of coded tokens that each query sees.
+    seen = rule.coded(past_lengths[:, None] + 1).expand(-1, steps) if config.exact_prefill else rule.coded(position + 1)
+    seen = torch.minimum(seen, coded_after[:, None])
+
+    parts = []
+    for start in range(0, steps, QUERY_CHUNK):
+        rows = slice(start, start + QUERY_CHUNK)
+        here, first_exact = position[:, rows, None], rule.sinks + seen[:, rows, None]
+        now = token[:, None]
+        visible = torch.where(is_coded, now < first_exact, (now < rule.sinks) | (now >= first_exact))
+        visible &= (now >= 0) & (now <= here)
+        if config.sliding_window:
+            visible &= here - now < config.sliding_window
+        score = torch.einsum("bkgtd,bkld->bkgtl", rotated[:, :, :, rows], all_keys) * config.scale
+        if config.softcap:
+            score = config.softcap * torch.tanh(score / config.softcap)
+        score = score.masked_fill(~visible[:, None, None], float("-inf"))
+        weight = torch.nan_to_num(score.softmax(-1))  # padding rows may see nothing
+        parts.append(torch.einsum("bkgtl,bkld->btkgd", weight, all_values))
+    output = torch.cat(parts, 1).reshape(batch, steps, heads, head_dim)
+    return output * (offset < new_lengths[:, None])[:, :, None, None], after
+
+
+def _split_heads(vectors: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[B, L, KV * head_dim] -> [B, KV, L, head_dim]."""
+    batch, length, width = vectors.shape
+    return vectors.reshape(batch, length, kv_heads, width // kv_heads).transpose(1, 2)
+
+
+def _source(token: torch.Tensor, past: torch.Tensor, rule: CacheRule) -> torch.Tensor:
+    """Index of a token in the concatenation of the exact buffer and the new tokens. token: [B, L]."""
+    past = past[:, None]
+    return torch.where(token < past, rule.slot(token), rule.exact_slots + token - past)
+
+
+def _code_blocks(
+    codes: torch.Tensor,
+    exact: torch.Tensor,
+    codebook: Codebook,
+    past: torch.Tensor,
+    total: torch.Tensor,
+    config: AttentionConfig,
+) -> torch.Tensor:
+    """Code the blocks that leave the window between ``past`` and ``total`` tokens."""
+    before, after = config.rule.coded(past), config.rule.coded(total)
+    codes = codes.clone()
+    for b in range(codes.shape[0]):
+        start, stop = int(before[b]), int(after[b])
+        if stop > start:
+            token = config.rule.sinks + torch.arange(start, stop, device=codes.device)[None]
+            rows = exact[b][:, _source(token, past[b : b + 1], config.rule)[0]]  # [KV, L, head_dim]
+            codes[b, start:stop] = codebook.encode(rows.transpose(0, 1).flatten(1), config.beam)
+    return codes
+
+
+def _write_ring(exact: torch.Tensor, past: torch.Tensor, total: torch.Tensor, rule: CacheRule) -> torch.Tensor:
+    """The exact buffer after the new tokens are appended; slots that get none keep their content."""
+    slot = torch.arange(rule.exact_slots, device=past.device)
+    token = rule.slot_tokens(total)  # [B, E]
+    source = torch.where(token >= past[:, None], rule.exact_slots + token - past[:, None], slot)
+    index = source[:, None, :, None].expand(-1, exact.shape[1], -1, exact.shape[3])
+    return exact.gather(2, index)

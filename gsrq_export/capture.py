@@ -1,0 +1,201 @@
+"""Capture: the model's keys (before RoPE) and values on sample traffic, with the weight that its loss gives them.
+
+Traffic runs in shards of a few sequences; each shard is a file, so an interrupted capture goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from gsrq_export.cache.reference import rotate
+from gsrq_export.model.intercept import AttentionCall, intercept
+from gsrq_export.model.introspect import LayerSpec, ModelSpec
+
+KINDS = ("key", "value")
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """key_width and value_width are the sub-vector widths at which gradient norms are taken."""
+
+    key_width: int
+    value_width: int
+    gradients: bool = True
+    batch: int = 4  # sequences a shard
+
+
+def attend(call: AttentionCall, spec: ModelSpec) -> torch.Tensor:
+    """Exact causal attention, differentiable. Returns [B, T, num_heads, head_dim]."""
+    layer = spec.layer(call.layer_idx)
+    length = call.query.shape[2]
+    cos, sin = (t[:length].to(call.query.device)[None] for t in spec.rope_tables[layer.rope_table])
+    query, key = (rotate(x, cos, sin, layer.rope_interleaved) for x in (call.query, call.key))
+    if not layer.softcap and not layer.sliding_window:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, call.value, is_causal=True, scale=layer.scale, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+    group = layer.num_heads // layer.num_kv_heads
+    score = query @ key.repeat_interleave(group, 1).transpose(2, 3) * layer.scale
+    if layer.softcap:
+        score = layer.softcap * torch.tanh(score / layer.softcap)
+    position = torch.arange(length, device=score.device)
+    age = position[:, None] - position
+    hidden = (age < 0) | (age >= (layer.sliding_window or length + 1))
+    weight = score.masked_fill(hidden, float("-inf")).softmax(-1)
+    return (weight @ call.value.repeat_interleave(group, 1)).transpose(1, 2)
+
+
+class _Recorder:
+    """Handler that attends exactly and keeps each layer's key, value and query energy."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.query_energy: dict[int, torch.Tensor] = {}
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        layer = self.spec.layer(call.layer_idx)
+        self.keys[layer.index], self.values[layer.index] = call.key, call.value
+        energy = (call.query.detach() ** 2).mean((0, 2))  # [heads, head_dim]
+        group = layer.num_heads // layer.num_kv_heads
+        self.query_energy[layer.index] = energy.reshape(layer.num_kv_heads, group, -1).mean(1)
+        return attend(call, self.spec)
+
+
+def capture_shard(
+    model: torch.nn.Module, spec: ModelSpec, ids: torch.Tensor, settings: CaptureSettings
+) -> dict[str, torch.Tensor]:
+    """Run one batch of sequences and return what it shows.
+
+    Args:
+        model: float32, frozen.
+        ids: int64 [B, L].
+    Returns:
+        For each layer i and kind: ``{i}.{kind}`` float16 [B * L, KV * head_dim],
+        ``{i}.{kind}.gradient`` float32 [B * L, groups], and ``{i}.query_energy`` float32 [KV, head_dim].
+    """
+    recorder = _Recorder(spec)
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    hook = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(settings.gradients))
+    try:
+        with intercept(model, recorder), torch.set_grad_enabled(settings.gradients):
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+            )
+    finally:
+        hook.remove()
+    leaves = [recorder.keys[layer.index] for layer in spec.layers] + [
+        recorder.values[layer.index] for layer in spec.layers
+    ]
+    gradients: Sequence[torch.Tensor] = torch.autograd.grad(loss, leaves) if settings.gradients else []
+    shard: dict[str, torch.Tensor] = {}
+    count = len(spec.layers)
+    for layer in spec.layers:
+        i = layer.index
+        for j, (kind, width) in enumerate(zip(KINDS, (settings.key_width, settings.value_width), strict=True)):
+            shard[f"{i}.{kind}"] = _rows(leaves[i + j * count]).half()
+            if gradients:
+                rows = _rows(gradients[i + j * count])
+                norm = rows.reshape(rows.shape[0], -1, width).norm(dim=2)
+                shard[f"{i}.{kind}.gradient"] = norm.float()
+        shard[f"{i}.query_energy"] = recorder.query_energy[i].float()
+    return {name: tensor.contiguous().cpu() for name, tensor in shard.items()}
+
+
+def _rows(heads: torch.Tensor) -> torch.Tensor:
+    """[B, KV, L, d] -> [B * L, KV * d]."""
+    return heads.detach().transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def capture(
+    model: torch.nn.Module,
+    spec: ModelSpec,
+    ids: np.ndarray[Any, np.dtype[np.int64]],
+    settings: CaptureSettings,
+    directory: Path,
+    progress: Callable[[int], None] = lambda sequences: None,
+) -> None:
+    """Write shard files into ``directory``; shards that are there already are not made again.
+
+    Args:
+        ids: int64 [N, L].
+        progress: called with the number of sequences after each shard.
+    """
+    device = next(model.parameters()).device
+    for number, start in enumerate(range(0, len(ids), settings.batch)):
+        batch = ids[start : start + settings.batch]
+        target = directory / f"shard-{number:05d}.safetensors"
+        if not target.exists():
+            shard = capture_shard(model, spec, torch.from_numpy(batch).to(device), settings)
+            partial = target.with_suffix(".tmp")
+            save_file(shard, partial)
+            partial.replace(target)
+        progress(len(batch))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Reads what ``capture`` wrote, one layer and kind at a time."""
+
+    directory: Path
+
+    def _read(self, name: str) -> Iterator[torch.Tensor]:
+        for file in sorted(self.directory.glob("shard-*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                yield tensors.get_tensor(name)
+
+    def vectors(self, layer: LayerSpec, kind: str) -> torch.Tensor:
+        """float16 [N, KV * head_dim]."""
+        return torch.cat(list(self._read(f"{layer.index}.{kind}")))
+
+    def gradients(self, layer: LayerSpec, kind: str) -> torch.Tensor:
+        """float32 [N, groups]."""
+        return torch.cat(list(self._read(f"{layer.index}.{kind}.gradient")))
+
+    def query_moment(self, layer: LayerSpec) -> torch.Tensor:
+        """float32 [KV, head_dim]: mean square of the queries of each KV head's group."""
+        return torch.stack(list(self._read(f"{layer.index}.query_energy"))).mean(0)
+
+
+@contextmanager
+def _last_linear(module: torch.nn.Module) -> Iterator[list[torch.nn.Linear]]:
+    ran: list[torch.nn.Linear] = []
+    linears = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+    hooks = [m.register_forward_hook(lambda m, args, output: ran.append(m)) for m in linears]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def output_projections(model: torch.nn.Module, spec: ModelSpec) -> list[torch.Tensor]:
+    """Each layer's output projection [hidden, num_heads * head_dim]: the last linear map its attention module runs."""
+    modules: dict[int, torch.nn.Module] = {}
+
+    def note(call: AttentionCall) -> torch.Tensor:
+        modules[call.layer_idx] = call.module
+        return attend(call, spec)
+
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    with intercept(model, note):
+        model(input_ids=ids, use_cache=False)
+        weights = []
+        for layer in spec.layers:
+            with _last_linear(modules[layer.layer_idx]) as ran:
+                model(input_ids=ids, use_cache=False)
+            weights.append(ran[-1].weight)
+    return weights

@@ -1,0 +1,135 @@
+"""Clustering for one residual stage: gain-shape k-means (GSKM, arXiv 2607.01065) and plain k-means.
+
+A GSKM codeword is g * s with a unit shape s and a gain g >= 0. All sums run over rows in blocks of a fixed size,
+so the result depends on the data and the seed alone, not on how much fits in memory at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from gsrq_export.cache.rule import CODEBOOK_SIZE
+from gsrq_export.errors import GsrqError
+
+Method = Literal["gskm", "kmeans", "kmeans-spherical"]
+ROWS = 8192  # a block of rows
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The best codewords seen.
+
+    Attributes:
+        words: float32 [256, D].
+        assignment: int64 [N], the nearest codeword of each row.
+        distortion: weighted sum of squared errors over the weighted sum of squared norms.
+    """
+
+    words: torch.Tensor
+    assignment: torch.Tensor
+    distortion: float
+
+
+def nearest(x: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest codeword of each row: index int64 [N], and 2 <x, c> - ||c||^2 float32 [N]."""
+    bias = -(words**2).sum(1)
+    scores = [torch.addmm(bias, block, words.T, alpha=2).max(1) for block in torch.split(x, ROWS)]
+    return torch.cat([s.indices for s in scores]), torch.cat([s.values for s in scores])
+
+
+def cluster(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    method: Method,
+    iterations: int,
+    generator: torch.Generator,
+) -> Clusters:
+    """256 codewords for the rows of ``x``.
+
+    Args:
+        x: float32 [N, D], N >= 256.
+        weights: float32 [N], >= 0.
+        method: gskm; kmeans, seeded with data points; kmeans-spherical, seeded with directions.
+        iterations: updates; no monotone descent is promised by GSKM, so the best iterate is returned.
+        generator: on the CPU, for seeds and empty clusters.
+    """
+    if x.shape[0] < CODEBOOK_SIZE:
+        raise GsrqError(
+            f"{x.shape[0]} calibration vectors for {CODEBOOK_SIZE} codewords",
+            "raise traffic.sequences or traffic.sequence_length; 100 vectors a codeword are a fair minimum",
+        )
+    energy = float((weights * (x**2).sum(1)).sum(dtype=torch.float64))
+    words = _seed(x, weights, method, generator)
+    best: Clusters | None = None
+    for step in range(iterations + 1):
+        assignment, gain = nearest(x, words)
+        error = energy - float((weights * gain).sum(dtype=torch.float64))
+        distortion = max(0.0, error) / energy if energy > 0 else 0.0
+        if best is None or distortion < best.distortion:
+            best = Clusters(words, assignment, distortion)
+        if step < iterations:
+            words = _update(x, weights, assignment, gain, words, method, generator)
+    assert best is not None
+    return best
+
+
+def _seed(x: torch.Tensor, weights: torch.Tensor, method: Method, generator: torch.Generator) -> torch.Tensor:
+    points = x[torch.randperm(x.shape[0], generator=generator)[:CODEBOOK_SIZE].to(x.device)]
+    if method == "kmeans":
+        return points.clone()
+    # Directions of data points, each scaled to the mean length along it of the rows nearest in angle.
+    shapes = points / points.norm(dim=1, keepdim=True).clamp(min=TINY)
+    along = [(block @ shapes.T).max(1) for block in torch.split(x, ROWS)]
+    assignment = torch.cat([a.indices for a in along])
+    total = _sum(weights, assignment)
+    gains = _sum(weights * torch.cat([a.values for a in along]), assignment) / total.clamp(min=TINY)
+    seeds: torch.Tensor = gains.clamp(min=0)[:, None] * shapes
+    return seeds
+
+
+def _update(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    assignment: torch.Tensor,
+    gain: torch.Tensor,
+    words: torch.Tensor,
+    method: Method,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    total = _sum(weights, assignment)
+    filled = total > 0
+    if method == "gskm":
+        norm = x.norm(dim=1).clamp(min=TINY)
+        direction = _sum(x * (weights / norm)[:, None], assignment) / total.clamp(min=TINY)[:, None]
+        length = direction.norm(dim=1, keepdim=True)
+        old = words / words.norm(dim=1, keepdim=True).clamp(min=TINY)
+        shapes = torch.where(length > 1e-6, direction / length.clamp(min=TINY), old)
+        along = (x * shapes[assignment]).sum(1)
+        gains = (_sum(weights * along, assignment) / total.clamp(min=TINY)).clamp(min=0)
+        updated = gains[:, None] * shapes
+    else:
+        updated = _sum(x * weights[:, None], assignment) / total.clamp(min=TINY)[:, None]
+    empty = torch.nonzero(~filled).flatten()
+    if len(empty):
+        # Reseed with rows that are coded worst, drawn from a random tenth so that seeds differ.
+        error = weights * ((x**2).sum(1) - gain)
+        some = torch.randperm(len(x), generator=generator)[: max(len(x) // 10, CODEBOOK_SIZE)].to(x.device)
+        worst = some[error[some].argsort(descending=True, stable=True)[: len(empty)]]
+        updated[empty] = x[worst]
+    return updated
+
+
+def _sum(values: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
+    """Sums over the rows of each cluster, in an order that is the same every time."""
+    out: torch.Tensor = torch.zeros((CODEBOOK_SIZE, *values.shape[1:]), device=values.device)
+    if values.device.type == "cpu":
+        out.index_add_(0, assignment, values)
+        return out
+    for block, index in zip(torch.split(values, ROWS), torch.split(assignment, ROWS), strict=True):
+        member = torch.nn.functional.one_hot(index, CODEBOOK_SIZE).to(values.dtype)
+        out += torch.tensordot(member, block, ([0], [0]))  # atomics of index_add_ would not repeat to the bit
+    return out

@@ -1,0 +1,131 @@
+"""Residual codebooks from calibration vectors: one clustering a stage, each on what the stages before left over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gsrq_export.cache.rule import CODEBOOK_SIZE
+from gsrq_export.codec.cluster import Method, cluster, nearest
+from gsrq_export.codec.codebook import Codebook
+from gsrq_export.errors import GsrqError
+
+HOLD_OUT = 16  # every 16th token is kept from training, to measure the distortion of unseen vectors
+
+
+@dataclass(frozen=True)
+class Training:
+    """Options of codebook training; the paper's are gskm, 40 to 100 iterations."""
+
+    method: Method = "gskm"
+    iterations: int = 10
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """How well a codebook codes, averaged over its sub-vectors.
+
+    Attributes:
+        train: relative mean squared error on the training rows after each stage.
+        held_out: the same on rows that were not trained on.
+        usage: share of the 256 codewords used by the training rows, by stage.
+    """
+
+    train: list[float]
+    held_out: list[float]
+    usage: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def gradient_weights(norms: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
+    """w = log(1 + lambda * ||dL/dx||), lambda = tau / median norm (the paper's importance weights).
+
+    Args:
+        norms: float32 [N, groups], gradient norms of each sub-vector.
+    Returns:
+        float32 [N, groups], mean 1 in each column. All ones where every gradient is zero.
+    """
+    median = norms.median(0).values
+    scale = torch.where(median > 0, median, norms.mean(0))
+    weights = torch.log1p(tau * norms / scale.clamp(min=1e-30))
+    mean = weights.mean(0)
+    return torch.where(mean > 0, weights / mean.clamp(min=1e-30), torch.ones_like(weights))
+
+
+def train_codebook(
+    vectors: torch.Tensor,
+    weights: torch.Tensor | None,
+    width: int,
+    stages: int,
+    training: Training,
+    transform: torch.Tensor | None = None,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> tuple[Codebook, Distortion]:
+    """Train one codebook on keys or values of one layer.
+
+    Args:
+        vectors: [N, groups * width], the KV heads of each token concatenated.
+        weights: float32 [N, groups], or None for all ones.
+        width: elements of a sub-vector (D).
+        stages: residual stages (R).
+        transform: float32 [groups, width, width], the metric; None for squared error.
+        progress: called with 1 after each stage of each sub-vector.
+    Raises:
+        GsrqError: too few vectors, or vectors that are not finite.
+    """
+    rows, total = vectors.shape
+    groups = total // width
+    if groups * width != total:
+        raise GsrqError(f"width {width} does not divide the {total} elements of a token", "choose a divisor")
+    if not bool(torch.isfinite(vectors).all()):
+        raise GsrqError("calibration vectors hold NaN or infinity", "check the model's weights and dtype")
+    if transform is None:
+        transform = torch.eye(width).expand(groups, width, width)
+    transform = transform.to(vectors.device, torch.float32).contiguous()
+    held = torch.arange(rows, device=vectors.device) % HOLD_OUT == HOLD_OUT - 1
+    words = torch.empty(groups, stages, CODEBOOK_SIZE, width, dtype=torch.float16, device=vectors.device)
+    logs = []
+    for g in range(groups):
+        x = vectors[:, g * width : (g + 1) * width].float() @ transform[g].T
+        w = weights[:, g].to(x.device) if weights is not None else x.new_ones(rows)
+        generator = torch.Generator().manual_seed(training.seed * 1_000_003 + g)
+        back = torch.linalg.inv(transform[g].double())
+        logs.append(
+            _train_group(x[~held], w[~held], x[held], words[g], transform[g], back, training, generator, progress)
+        )
+    mean = torch.tensor(logs).mean(0)  # [3, stages]
+    return Codebook(words, transform), Distortion(*(row.tolist() for row in mean))
+
+
+def _train_group(
+    train: torch.Tensor,
+    weights: torch.Tensor,
+    held: torch.Tensor,
+    words: torch.Tensor,
+    transform: torch.Tensor,
+    back: torch.Tensor,
+    training: Training,
+    generator: torch.Generator,
+    progress: Callable[[int], None],
+) -> list[list[float]]:
+    """Fills ``words`` [R, 256, D]; returns distortion on the training and held-out rows and usage, by stage."""
+    energy = [float((x.double() ** 2).sum()) or 1.0 for x in (train, held)]
+    log: list[list[float]] = [[], [], []]
+    for r in range(words.shape[0]):
+        found = cluster(train, weights, training.method, training.iterations, generator)
+        words[r] = (found.words.double() @ back.T).half()
+        stored = (words[r].double() @ transform.double().T).float()  # residuals are those of the stored codewords
+        train = train - stored[found.assignment]
+        held = held - stored[nearest(held, stored)[0]]
+        for i, x in enumerate((train, held)):
+            log[i].append(float((x.double() ** 2).sum()) / energy[i])
+        used = torch.bincount(found.assignment, minlength=CODEBOOK_SIZE) > 0
+        log[2].append(float(used.float().mean()))
+        progress(1)
+    return log
