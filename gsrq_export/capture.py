@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from gsrq_export.cache.reference import rotate
 from gsrq_export.model.intercept import AttentionCall, intercept
 from gsrq_export.model.introspect import LayerSpec, ModelSpec
+from gsrq_export.stages.storage import write_atomic
 
 KINDS = ("key", "value")
 
@@ -139,9 +141,7 @@ def capture(
         target = directory / f"shard-{number:05d}.safetensors"
         if not target.exists():
             shard = capture_shard(model, spec, torch.from_numpy(batch).to(device), settings)
-            partial = target.with_suffix(".tmp")
-            save_file(shard, partial)
-            partial.replace(target)
+            write_atomic(target, partial(save_file, shard))
         progress(len(batch))
 
 

@@ -1,0 +1,236 @@
+"""manifest.json: what an artifact holds and how it was made. Schema 1.0.
+
+A reader accepts every minor version of its own major version and ignores keys that a newer minor added.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gsrq_export import __version__
+from gsrq_export.errors import ArtifactError
+from gsrq_export.stages.keys import code_hash, environment, file_hash
+from gsrq_export.stages.storage import write_atomic
+
+MANIFEST = "manifest.json"
+SCHEMA = (1, 0)
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_FILES = 10_000
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class FileEntry(_Entry):
+    sha256: Sha256
+    size: Count
+
+
+class ModelEntry(_Entry):
+    id: str
+    revision: str | None = None
+    weights_sha256: Sha256
+
+
+class TrafficEntry(_Entry):
+    sha256: Sha256
+    sequences: Positive
+    sequence_length: Positive
+
+
+class CacheEntry(_Entry):
+    """The cache rule; evaluation and serving must use the same."""
+
+    sinks: Count
+    window: Count
+    block: Positive
+    exact_dtype: Literal["float16", "bfloat16", "float32"]
+    prefill: Literal["coded", "exact"]
+    beam: Positive
+
+
+class SideEntry(_Entry):
+    width: Positive
+    stages: Positive
+
+
+class LayerEntry(_Entry):
+    """One layer that owns a cache; the shapes of its codebooks follow."""
+
+    num_kv_heads: Positive
+    head_dim: Positive
+    keys: SideEntry
+    values: SideEntry
+
+
+class CodeEntry(_Entry):
+    version: str
+    sha256: Sha256  # of the package's Python sources
+
+
+class Manifest(_Entry):
+    """Attributes: files by path relative to the artifact, without the manifest itself; libraries: sha256 of
+    native operator libraries by file name; environment: versions that the build ran with.
+    """
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    schema_version: Annotated[str, Field(alias="schema", pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")]
+    created_by: str
+    name: str
+    model: ModelEntry
+    traffic: TrafficEntry
+    code: CodeEntry
+    op_version: Positive
+    opset: Positive
+    cache: CacheEntry
+    layers: Annotated[list[LayerEntry], Field(min_length=1, max_length=4096)]
+    libraries: dict[str, Sha256]
+    environment: dict[str, str]
+    files: Annotated[dict[str, FileEntry], Field(min_length=1, max_length=MAX_FILES)]
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    name: str,
+    model: ModelEntry,
+    traffic: TrafficEntry,
+    cache: CacheEntry,
+    layers: list[LayerEntry],
+    op_version: int,
+    opset: int,
+    libraries: Mapping[str, Path] | None = None,
+) -> Manifest:
+    """Hash every file in a directory and write its manifest.json, last.
+
+    Args:
+        libraries: native libraries that the build used, by file name.
+    Raises:
+        ArtifactError: the directory holds links or special files, or names that no manifest may hold.
+    """
+    names = list_files(directory)
+    names.discard(MANIFEST)
+    manifest = Manifest(
+        schema_version=f"{SCHEMA[0]}.{SCHEMA[1]}",
+        created_by=f"gsrq-export {__version__}",
+        name=name,
+        model=model,
+        traffic=traffic,
+        code=CodeEntry(version=__version__, sha256=code_hash()),
+        op_version=op_version,
+        opset=opset,
+        cache=cache,
+        layers=layers,
+        libraries={library: file_hash(path) for library, path in sorted((libraries or {}).items())},
+        environment={**environment(), "platform": platform.system()},
+        files={n: _entry(directory / n) for n in sorted(names)},
+    )
+    text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=1) + "\n"
+    write_atomic(directory / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+    return manifest
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """Read and check manifest.json; nothing else of the artifact is touched.
+
+    Raises:
+        ArtifactError: absent, too large, not JSON, of another major version, fields missing or wrong, or a file
+            name that leaves the directory.
+    """
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise ArtifactError(f"{directory} is not a directory", "name the directory that a build wrote")
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactError(f"{directory} has no {MANIFEST}", "name the directory that a build wrote")
+    with path.open("rb") as file:
+        content = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise ArtifactError(f"{path} is over {MAX_MANIFEST_BYTES >> 20} MiB", "it is no manifest; build again")
+    try:
+        data = json.loads(content.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not JSON: {error}", "the file is damaged; build again") from None
+    newer = _check_schema(path, data)
+    try:
+        manifest = Manifest.model_validate(data, extra="ignore" if newer else "forbid")
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:5]]
+        raise ArtifactError(
+            f"{path} has {error.error_count()} wrong fields:\n  " + "\n  ".join(faults), "build again"
+        ) from None
+    for name in manifest.files:
+        check_name(name)
+    return manifest
+
+
+def check_name(name: str) -> None:
+    """Refuse names of files that could reach outside an artifact, or mean different files on different systems.
+
+    Raises:
+        ArtifactError: absolute, '..', backslash, drive, control character, not in its plain form, or the manifest.
+    """
+    pure = PurePosixPath(name)
+    plain = str(pure) == name and ".." not in pure.parts and not pure.is_absolute() and name not in ("", ".")
+    if not plain or any(c in "\\:" or ord(c) < 32 for c in name) or len(name) > 1024 or name == MANIFEST:
+        raise ArtifactError(f"file name {name!r} is not a plain path inside the artifact", "do not use this artifact")
+
+
+def list_files(directory: Path) -> set[str]:
+    """Relative POSIX paths of all files below a directory, hard links included.
+
+    Raises:
+        ArtifactError: symbolic links, sockets or devices, names of `check_name`'s, or too many files.
+    """
+    names: set[str] = set()
+    pending = [directory]
+    while pending:
+        for path in pending.pop().iterdir():
+            name = path.relative_to(directory).as_posix()
+            if path.is_symlink():
+                raise ArtifactError(f"{name} is a symbolic link", "an artifact holds plain files; build again")
+            if path.is_dir():
+                pending.append(path)
+            elif path.is_file():
+                if name != MANIFEST:
+                    check_name(name)
+                names.add(name)
+            else:
+                raise ArtifactError(f"{name} is neither a file nor a directory", "an artifact holds plain files")
+            if len(names) > MAX_FILES + 1:
+                raise ArtifactError(f"{directory} holds over {MAX_FILES} files", "it is no artifact")
+    return names
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(sha256=file_hash(path), size=path.stat().st_size)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _check_schema(path: Path, data: Any) -> bool:
+    """Whether the minor version is newer than ours."""
+    version = data.get("schema") if isinstance(data, dict) else None
+    if not isinstance(version, str) or version.count(".") != 1 or not version.replace(".", "").isdecimal():
+        raise ArtifactError(f"{path}: schema {version!r} is no version", "it is not an artifact's manifest")
+    major, minor = (int(part) for part in version.split("."))
+    if major != SCHEMA[0]:
+        mend = "install a newer gsrq-export" if major > SCHEMA[0] else "build the artifact again from its recipe"
+        raise ArtifactError(f"{path}: schema {version}, this version reads {SCHEMA[0]}.x", mend)
+    return minor > SCHEMA[1]

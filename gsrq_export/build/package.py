@@ -1,0 +1,162 @@
+"""Puts finished stages together into an artifact and publishes it, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from gsrq_export import native
+from gsrq_export.accounting import LayerShape, footprint
+from gsrq_export.artifact.manifest import (
+    CacheEntry,
+    LayerEntry,
+    Manifest,
+    ModelEntry,
+    SideEntry,
+    TrafficEntry,
+    write_manifest,
+)
+from gsrq_export.artifact.publish import check_destination, publish
+from gsrq_export.build.source import Source
+from gsrq_export.export.function import OPERATOR_VERSION
+from gsrq_export.export.model import CODEBOOKS_FILE, MODEL_FILE, WEIGHTS_FILE
+from gsrq_export.export.triton import TritonSettings, write_triton_repository
+from gsrq_export.model.loading import TOKENIZER_FILES
+from gsrq_export.recipe import Recipe, resolved_yaml
+from gsrq_export.report.html import write_report
+from gsrq_export.report.schema import BuildMetrics, CacheSize, Distortion
+from gsrq_export.runtime.metadata import CacheMetadata
+from gsrq_export.runtime.metadata import LayerShape as CachedLayer
+from gsrq_export.stages.keys import file_hash
+from gsrq_export.stages.storage import disk_errors
+
+CONTEXTS = (2048, 8192, 131072)  # tokens at which every report states effective bits
+
+
+def check_target(out: Path) -> None:
+    """Refuse, before the long work, a place where an artifact cannot go."""
+    check_destination(out)
+
+
+def publish_artifact(source: Source, done: Mapping[str, Path], out: Path) -> None:
+    """Assemble the artifact beside ``out`` and move it there.
+
+    Args:
+        done: the finished stages' directories, by name.
+    """
+    with disk_errors("artifact", out.parent.absolute()):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            building.chmod(0o755)
+            _assemble(source, done, building)
+            publish(building, out)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def _assemble(source: Source, done: Mapping[str, Path], building: Path) -> None:
+    recipe = source.recipe
+    # Copies, not links: whatever happens to the artifact must not reach the stages it would be built from again.
+    for name in (MODEL_FILE, WEIGHTS_FILE, CODEBOOKS_FILE):
+        shutil.copyfile(done["onnx"] / name, building / name)
+    (building / "tokenizer").mkdir()
+    for name in TOKENIZER_FILES:
+        if (source.directory / name).is_file():
+            shutil.copyfile(source.directory / name, building / "tokenizer" / name)
+    (building / "recipe.resolved.yaml").write_text(resolved_yaml(recipe), "utf-8")
+    graph = onnx.load(str(building / MODEL_FILE), load_external_data=False)
+    cache = CacheMetadata.from_properties({p.key: p.value for p in graph.metadata_props})
+    traffic = json.loads((done["traffic"] / "traffic.json").read_text())
+    metrics = _metrics(recipe, cache, done)
+    metrics.save(building / "metrics.json")
+    write_triton_repository(
+        building,
+        recipe.triton.name or recipe.name.replace(".", "_"),
+        TritonSettings(max_batch_size=recipe.triton.max_batch_size),
+    )
+    library = native.find()
+    arguments: dict[str, Any] = {
+        "name": recipe.name,
+        "model": ModelEntry(id=recipe.model.path, revision=recipe.model.revision, weights_sha256=source.weight_hash),
+        "traffic": TrafficEntry(
+            sha256=traffic["sha256"],
+            sequences=recipe.traffic.sequences,
+            sequence_length=recipe.traffic.sequence_length,
+        ),
+        "cache": CacheEntry(**recipe.cache.model_dump(), beam=recipe.codec.beam),
+        "layers": [_layer_entry(recipe, layer) for layer in cache.layers],
+        "op_version": OPERATOR_VERSION,
+        "opset": next(o.version for o in graph.opset_import if o.domain == ""),
+        "libraries": {library.name: library} if library else {},
+    }
+    # The report shows the manifest's provenance, and the manifest hashes the report: written once before, once after.
+    before = write_manifest(building, **arguments)
+    write_report(building / "report.html", metrics, _built(recipe, cache, traffic), _provenance(before, building))
+    write_manifest(building, **arguments)
+
+
+def _layer_entry(recipe: Recipe, layer: CachedLayer) -> LayerEntry:
+    sides = (recipe.codec.keys, recipe.codec.values)
+    keys, values = (SideEntry(width=side.width, stages=side.stages) for side in sides)
+    return LayerEntry(num_kv_heads=layer.num_kv_heads, head_dim=layer.head_dim, keys=keys, values=values)
+
+
+def _metrics(recipe: Recipe, cache: CacheMetadata, done: Mapping[str, Path]) -> BuildMetrics:
+    shapes = [LayerShape(layer.num_kv_heads, layer.head_dim) for layer in cache.layers]
+    sizes = []
+    for context in sorted({*CONTEXTS, recipe.export.max_length}):
+        size = footprint(recipe, shapes, context)
+        sizes.append(
+            CacheSize(context, size.codes, size.exact, size.codebooks, size.fp16, round(size.effective_bits, 4))
+        )
+    logs = json.loads((done["codebooks"] / "distortion.json").read_text())
+    distortion = [Distortion(log["layer"], log["kind"], log["held_out"], log["usage"]) for log in logs]
+    evaluation = json.loads((done["evaluate"] / "evaluation.json").read_text()) if "evaluate" in done else {}
+    return BuildMetrics(
+        name=recipe.name,
+        nominal_bits=recipe.nominal_bits,
+        key_bits=recipe.codec.keys.nominal_bits,
+        value_bits=recipe.codec.values.nominal_bits,
+        sizes=sizes,
+        distortion=distortion,
+        **evaluation,
+    )
+
+
+def _built(recipe: Recipe, cache: CacheMetadata, traffic: Mapping[str, Any]) -> dict[str, object]:
+    codec, rule, first = recipe.codec, recipe.cache, cache.layers[0]
+    kinds = ", ".join(source["kind"] for source in traffic["stats"]["sources"])
+    return {
+        "Model": recipe.model.path,
+        "Layers with a cache": f"{len(cache.layers)}, {first.num_kv_heads} KV heads of {first.head_dim}",
+        "Traffic": f"{traffic['stats']['tokens']:,} tokens ({kinds}), recall passages in "
+        f"{traffic['stats']['recall_sequences']} of {recipe.traffic.sequences} sequences",
+        "Codec": f"{codec.method}, metric {codec.metric}, weights {codec.weights}, {codec.iterations} iterations, "
+        f"beam {codec.beam}",
+        "Keys": f"D={codec.keys.width}, R={codec.keys.stages}",
+        "Values": f"D={codec.values.width}, R={codec.values.stages}",
+        "Cache rule": f"{rule.sinks} sinks, window {rule.window}, blocks of {rule.block}, {rule.exact_dtype}, "
+        f"prefill {rule.prefill}",
+        "Longest context": f"{recipe.export.max_length} tokens",
+    }
+
+
+def _provenance(manifest: Manifest, building: Path) -> dict[str, object]:
+    return {
+        "Created by": manifest.created_by,
+        "Weights sha256": manifest.model.weights_sha256,
+        "Traffic sha256": manifest.traffic.sha256,
+        "Codebooks sha256": file_hash(building / CODEBOOKS_FILE),
+        "Graph sha256": file_hash(building / MODEL_FILE),
+        "Code sha256": manifest.code.sha256,
+        "Operator": f"version {manifest.op_version}, opset {manifest.opset}",
+        **{f"Library {name}": digest for name, digest in manifest.libraries.items()},
+        **{name: value for name, value in manifest.environment.items() if name != "gsrq_export"},
+    }

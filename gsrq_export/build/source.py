@@ -1,0 +1,86 @@
+"""What a build starts from: the recipe, and the model it names, loaded when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from gsrq_export.accounting import LayerShape
+from gsrq_export.errors import GsrqError
+from gsrq_export.model.introspect import ModelSpec, inspect_model
+from gsrq_export.model.loading import TOKENIZER_FILES, load_model, model_directory, weight_files, weight_hash
+from gsrq_export.recipe import Recipe, check_against
+from gsrq_export.stages.keys import file_hash
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recipe and its model. Nothing is read before it is asked for, and nothing twice."""
+
+    recipe: Recipe
+
+    @cached_property
+    def directory(self) -> Path:
+        return model_directory(self.recipe.model.path, self.recipe.model.revision)
+
+    @cached_property
+    def weight_hash(self) -> str:
+        return weight_hash(self.directory)
+
+    @cached_property
+    def tokenizer_hashes(self) -> dict[str, str]:
+        """sha256 of each tokenizer and configuration file there is."""
+        files = [self.directory / name for name in TOKENIZER_FILES]
+        return {file.name: file_hash(file) for file in files if file.is_file()}
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        return load_model(self.directory)
+
+    @property
+    def model(self) -> Any:
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded[1]
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """What the model's attention is, by running it."""
+        spec = inspect_model(self.model, self.recipe.export.max_length)
+        for layer in spec.layers:
+            check_against(self.recipe, layer.num_kv_heads, layer.head_dim, self._positions)
+        return spec
+
+    @cached_property
+    def _config(self) -> Any:
+        try:
+            return AutoConfig.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise GsrqError(
+                f"{self.directory}/config.json is not a known architecture: {error}", "see docs/models.md"
+            ) from error
+
+    @property
+    def _positions(self) -> int:
+        return int(getattr(self._config.get_text_config(), "max_position_embeddings", 0) or 0)
+
+    def shapes(self) -> Sequence[LayerShape]:
+        """The layers' shapes as the configuration states them; the model itself is not loaded."""
+        config = self._config.get_text_config()
+        heads = int(config.num_attention_heads)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return [LayerShape(kv_heads, head_dim)] * int(config.num_hidden_layers)
+
+    def check(self) -> None:
+        """Everything that can be refused without loading weights."""
+        weight_files(self.directory)
+        for shape in set(self.shapes()):
+            check_against(self.recipe, shape.num_kv_heads, shape.head_dim, self._positions)

@@ -1,0 +1,218 @@
+"""The stages of a build. Each reads finished directories and writes its own (see stages/engine.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from gsrq_export import native
+from gsrq_export.build.source import Source
+from gsrq_export.capture import KINDS, Captured, CaptureSettings, capture, output_projections
+from gsrq_export.codec.codebook import Codebook, LayerCodebooks
+from gsrq_export.codec.metric import key_transform, value_transform
+from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
+from gsrq_export.codec.storage import load_codebooks, save_codebooks
+from gsrq_export.evaluate.ort_runner import OrtRunner
+from gsrq_export.evaluate.suite import EvaluationSettings, compare, evaluate
+from gsrq_export.evaluate.torch_runner import TorchRunner
+from gsrq_export.export.model import CODEBOOKS_FILE, export_onnx
+from gsrq_export.export.trace import ExportSettings
+from gsrq_export.model.introspect import LayerSpec
+from gsrq_export.recipe import EvaluateRecipe, Recipe, SelfSource, TrafficRecipe
+from gsrq_export.recipe import Source as TextSource
+from gsrq_export.runtime.session import OrtModel
+from gsrq_export.stages.engine import Context, Stage
+from gsrq_export.stages.keys import file_hash
+from gsrq_export.traffic.build import build_traffic, source_material, traffic_material
+
+SAMPLED_TEXT = SelfSource(kind="self", seed=1_000_003)  # held out where the recipe names no text
+HELD_OUT_LENGTH = 512  # tokens of a drawn stretch; many short ones sample faster than few long ones
+SHARD_TOKENS = 4096  # tokens of a capture shard; bounds memory and what an interruption loses
+
+
+def stages(source: Source) -> list[Stage]:
+    """All stages of the recipe, in order."""
+    recipe = source.recipe
+    model = {"weights": source.weight_hash, "tokenizer": source.tokenizer_hashes}
+    codec = recipe.codec.model_dump(mode="json")
+    beam = codec.pop("beam")
+    widths = {"keys": recipe.codec.keys.width, "values": recipe.codec.values.width, "weights": recipe.codec.weights}
+    found = [
+        Stage(
+            "traffic",
+            {
+                "traffic": traffic_material(recipe.traffic),
+                "model": model,
+            },
+            partial(_traffic, source),
+        ),
+        Stage("capture", {"model": model, "widths": widths}, partial(_capture, source), ("traffic",)),
+        Stage("codebooks", {"codec": codec, "model": model}, partial(_codebooks, source), ("capture",)),
+        Stage(
+            "onnx",
+            {
+                "cache": recipe.cache.model_dump(mode="json"),
+                "beam": beam,
+                "export": recipe.export.model_dump(mode="json"),
+                "model": model,
+            },
+            partial(_onnx, source),
+            ("codebooks",),
+        ),
+    ]
+    if recipe.evaluate is not None:
+        library = native.find()
+        material = {
+            "evaluate": recipe.evaluate.model_dump(mode="json"),
+            "text": source_material(recipe.evaluate.text or SAMPLED_TEXT),
+            "library": file_hash(library) if library else None,
+        }
+        found.append(Stage("evaluate", material, partial(_evaluate, source), ("onnx",)))
+    return found
+
+
+def _traffic(source: Source, context: Context) -> None:
+    recipe = source.recipe.traffic
+    with context.reporter.task("traffic") as task:
+        traffic = build_traffic(
+            recipe, source.tokenizer, source.model, progress=lambda what, done, total: task.update(done, total)
+        )
+    context.unit("ids.npy", lambda path: _save_array(path, traffic.ids))
+    context.unit("traffic.json", _writer({"sha256": traffic.sha256, "stats": traffic.stats}))
+
+
+def _capture(source: Source, context: Context) -> None:
+    codec = source.recipe.codec
+    ids = np.load(context.inputs["traffic"] / "ids.npy", allow_pickle=False)
+    settings = CaptureSettings(
+        codec.keys.width,
+        codec.values.width,
+        gradients=codec.weights == "gradient",
+        batch=max(1, SHARD_TOKENS // ids.shape[1]),
+    )
+    with context.reporter.task("capture: sequences", len(ids)) as task:
+        capture(source.model, source.spec, ids, settings, context.directory, task.advance)
+
+
+def _codebooks(source: Source, context: Context) -> None:
+    codec, spec = source.recipe.codec, source.spec
+    captured = Captured(context.inputs["capture"])
+    sides = {"key": codec.keys, "value": codec.values}
+    total = sum(
+        layer.num_kv_heads * layer.head_dim // side.width * side.stages
+        for layer in spec.layers
+        for side in sides.values()
+    )
+    outputs = output_projections(source.model, spec) if codec.metric == "attention" else []
+    training = Training(codec.method, codec.iterations, codec.seed)
+    layers, logs = [], []
+    with context.reporter.task("codebooks: stages", total) as task:
+        for layer in spec.layers:
+            books = []
+            for kind in KINDS:
+                side = sides[kind]
+                steps = layer.num_kv_heads * layer.head_dim // side.width * side.stages
+                name = f"layer-{layer.index:03d}.{kind}.safetensors"
+                if context.has(name):
+                    task.advance(steps)
+                else:
+                    vectors = captured.vectors(layer, kind)
+                    weights = None
+                    if codec.weights == "gradient":
+                        weights = gradient_weights(captured.gradients(layer, kind), codec.tau)
+                    transform = _transform(source, captured, layer, kind, outputs)
+                    book, log = train_codebook(
+                        vectors, weights, side.width, side.stages, training, transform, task.advance
+                    )
+                    tensors = {"codewords": book.codewords, "transform": book.transform}
+                    metadata = {"distortion": json.dumps(log.to_dict())}
+                    context.unit(name, lambda path, t=tensors, m=metadata: save_file(t, path, m))  # type: ignore[misc]
+                with safe_open(context.directory / name, framework="pt") as file:
+                    books.append(Codebook(file.get_tensor("codewords"), file.get_tensor("transform")))
+                    logs.append({"layer": layer.layer_idx, "kind": kind, **json.loads(file.metadata()["distortion"])})
+            layers.append(LayerCodebooks(*books))
+    context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, layers, {}))
+    context.unit("distortion.json", _writer(logs))
+
+
+def _transform(
+    source: Source, captured: Captured, layer: LayerSpec, kind: str, outputs: list[torch.Tensor]
+) -> torch.Tensor | None:
+    codec = source.recipe.codec
+    if codec.metric == "none":
+        return None
+    if kind == "value":
+        return value_transform(outputs[layer.index], layer, codec.values.width)
+    rope_dim = 2 * source.spec.rope_tables[layer.rope_table][0].shape[1]
+    return key_transform(captured.query_moment(layer), layer, rope_dim, codec.keys.width)
+
+
+def _onnx(source: Source, context: Context) -> None:
+    recipe = source.recipe
+    settings = ExportSettings(
+        rule=recipe.cache.rule,
+        beam=recipe.codec.beam,
+        exact_prefill=recipe.cache.prefill == "exact",
+        exact_dtype=getattr(torch, recipe.cache.exact_dtype),
+    )
+    with context.reporter.task("onnx: export", 1) as task:
+        books = load_codebooks(context.inputs["codebooks"] / CODEBOOKS_FILE)
+        export_onnx(source.model, source.spec, books, settings, context.directory, {"recipe": recipe.name})
+        task.advance(1)
+
+
+def evaluation_settings(evaluate_recipe: EvaluateRecipe, recipe: Recipe) -> EvaluationSettings:
+    """With exact prefill the first half of a window is given, and the rest decoded token by token."""
+    window, recall = evaluate_recipe.perplexity, evaluate_recipe.recall
+    return EvaluationSettings(
+        window_tokens=window.length,
+        windows=window.sequences,
+        prompt_tokens=window.length // 2 if recipe.cache.prefill == "exact" else 1,
+        recall_lengths=recall.lengths if recall else (),
+        recall_cases=recall.cases if recall else 1,
+    )
+
+
+def held_out_text(text: TextSource, source: Source, tokens: int) -> str:
+    """About ``tokens`` tokens drawn from all over the text, which the evaluation tokenizes again."""
+    length = min(tokens, HELD_OUT_LENGTH, source.recipe.export.max_length)
+    sequences = -(-tokens // length) + 1  # one more: text can tokenize shorter the second time
+    drawn = build_traffic(
+        TrafficRecipe(sources=(text,), sequence_length=length, sequences=sequences), source.tokenizer, source.model
+    )
+    return "\n".join(source.tokenizer.batch_decode(drawn.ids, skip_special_tokens=True))
+
+
+def _evaluate(source: Source, context: Context) -> None:
+    recipe = source.recipe.evaluate
+    assert recipe is not None
+    settings = evaluation_settings(recipe, source.recipe)
+    tokens = settings.window_tokens * settings.windows + 2 * max((0, *settings.recall_lengths))
+    text = held_out_text(recipe.text or SAMPLED_TEXT, source, tokens)
+    runners: Mapping[str, Any] = {
+        "exact": TorchRunner(source.model),
+        "coded": OrtRunner(OrtModel(context.inputs["onnx"])),
+    }
+    found = {}
+    for name, runner in runners.items():
+        with context.reporter.task(f"evaluate: {name}, windows and cases", settings.steps) as task:
+            found[name] = evaluate(runner, source.tokenizer, text, settings, task.advance)
+    found["comparison"] = compare(found["exact"], found["coded"])  # type: ignore[assignment]
+    context.unit("evaluation.json", _writer(found))
+
+
+def _writer(data: object) -> Any:
+    return lambda path: path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def _save_array(path: Path, array: Any) -> None:
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)

@@ -1,0 +1,80 @@
+"""gsrq build: from a recipe to an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gsrq_export.accounting import footprint
+from gsrq_export.build.package import check_target, publish_artifact
+from gsrq_export.build.source import Source
+from gsrq_export.build.stages import stages
+from gsrq_export.recipe import Recipe, StdinSource, load_recipe
+from gsrq_export.stages.engine import Pipeline
+from gsrq_export.stages.progress import make_reporter
+from gsrq_export.traffic.sources import spool_stdin
+
+
+@click.command()
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="The artifact's directory."
+)
+@click.option("--work", type=click.Path(path_type=Path, file_okay=False), help="Intermediate files; default: OUT.work.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, sizes and effective bits; run and write nothing.")
+def build(recipe_file: Path, out: Path, work: Path | None, dry_run: bool) -> None:
+    """Build the artifact of a recipe. Killed and started again it goes on; what did not change is not run again."""
+    recipe = load_recipe(recipe_file)
+    source = Source(recipe)
+    source.check()
+    check_target(out)
+    work = work or out.with_name(f"{out.name}.work")
+    reporter = make_reporter()
+    if dry_run:
+        click.echo(describe(source))
+        if any(isinstance(text, StdinSource) for text in recipe.texts):
+            click.echo("stages     not planned: they depend on what standard input will hold")
+            return
+        for planned in Pipeline(work, stages(source), reporter).plan():
+            click.echo(f"{planned.name:<10} {planned.status:<8} {planned.directory}")
+        return
+    source = Source(spooled(recipe, work))
+    done = Pipeline(work, stages(source), reporter).run()
+    publish_artifact(source, done, out)
+    reporter.line(f"artifact: {out}")
+
+
+def spooled(recipe: Recipe, work: Path) -> Recipe:
+    """The recipe with standard input replaced by a file in ``work``, so that it can be hashed and read again."""
+
+    def file(text: Any) -> Any:
+        return spool_stdin(text, work) if isinstance(text, StdinSource) else text
+
+    traffic = recipe.traffic.model_copy(update={"sources": tuple(map(file, recipe.traffic.sources))})
+    evaluate = recipe.evaluate and recipe.evaluate.model_copy(update={"text": file(recipe.evaluate.text)})
+    return recipe.model_copy(update={"traffic": traffic, "evaluate": evaluate})
+
+
+def describe(source: Source) -> str:
+    """The plan in figures: bits and bytes by context length."""
+    recipe, shapes = source.recipe, source.shapes()
+    codec = recipe.codec
+    heads = f"{shapes[0].num_kv_heads} KV heads of {shapes[0].head_dim}"
+    lines = [
+        f"model      {source.directory} ({len(shapes)} layers, {heads})",
+        f"traffic    {recipe.traffic.sequences} sequences of {recipe.traffic.sequence_length} tokens",
+        f"codec      {codec.method}, metric {codec.metric}, keys D={codec.keys.width} R={codec.keys.stages}, "
+        f"values D={codec.values.width} R={codec.values.stages}: {recipe.nominal_bits:g} nominal bits",
+        "context    effective bits   cache bytes   16-bit cache   times smaller",
+    ]
+    for context in sorted({2048, 8192, 131072, recipe.export.max_length}):
+        size = footprint(recipe, shapes, context)
+        lines.append(
+            f"{context:>7}    {size.effective_bits:>14.2f}   {size.per_sequence:>11,}   {size.fp16:>12,}   "
+            f"{size.fp16 / size.per_sequence:>13.1f}"
+        )
+    lines.append(f"           (effective bits count {footprint(recipe, shapes, 1).codebooks:,} bytes of codebooks,")
+    lines.append("           which all sequences share; the bytes and the ratio are of one sequence without them)")
+    return "\n".join(lines)

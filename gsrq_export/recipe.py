@@ -1,0 +1,354 @@
+"""Recipes: what to build, in YAML. Every fault of a recipe is found, and named, before any work.
+
+Fields and their defaults are the classes below; `load_recipe` refuses unknown and duplicate keys.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from gsrq_export.cache.rule import CODEBOOK_SIZE, CacheRule
+from gsrq_export.errors import GsrqError
+from gsrq_export.recipe_errors import FieldProblem, describe_errors, recipe_error
+
+SLUG = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+MAX_RECIPE_BYTES = 1 << 20
+
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class ModelSource(_Section):
+    path: Annotated[str, Field(min_length=1)]  # a directory or a hub id
+    revision: str | None = None
+
+
+class SelfSource(_Section):
+    """Text sampled from the model, for users with no data of their own."""
+
+    kind: Literal["self"]
+    share: Share = 1.0  # of the sequences, relative to the other sources
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    seed: Seed = 0
+
+
+class JsonlSource(_Section):
+    kind: Literal["jsonl"]
+    path: Annotated[str, Field(min_length=1)]
+    share: Share = 1.0
+
+
+class TextSource(_Section):
+    """Plain text; documents are separated by a line that holds only U+001E."""
+
+    kind: Literal["text"]
+    path: Annotated[str, Field(min_length=1)]  # may be a glob
+    share: Share = 1.0
+
+
+class StdinSource(_Section):
+    kind: Literal["stdin"]
+    format: Literal["text", "jsonl"] = "text"
+    share: Share = 1.0
+
+
+Source = Annotated[SelfSource | JsonlSource | TextSource | StdinSource, Field(discriminator="kind")]
+
+
+class TrafficRecipe(_Section):
+    sources: Annotated[tuple[Source, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (SelfSource(kind="self"),)
+    sequence_length: Annotated[int, Field(ge=16)] = 1024
+    sequences: Positive = 64
+    recall_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # of sequences that get recall passages
+    seed: Seed = 0
+
+
+class CodecSide(_Section):
+    """Sub-vectors of ``width`` elements (D), each coded by ``stages`` (R) bytes: 8 R / D bits an element."""
+
+    width: Positive = 128
+    stages: Annotated[int, Field(ge=1, le=256)] = 16
+
+    @property
+    def nominal_bits(self) -> float:
+        return 8 * self.stages / self.width
+
+
+class CodecRecipe(_Section):
+    method: Literal["gskm", "kmeans", "kmeans-spherical"] = "gskm"
+    keys: CodecSide = CodecSide()
+    values: CodecSide = CodecSide()
+    iterations: Annotated[int, Field(ge=1, le=1000)] = 10
+    weights: Literal["gradient", "none"] = "gradient"
+    tau: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    metric: Literal["none", "attention"] = "none"
+    beam: Annotated[int, Field(ge=1, le=256)] = 1
+    seed: Seed = 0
+
+
+class CacheRecipe(_Section):
+    sinks: Annotated[int, Field(ge=0)] = 4
+    window: Annotated[int, Field(ge=0)] = 64
+    block: Positive = 64
+    exact_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    prefill: Literal["coded", "exact"] = "coded"
+
+    @property
+    def rule(self) -> CacheRule:
+        return CacheRule(self.sinks, self.window, self.block)
+
+
+class ExportRecipe(_Section):
+    max_length: Positive = 2048  # tokens of prompt and answer together
+
+
+class PerplexityRecipe(_Section):
+    sequences: Positive = 8
+    length: Annotated[int, Field(ge=2)] = 1024
+
+
+class RecallRecipe(_Section):
+    lengths: Annotated[tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
+        1024,
+    )
+    cases: Positive = 16
+
+
+class EvaluateRecipe(_Section):
+    perplexity: PerplexityRecipe = PerplexityRecipe()
+    recall: RecallRecipe | None = None
+    text: Source | None = None  # held-out text; none: sampled from the model
+
+
+class TritonRecipe(_Section):
+    name: Annotated[str, Field(pattern=SLUG)] | None = None  # of the served model; none: the recipe's
+    max_batch_size: Positive = 8
+
+
+class Recipe(_Section):
+    name: Annotated[str, Field(pattern=SLUG)]
+    model: ModelSource
+    traffic: TrafficRecipe = TrafficRecipe()
+    codec: CodecRecipe = CodecRecipe()
+    cache: CacheRecipe = CacheRecipe()
+    export: ExportRecipe = ExportRecipe()
+    evaluate: EvaluateRecipe | None = EvaluateRecipe()
+    triton: TritonRecipe = TritonRecipe()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        problems = _disagreements(self)
+        if problems:
+            raise ValueError(problems)
+        return self
+
+    @property
+    def texts(self) -> tuple[Source, ...]:
+        """All sources of text, for calibration and evaluation."""
+        held_out = self.evaluate.text if self.evaluate else None
+        return (*self.traffic.sources, *([held_out] if held_out else []))
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits an element, codes alone, keys and values together."""
+        return (self.codec.keys.nominal_bits + self.codec.values.nominal_bits) / 2
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe; its relative paths are resolved (see `resolve_path`), so it means the same anywhere.
+
+    Raises:
+        GsrqError: unreadable, not YAML, or with any fault; all faults are listed with field, value and mend.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise GsrqError(f"{path} has {path.stat().st_size} bytes: not a recipe", "give a recipe's YAML file")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise GsrqError(
+            f"recipe {path} is not UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise GsrqError(
+            f"recipe {path} cannot be read: {error.strerror}", "`gsrq recipes` lists those there are"
+        ) from None
+    return parse_recipe(text, str(path), path.resolve().parent)
+
+
+def parse_recipe(text: str, name: str, directory: Path) -> Recipe:
+    """A recipe from its YAML text. ``directory``: where its relative paths start; ``name``: for messages."""
+    try:
+        data = yaml.load(text, _StrictLoader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise GsrqError(f"recipe {where}: {error.problem}", "correct the YAML at that place") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise GsrqError(f"recipe {name} is not YAML: {error}", "see recipes/ for examples") from None
+    if not isinstance(data, dict):
+        raise GsrqError(f"recipe {name}: holds {type(data).__name__}, not keys and values", "see recipes/ for examples")
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise recipe_error(name, describe_errors(error, data, Recipe)) from None
+    return _resolved(recipe, directory)
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out; `parse_recipe` gives an equal recipe back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def asset_roots() -> list[Path]:
+    """Where recipes' relative paths may also start: a checkout's root, or the files bundled with the package."""
+    package = Path(__file__).resolve().parent
+    return [root for root in (package.parent, package / "_bundled") if (root / "assets").is_dir()]
+
+
+def resolve_path(value: str, directory: Path) -> str:
+    """An absolute path for a relative one (or glob) that exists under the recipe's directory or an asset root.
+
+    One that exists nowhere is returned as the recipe's directory would have it.
+    """
+    given = Path(value).expanduser()
+    if given.is_absolute():
+        return str(given)
+    for root in (directory, *asset_roots()):
+        if (root / given).exists() or (_is_glob(value) and next(root.glob(value), None) is not None):
+            return str((root / given).resolve()) if not _is_glob(value) else str(root / given)
+    return str(directory / given)
+
+
+def check_against(recipe: Recipe, num_kv_heads: int, head_dim: int, max_position: int) -> None:
+    """Refuse a recipe that a model (or one of its layers) cannot follow.
+
+    Args:
+        max_position: positions the model knows; 0 where it states none.
+    Raises:
+        GsrqError: all faults, each with field, value and what would be allowed.
+    """
+    problems = []
+    total = num_kv_heads * head_dim
+    allowed = [w for w in range(1, total + 1) if total % w == 0 and (head_dim % w == 0 or w % head_dim == 0)]
+    for side in ("keys", "values"):
+        width = getattr(recipe.codec, side).width
+        if width not in allowed:
+            problems.append(
+                FieldProblem(
+                    f"codec.{side}.width",
+                    width,
+                    f"does not cut {num_kv_heads} KV heads of {head_dim} into equal sub-vectors along heads",
+                    f"use one of {', '.join(map(str, allowed))}",
+                )
+            )
+    lengths = [
+        ("export.max_length", recipe.export.max_length),
+        ("traffic.sequence_length", recipe.traffic.sequence_length),
+    ]
+    for field, length in lengths:
+        if max_position and length > max_position:
+            problems.append(
+                FieldProblem(field, length, f"the model has {max_position} positions", f"use at most {max_position}")
+            )
+    if problems:
+        raise recipe_error(recipe.name, problems)
+
+
+def _disagreements(recipe: Recipe) -> list[FieldProblem]:
+    """Faults between fields that need no model to be seen."""
+    problems = []
+    cache, limit, traffic = recipe.cache, recipe.export.max_length, recipe.traffic
+    first = cache.sinks + cache.window + cache.block
+    if first > limit:
+        problems.append(
+            FieldProblem(
+                "cache.window",
+                cache.window,
+                f"nothing is ever coded: sinks + window + block is {first}, export.max_length {limit}",
+                f"lower sinks, window or block until they add up to at most {limit}, or raise export.max_length",
+            )
+        )
+    tokens = traffic.sequences * traffic.sequence_length
+    if tokens < CODEBOOK_SIZE:
+        problems.append(
+            FieldProblem(
+                "traffic.sequences",
+                traffic.sequences,
+                f"{tokens} tokens of traffic cannot train {CODEBOOK_SIZE} codewords",
+                "raise sequences or sequence_length; 250000 tokens or more is usual",
+            )
+        )
+    evaluate = recipe.evaluate
+    lengths: list[tuple[str, int]] = []
+    if evaluate:
+        lengths.append(("evaluate.perplexity.length", evaluate.perplexity.length))
+    if evaluate and evaluate.recall:
+        lengths += [(f"evaluate.recall.lengths.{i}", n) for i, n in enumerate(evaluate.recall.lengths)]
+    for field, length in lengths:
+        if length > limit:
+            problems.append(
+                FieldProblem(field, length, f"over export.max_length {limit}", "lower it or raise export.max_length")
+            )
+    stdin = [s for s in recipe.texts if isinstance(s, StdinSource)]
+    if len(stdin) > 1:
+        problems.append(
+            FieldProblem("traffic.sources", len(stdin), "stdin can be read only once", "keep one stdin source")
+        )
+    return problems
+
+
+def _resolved(recipe: Recipe, directory: Path) -> Recipe:
+    def source(given: Any) -> Any:
+        return (
+            given.model_copy(update={"path": resolve_path(given.path, directory)}) if hasattr(given, "path") else given
+        )
+
+    model = recipe.model
+    path = resolve_path(model.path, directory)
+    if Path(path).exists() or not _is_hub_id(model.path):
+        model = model.model_copy(update={"path": path})
+    traffic = recipe.traffic.model_copy(update={"sources": tuple(source(s) for s in recipe.traffic.sources)})
+    evaluate = recipe.evaluate and recipe.evaluate.model_copy(update={"text": source(recipe.evaluate.text)})
+    return recipe.model_copy(update={"model": model, "traffic": traffic, "evaluate": evaluate})
+
+
+def _is_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def _is_glob(path: str) -> bool:
+    return any(c in path for c in "*?[")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses duplicate keys, which YAML parsers silently resolve to the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, Any] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a word", problem_mark=key_node.start_mark)
+            if key in seen:
+                first = seen[key].start_mark.line + 1
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} stands twice; first in line {first}", problem_mark=key_node.start_mark
+                )
+            seen[key] = key_node
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,89 @@
+"""Files that are there whole or not at all, and disk errors that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gsrq_export.errors import GsrqError
+
+TEMPORARY = ".tmp-"
+
+_MENDS = {
+    errno.ENOSPC: ("the disk is full", "free space or use a directory on another disk; what is done is kept"),
+    errno.EDQUOT: ("the disk quota is used up", "free space or use another directory; what is done is kept"),
+    errno.EROFS: ("the file system is read-only", "use a directory that can be written"),
+    errno.EACCES: ("no permission to write", "use a directory that you may write to"),
+    errno.EPERM: ("no permission to write", "use a directory that you may write to"),
+    errno.ENOTDIR: ("a file stands where a directory should", "name another directory"),
+    errno.EEXIST: ("a file stands where a directory should", "name another directory"),
+}
+
+
+@contextmanager
+def disk_errors(doing: str, directory: Path) -> Iterator[None]:
+    """Turn a full or read-only disk under ``directory`` into a GsrqError; other errors pass.
+
+    Libraries that write files wrap the system's error in their own types; those are known by their text.
+    """
+    try:
+        yield
+    except GsrqError:
+        raise
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code is None and not isinstance(error, OSError):
+            code = next((c for c in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) if os.strerror(c) in str(error)), None)
+        if code not in _MENDS:
+            raise
+        problem, mend = _MENDS[code]
+        named = Path(os.fsdecode(error.filename)) if isinstance(error, OSError) and error.filename else directory
+        if not named.is_absolute() or not named.is_relative_to(directory.absolute()):
+            if code in (errno.EACCES, errno.EPERM):
+                raise  # a file that we read, not one that we write
+            named = directory
+        raise GsrqError(f"{doing}: {problem}: {named}", mend) from error
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file under a temporary name beside ``path``, then put it in place, synced.
+
+    A writer that fails leaves nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        write(temporary)
+        sync_file(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_directory(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """fsync a file's content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_directory(path: Path) -> None:
+    """fsync a directory, so that a rename in it survives a power cut. No-op where directories cannot be opened."""
+    if os.name != "nt":
+        sync_file(path)
+
+
+def sync_tree(root: Path) -> None:
+    """fsync every file and directory below and including ``root``."""
+    for directory, _, files in os.walk(root):
+        for name in files:
+            sync_file(Path(directory, name))
+        sync_directory(Path(directory))
