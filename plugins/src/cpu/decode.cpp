@@ -1,4 +1,7 @@
 // One new token against many coded ones: scores, then binned weights, then the exact tokens and the sum of it all.
+// Scratch, kept by the calling thread between calls and shared by all layers: 4 bytes a coded token and query head
+// (heads padded to 4 a KV head) of the rows decoded together, plus stages / bin_stages partial outputs; 4 MiB for 32
+// heads at 32k tokens. A pool thread keeps one task's: bins of 64 KiB and less, or a tile of attention, near 0.5 MiB.
 #include <cmath>
 
 #include "gsrq/cpu/attention.hpp"

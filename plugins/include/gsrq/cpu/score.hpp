@@ -46,9 +46,6 @@ static inline void sum_stages(const uint8_t* const (&codes)[4], const int16_t* w
     return _mm512_load_si512(words + stage * kStageWords + slice * slice_words + static_cast<size_t>(code) * 2 * kLanes);
   };
   const auto token = [&](const uint8_t* code, __m512i m, Sums& a, Sums& b) {
-    _mm_prefetch(reinterpret_cast<const char*>(words + static_cast<size_t>(code[ahead]) * 2 * kLanes), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(words + kStageWords + static_cast<size_t>(code[ahead + 1]) * 2 * kLanes),
-                 _MM_HINT_T0);
     add_words(a, word(code[0], 0, 0), word(code[1], 1, 0), m);
     if constexpr (SLICES == 2) add_words(b, word(code[0], 0, 1), word(code[1], 1, 1), m);
   };
@@ -56,7 +53,6 @@ static inline void sum_stages(const uint8_t* const (&codes)[4], const int16_t* w
     add_words(a, word(code[0], 0, 0), _mm512_setzero_si512(), m);
     if constexpr (SLICES == 2) add_words(b, word(code[0], 0, 1), _mm512_setzero_si512(), m);
   };
-  const int64_t ahead = (c1 - c0) * 4;
   int64_t r = 0;
   for (; r + 2 <= stages; r += 2, words += 2 * kStageWords) {
     const __m512i m = _mm512_set1_epi32(multipliers[r / 2]);

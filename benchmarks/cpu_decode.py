@@ -1,0 +1,303 @@
+"""How fast does the CPU op decode one token, against onnxruntime's own GroupQueryAttention in float32?
+
+Per attention layer, one new token, batch 1, the cache in place through IO binding on both sides. Each output is first
+checked against a plain reference. Then both are timed in turn, in short blocks; medians are compared.
+Usage: python benchmarks/cpu_decode.py [--repeats 30] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import helper
+
+from gsrq_export import native
+from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention, rotate
+from gsrq_export.cache.rule import CacheRule
+from gsrq_export.codec.codebook import Codebook
+
+RESULTS = Path(__file__).resolve().parent / "results" / "cpu_decode.json"
+RULE = CacheRule(4, 64, 64)
+CONTEXTS = (4096, 32768)
+BLOCK = 4  # runs of one side before the other has its turn; one more is run and dropped
+TOLERANCE = 2e-4
+CACHE = ("key_codes", "value_codes", "key_exact", "value_exact")
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    stages: int
+
+
+SHAPES = (
+    Shape("llama-3-8b D128 R16", 32, 8, 128, 128, 16),
+    Shape("recall-28m D256 R32", 8, 2, 128, 256, 32),
+    Shape("recall-28m D128 R16", 8, 2, 128, 128, 16),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape at one context; times are medians in ms, ratios are GroupQueryAttention over ours."""
+
+    shape: str
+    tokens: int
+    gsrq_ms: float
+    gsrq_quartiles_ms: tuple[float, float]
+    gqa_ms: float
+    gqa_quartiles_ms: tuple[float, float]
+    speed_ratio: float
+    block_encode_ms: float
+    block_encode_share: float
+    gsrq_cache_bytes: int
+    fp32_cache_bytes: int
+    cache_ratio: float
+    codebook_bytes: int
+    prepared_key_bytes: int
+    max_error: float
+    gqa_max_error: float
+
+
+def codebook(shape: Shape, seed: int) -> Codebook:
+    """Random codewords that shrink over the stages; speed does not depend on their values."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = shape.kv_heads * shape.head_dim // shape.width
+    words = torch.randn(groups, shape.stages, 256, shape.width, generator=generator) * 0.5
+    words *= 0.9 ** torch.arange(shape.stages)[None, :, None, None]
+    return Codebook(words.half(), torch.eye(shape.width).repeat(groups, 1, 1))
+
+
+def to_ort(tensor: torch.Tensor) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
+
+
+def new_session(model: onnx.ModelProto, threads: int, library: Path | None = None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def make_model(
+    node: onnx.NodeProto, tensors: dict[str, torch.Tensor], constants: dict[str, torch.Tensor]
+) -> onnx.ModelProto:
+    def constant(name: str, tensor: torch.Tensor) -> onnx.TensorProto:
+        kind = helper.np_dtype_to_tensor_dtype(tensor.numpy().dtype)
+        return helper.make_tensor(name, kind, list(tensor.shape), tensor.numpy().tobytes(), raw=True)
+
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(t.numpy().dtype), list(t.shape))
+        for name, t in tensors.items()
+    ]
+    outputs = [helper.make_empty_tensor_value_info(name) for name in node.output]
+    graph = helper.make_graph([node], "layer", inputs, outputs, [constant(n, t) for n, t in constants.items()])
+    for output in graph.output:
+        source = output.name.replace("present_", "past_" if node.op_type == "GroupQueryAttention" else "")
+        kind = tensors[source].numpy().dtype if source in tensors else np.dtype(np.float32)
+        output.CopyFrom(helper.make_tensor_value_info(output.name, helper.np_dtype_to_tensor_dtype(kind), None))
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.gsrq", 1), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+class Side:
+    """A bound session: run() is one decode step that updates the cache in place."""
+
+    def __init__(
+        self, session: ort.InferenceSession, tensors: dict[str, torch.Tensor], aliases: dict[str, str]
+    ) -> None:
+        self.session, self.binding = session, session.io_binding()
+        self.values = {name: to_ort(tensor) for name, tensor in tensors.items()}
+        for name, value in self.values.items():
+            self.binding.bind_ortvalue_input(name, value)
+        self.binding.bind_output("output")
+        for output, source in aliases.items():
+            self.binding.bind_ortvalue_output(output, self.values[source])
+
+    def run(self) -> None:
+        self.session.run_with_iobinding(self.binding)
+
+    def set(self, name: str, tensor: torch.Tensor) -> None:
+        self.values[name] = to_ort(tensor)
+        self.binding.bind_ortvalue_input(name, self.values[name])
+
+    def output(self) -> torch.Tensor:
+        return torch.from_numpy(self.binding.get_outputs()[0].numpy().copy())
+
+    def times(self, runs: int) -> list[float]:
+        self.run()
+        times = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            self.run()
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+
+
+def measure(shape: Shape, tokens: int, library: Path, threads: int, repeats: int) -> Row:
+    generator = torch.Generator().manual_seed(tokens)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    heads, kv, d = shape.heads, shape.kv_heads, shape.head_dim
+    keys, values = codebook(shape, 1), codebook(shape, 2)
+    angle = torch.arange(tokens + 64)[:, None] * 500000.0 ** -(torch.arange(d // 2) / (d // 2))
+    cos, sin = angle.cos(), angle.sin()
+    query, key, value = randn(1, heads, 1, d), randn(1, kv, 1, d), randn(1, kv, 1, d)
+    capacity = RULE.coded(tokens) + RULE.block
+
+    def codes(book: Codebook) -> torch.Tensor:
+        return torch.randint(-128, 128, (1, capacity, book.code_bytes), dtype=torch.int8, generator=generator)
+
+    exact = (1, kv, RULE.exact_slots, d)
+    cache = LayerCache(codes(keys), codes(values), randn(*exact).half(), randn(*exact).half())
+    past = torch.tensor([tokens - 1])
+    common = {"query": query, "key": key, "value": value, "cos": cos, "sin": sin}
+    tensors = common | {"past_lengths": past, "new_lengths": torch.tensor([1])}
+    tensors |= {name: getattr(cache, name) for name in CACHE}
+    books = {"key_codebooks": keys.codewords, "value_codebooks": values.codewords}
+    books |= {"key_transform": keys.transform, "value_transform": values.transform}
+    config = AttentionConfig(d**-0.5, RULE)
+    rule = {"scale": config.scale, "sinks": RULE.sinks, "window": RULE.window, "block": RULE.block}
+    outputs = ["output", *(f"present_{name}" for name in CACHE)]
+    node = helper.make_node("GsrqAttention", [*tensors, *books], outputs, domain="ai.gsrq", **rule)
+    session = new_session(make_model(node, tensors, books), threads, library)
+    ours = Side(session, tensors, {f"present_{name}": name for name in CACHE})
+    ours.run()
+    want, _ = gsrq_attention(query, key, value, cos, sin, past, torch.tensor([1]), cache, keys, values, config)
+    error = float((ours.output() - want).abs().max())
+
+    full_keys, full_values = randn(1, kv, tokens, d), randn(1, kv, tokens, d)
+    full = {"query": query.reshape(1, 1, -1), "key": key.reshape(1, 1, -1), "value": value.reshape(1, 1, -1)}
+    full |= {"past_key": full_keys, "past_value": full_values}
+    full |= {"seqlens_k": torch.tensor([tokens - 1], dtype=torch.int32)}
+    full |= {"total_sequence_length": torch.tensor([tokens], dtype=torch.int32), "cos": cos, "sin": sin}
+    attributes = {"num_heads": heads, "kv_num_heads": kv, "do_rotary": 1}
+    outputs = ["output", "present_key", "present_value"]
+    node = helper.make_node("GroupQueryAttention", [*full], outputs, domain="com.microsoft", **attributes)
+    aliases = {"present_key": "past_key", "present_value": "past_value"}
+    theirs = Side(new_session(make_model(node, full, {}), threads), full, aliases)
+    theirs.run()
+    turned = [rotate(x, cos[tokens - 1][None, None], sin[tokens - 1][None, None], False) for x in (query, key)]
+    full_keys, full_values = full_keys.clone(), full_values.clone()
+    full_keys[:, :, -1:], full_values[:, :, -1:] = turned[1], value
+    grouped = turned[0].reshape(1, kv, heads // kv, d)
+    weight = (grouped @ full_keys.transpose(2, 3) * d**-0.5).softmax(-1)
+    gqa_error = float((theirs.output().flatten() - (weight @ full_values).flatten()).abs().max())
+    for name, off in (("ai.gsrq", error), ("GroupQueryAttention", gqa_error)):
+        if not off < TOLERANCE:
+            raise SystemExit(f"{shape.name}, {tokens} tokens: {name} is {off} off its reference")
+
+    mine, other = [], []
+    for _ in range(repeats):
+        mine += ours.times(BLOCK)
+        time.sleep(0.01)  # let the other session's threads stop spinning
+        other += theirs.times(BLOCK)
+        time.sleep(0.01)
+
+    # A step that codes a block of 64 tokens, less one that does not; both at the end of the context.
+    encode = []
+    at = RULE.coded(tokens) + RULE.sinks + RULE.window + RULE.block
+    for _ in range(5):
+        ours.set("past_lengths", torch.tensor([at - 1]))
+        with_block = float(np.median(ours.times(3)))
+        ours.set("past_lengths", torch.tensor([at - 2]))
+        encode.append(with_block - float(np.median(ours.times(3))))
+    block_ms = max(0.0, float(np.median(encode)))
+
+    gsrq_ms, gqa_ms = float(np.median(mine)), float(np.median(other))
+    exact_bytes = 2 * kv * RULE.exact_slots * d * 2
+    used = RULE.coded(tokens) * (keys.code_bytes + values.code_bytes) + exact_bytes
+    fp32 = 2 * kv * tokens * d * 4
+
+    def quartiles(times: list[float]) -> tuple[float, float]:
+        return float(np.quantile(times, 0.25)), float(np.quantile(times, 0.75))
+
+    return Row(
+        shape.name,
+        tokens,
+        gsrq_ms,
+        quartiles(mine),
+        gqa_ms,
+        quartiles(other),
+        gqa_ms / gsrq_ms,
+        block_ms,
+        block_ms / (RULE.block * gsrq_ms),
+        used,
+        fp32,
+        fp32 / used,
+        keys.stored_bytes + values.stored_bytes,
+        keys.codewords.numel() * 2,
+        error,
+        gqa_error,
+    )
+
+
+def environment(library: Path, threads: int) -> dict[str, object]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    described = native.describe(library)
+    return {
+        "cpu": next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+        ),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "instruction_sets_built": described.instruction_sets,
+        "instruction_set_forced": os.environ.get("GSRQ_CPU_ISA", "none: the best the processor has"),
+        "library_sha256": described.sha256,
+        "onnxruntime": ort.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load_average_1min_at_start": os.getloadavg()[0],
+        "rule": asdict(RULE),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=30, help=f"blocks of {BLOCK} runs a side")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    library = native.ensure()
+    report: dict[str, object] = {"environment": environment(library, arguments.threads)}
+    rows = []
+    print(
+        f"{'shape':22} {'tokens':>6} {'ours ms':>8} {'GQA ms':>8} {'speed':>6} {'cache':>6} {'encode':>7} {'error':>8}"
+    )
+    for shape in SHAPES:
+        for tokens in CONTEXTS:
+            row = measure(shape, tokens, library, arguments.threads, arguments.repeats)
+            rows.append(row)
+            print(
+                f"{row.shape:22} {row.tokens:6} {row.gsrq_ms:8.3f} {row.gqa_ms:8.3f} {row.speed_ratio:5.2f}x "
+                f"{row.cache_ratio:5.1f}x {row.block_encode_share:6.1%} {row.max_error:8.1e}   "
+                f"quartiles {row.gsrq_quartiles_ms[0]:.2f}-{row.gsrq_quartiles_ms[1]:.2f} / "
+                f"{row.gqa_quartiles_ms[0]:.2f}-{row.gqa_quartiles_ms[1]:.2f} ms, "
+                f"codebooks {row.codebook_bytes / 2**20:.1f} MiB + {row.prepared_key_bytes / 2**20:.1f} prepared"
+            )
+    report["load_average_1min_at_end"] = os.getloadavg()[0]
+    report["rows"] = [asdict(row) for row in rows]
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

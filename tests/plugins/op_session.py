@@ -1,0 +1,138 @@
+"""A one-node ONNX model of ai.gsrq::GsrqAttention run by onnxruntime with the native library."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import TensorProto, helper
+
+from gsrq_export.cache.reference import AttentionConfig, LayerCache
+from gsrq_export.codec.codebook import Codebook
+
+ONNX_TYPE = {
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float32: TensorProto.FLOAT,
+    torch.int64: TensorProto.INT64,
+    torch.int8: TensorProto.INT8,
+}
+FEEDS = ["query", "key", "value", "cos", "sin", "past_lengths", "new_lengths"]
+CACHE = ["key_codes", "value_codes", "key_exact", "value_exact"]
+BOOKS = ["key_codebooks", "value_codebooks", "key_transform", "value_transform"]
+
+
+def attributes(config: AttentionConfig) -> dict[str, int | float]:
+    return {
+        "scale": float(config.scale),
+        "sinks": config.rule.sinks,
+        "window": config.rule.window,
+        "block": config.rule.block,
+        "beam": config.beam,
+        "rope_interleaved": int(config.rope_interleaved),
+        "exact_prefill": int(config.exact_prefill),
+        "softcap": float(config.softcap),
+        "sliding_window": config.sliding_window,
+    }
+
+
+def raw(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as a numpy array; bfloat16, which numpy lacks, as int16."""
+    tensor = tensor.contiguous()
+    return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def build_model(
+    exact: torch.dtype,
+    attrs: dict[str, int | float],
+    codebooks: dict[str, torch.Tensor] | None,
+) -> bytes:
+    """codebooks: initializers; None makes them inputs. All input dimensions are free."""
+    types = dict.fromkeys(FEEDS, TensorProto.FLOAT) | {"past_lengths": TensorProto.INT64, "new_lengths": 7}
+    types |= {"key_codes": TensorProto.INT8, "value_codes": TensorProto.INT8}
+    types |= {"key_exact": ONNX_TYPE[exact], "value_exact": ONNX_TYPE[exact]}
+    names = [*FEEDS, *CACHE]
+    if codebooks is None:
+        names += BOOKS
+        types |= dict.fromkeys(BOOKS[:2], TensorProto.FLOAT16) | dict.fromkeys(BOOKS[2:], TensorProto.FLOAT)
+    outputs = ["output", *(f"present_{name}" for name in CACHE)]
+    node = helper.make_node("GsrqAttention", [*FEEDS, *CACHE, *BOOKS], outputs, domain="ai.gsrq", **attrs)
+    graph = helper.make_graph(
+        [node],
+        "gsrq",
+        [helper.make_tensor_value_info(name, types[name], None) for name in names],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, None)]
+        + [helper.make_tensor_value_info(f"present_{name}", types[name], None) for name in CACHE],
+        [
+            helper.make_tensor(name, ONNX_TYPE[t.dtype], list(t.shape), raw(t).tobytes(), raw=True)
+            for name, t in (codebooks or {}).items()
+        ],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.gsrq", 1)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def book_tensors(keys: Codebook, values: Codebook) -> dict[str, torch.Tensor]:
+    return dict(zip(BOOKS, (keys.codewords, values.codewords, keys.transform, values.transform), strict=True))
+
+
+def to_ort(tensor: torch.Tensor) -> ort.OrtValue:
+    if tensor.dtype == torch.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw(tensor), TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(raw(tensor))
+
+
+def from_ort(value: ort.OrtValue, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of an OrtValue's memory."""
+    size = int(np.prod(value.shape())) * torch.tensor([], dtype=dtype).element_size()
+    memory = ctypes.string_at(value.data_ptr(), size)
+    return (
+        torch.frombuffer(bytearray(memory), dtype=dtype).reshape(value.shape())
+        if size
+        else torch.empty(value.shape(), dtype=dtype)
+    )
+
+
+class OpSession:
+    """A session; codebooks are initializers unless constant=False."""
+
+    def __init__(
+        self,
+        library: Path,
+        keys: Codebook,
+        values: Codebook,
+        config: AttentionConfig,
+        exact: torch.dtype = torch.float16,
+        threads: int = 2,
+        constant: bool = True,
+        **overrides: int | float,
+    ) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        options.register_custom_ops_library(str(library))
+        books = book_tensors(keys, values)
+        model = build_model(exact, attributes(config) | overrides, books if constant else None)
+        self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.books = {} if constant else {name: to_ort(t) for name, t in books.items()}
+        self.exact = exact
+
+    def run(self, tensors: dict[str, torch.Tensor], cache: LayerCache) -> tuple[torch.Tensor, LayerCache]:
+        """tensors: by FEEDS' names. Inputs keep their content."""
+        binding = self.session.io_binding()
+        values = {name: to_ort(tensors[name]) for name in FEEDS}
+        values |= {name: to_ort(getattr(cache, name)) for name in CACHE} | self.books
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for output in self.session.get_outputs():
+            binding.bind_output(output.name)
+        self.session.run_with_iobinding(binding)
+        output, *present = binding.get_outputs()
+        types = [torch.int8, torch.int8, self.exact, self.exact]
+        return from_ort(output, torch.float32), LayerCache(
+            *(from_ort(value, dtype) for value, dtype in zip(present, types, strict=True))
+        )

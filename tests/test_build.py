@@ -1,0 +1,285 @@
+"""The main job end to end, through the command line, on a tiny random model with a tokenizer of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from conftest import ROOT, tiny_model
+from traffic.byte_tokenizer import byte_tokenizer
+
+from gsrq_export.commands.app import cli
+from gsrq_export.errors import GsrqError
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"path": "model"},
+    "traffic": {"sources": [{"kind": "self"}], "sequences": 6, "sequence_length": 64},
+    "codec": {"keys": {"width": 64, "stages": 2}, "values": {"width": 32, "stages": 1}, "iterations": 2},
+    "cache": {"sinks": 2, "window": 8, "block": 4},
+    "export": {"max_length": 96},
+    "evaluate": {"perplexity": {"sequences": 2, "length": 64}},
+}
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "model"
+    model = tiny_model("Llama", vocab_size=257, num_hidden_layers=2, head_dim=32, bos_token_id=0, eos_token_id=0)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.05)
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def write(directory: Path, model: Path, changes: dict[str, Any] | None = None) -> Path:
+    recipe = {**RECIPE, "model": {"path": str(model)}, **(changes or {})}
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def run(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(cli, [str(a) for a in arguments], input=stdin)
+
+
+def build(recipe: Path, out: Path, *more: object, stdin: str | None = None) -> Result:
+    return run("build", "--recipe", recipe, "--out", out, *more, stdin=stdin)
+
+
+@pytest.fixture(scope="session")
+def built(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("built")
+    result = build(write(directory, model_dir), directory / "artifact")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return directory / "artifact"
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
+
+
+def test_the_artifact_is_complete_and_sound(built: Path) -> None:
+    assert run("verify", "--artifact", built).exit_code == 0
+    for name in ("model.onnx", "codebooks.safetensors", "recipe.resolved.yaml", "metrics.json", "report.html"):
+        assert (built / name).is_file()
+    assert (built / "triton/tiny/config.pbtxt").is_file()
+    shown = run("inspect", "--artifact", built).output
+    assert "bits       0.25 nominal" in shown
+    data = json.loads(run("inspect", "--artifact", built, "--json").output)
+    assert data["metrics"]["coded"]["perplexity"]["perplexity"] > 1
+    assert data["manifest"]["layers"][0]["keys"] == {"width": 64, "stages": 2}
+
+
+def test_text_is_the_same_from_both_backends(built: Path) -> None:
+    pieces = {}
+    for backend in ("cpu-op", "onnx-function"):
+        result = run(
+            *("generate", "--artifact", built, "--prompt", "Once upon a time there was", "--max-new-tokens", 40),
+            *("--backend", backend),
+        )
+        assert result.exit_code == 0, result.exception
+        assert backend in result.stderr
+        pieces[backend] = result.stdout
+    assert pieces["cpu-op"] == pieces["onnx-function"]
+    sampled = [
+        run("generate", "--artifact", built, "--prompt", "Once", "--temperature", 1.0, "--seed", seed).stdout
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_eval_compares_with_the_exact_model(built: Path, model_dir: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 20)
+    out = tmp_path / "figures.json"
+    result = run(
+        *("eval", "--artifact", built, "--text", text, "--model", model_dir, "--window-tokens", 80, "--windows", 3),
+        *("--json", out),
+    )
+    assert result.exit_code == 0, result.exception
+    data = json.loads(out.read_text())
+    assert data["exact"]["perplexity"]["windows"] == data["coded"]["perplexity"]["windows"] == 3
+    assert data["comparison"]["perplexity_ratio"] == pytest.approx(
+        data["coded"]["perplexity"]["perplexity"] / data["exact"]["perplexity"]["perplexity"]
+    )
+    assert data["comparison"]["perplexity_ratio"] != 1.0
+
+
+def test_stages_are_not_run_again(built: Path, model_dir: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(built.with_name("artifact.work"), work)
+    recipe = write(tmp_path, model_dir)
+    again = build(recipe, tmp_path / "again", "--work", work)
+    assert again.stderr.count("done before, kept") == 5
+    same, other = content(built), content(tmp_path / "again")
+    assert same.keys() == other.keys()
+    assert [name for name in same if same[name] != other[name]] == []
+
+    changed = write(tmp_path, model_dir, {"cache": {"sinks": 3, "window": 8, "block": 4}})
+    plan = build(changed, tmp_path / "again", "--work", work, "--dry-run").output
+    status = dict(line.split()[:2] for line in plan.splitlines() if str(work) in line)
+    assert status == {"traffic": "done", "capture": "done", "codebooks": "done", "onnx": "to", "evaluate": "to"}
+    assert content(tmp_path / "again") == other, "a dry run writes nothing"
+
+
+def test_a_dry_run_states_sizes_and_writes_nothing(model_dir: Path, tmp_path: Path) -> None:
+    result = build(write(tmp_path, model_dir), tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0
+    assert "0.25 nominal bits" in result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_killed_and_started_again(built: Path, model_dir: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments: never a half artifact, and in the end the same one."""
+    recipe, out = write(tmp_path, model_dir), tmp_path / "artifact"
+    command = [sys.executable, str(ROOT / "cli.py"), "build", "--recipe", str(recipe), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    rng = random.Random(0)
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+
+    kills = 0
+    for stage in ("traffic", "capture", "codebooks", "onnx", "evaluate"):
+        process = start()
+        while process.poll() is None and not list(tmp_path.glob(f"artifact.work/{stage}-*")):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        assert not out.exists() or run("verify", "--artifact", out).exit_code == 0
+    assert kills >= 3
+    assert start().wait(timeout=120) == 0
+    same, other = content(built), content(out)
+    for name in ("model.onnx", "model.onnx.data", "codebooks.safetensors", "recipe.resolved.yaml", "metrics.json"):
+        assert same[name] == other[name], name
+
+
+def test_traffic_from_stdin_and_jsonl(model_dir: Path, tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"Line {i} of some traffic that people send. " * 3}) + "\n" for i in range(40))
+    for kind in ({"kind": "stdin", "format": "jsonl"}, {"kind": "jsonl", "path": str(tmp_path / "t.jsonl")}):
+        (tmp_path / "t.jsonl").write_text(lines)
+        traffic = {**RECIPE["traffic"], "sources": [kind]}
+        recipe = write(tmp_path, model_dir, {"traffic": traffic, "evaluate": None})
+        out = tmp_path / kind["kind"]
+        result = build(recipe, out, stdin=lines if kind["kind"] == "stdin" else None)
+        assert result.exit_code == 0, result.exception
+        assert run("verify", "--artifact", out).exit_code == 0
+    books = [(tmp_path / k / "codebooks.safetensors").read_bytes() for k in ("stdin", "jsonl")]
+    assert books[0] == books[1]
+    traffic = {**RECIPE["traffic"], "sources": [{"kind": "stdin"}]}
+    plan = build(write(tmp_path, model_dir, {"traffic": traffic}), tmp_path / "dry", "--dry-run")
+    assert "depend on what standard input will hold" in plan.output
+
+
+def test_exact_prefill_and_metric(model_dir: Path, tmp_path: Path) -> None:
+    changes = {
+        "cache": {**RECIPE["cache"], "prefill": "exact", "exact_dtype": "float32"},
+        "codec": {**RECIPE["codec"], "metric": "attention", "method": "kmeans", "weights": "none", "beam": 2},
+    }
+    result = build(write(tmp_path, model_dir, changes), tmp_path / "out")
+    assert result.exit_code == 0, result.exception
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["coded"]["perplexity"]["prompt_tokens"] == 32
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"codek": {}}, r"codek.*codec"),
+    ({"codec": {"keys": {"width": 48, "stages": 2}}}, r"codec\.keys\.width.*48"),
+    ({"codec": {"keys": {"width": 64, "stages": 0}}}, r"codec\.keys\.stages.*0"),
+    ({"codec": {"method": "magic"}}, r"codec\.method.*magic"),
+    ({"export": {"max_length": 4096}}, r"export\.max_length.*4096.*512"),
+    ({"model": {"path": "/nowhere/model"}}, r"/nowhere/model"),
+    (
+        {"traffic": {**RECIPE["traffic"], "sources": [{"kind": "text", "path": "/nowhere/text.txt"}]}},
+        r"/nowhere/text\.txt",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(BAD)])
+def test_bad_recipes_are_refused_before_any_work(
+    changes: dict[str, Any], message: str, model_dir: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "model": {"path": str(model_dir)}, **changes}))
+    with pytest.raises(GsrqError, match=rf"(?s){message}"):
+        run_raising("build", "--recipe", str(recipe), "--out", str(tmp_path / "out"))
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def run_raising(*arguments: str) -> None:
+    cli.main(list(arguments), standalone_mode=False)
+
+
+def test_damaged_models_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    def attempt(damage: str) -> None:
+        copy = tmp_path / damage
+        shutil.copytree(model_dir, copy)
+        weights = copy / "model.safetensors"
+        if damage == "truncated":
+            weights.write_bytes(weights.read_bytes()[:-1000])
+        elif damage == "missing":
+            weights.unlink()
+        elif damage == "tokenizer":
+            config = json.loads((copy / "tokenizer.json").read_text())
+            config["model"]["vocab"]["zzz"] = 5000
+            (copy / "tokenizer.json").write_text(json.dumps(config))
+        recipe = write(tmp_path, copy)
+        run_raising("build", "--recipe", str(recipe), "--out", str(tmp_path / "out"))
+
+    with pytest.raises(GsrqError, match="damaged or truncated"):
+        attempt("truncated")
+    with pytest.raises(GsrqError, match=r"model\.safetensors are missing"):
+        attempt("missing")
+    with pytest.raises(GsrqError, match="makes ids up to 5000, the model has 257 embeddings"):
+        attempt("tokenizer")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_is_no_artifact_is_left_alone(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/letters.txt").write_text("dear")
+    with pytest.raises(GsrqError, match="holds files and is not an artifact"):
+        run_raising("build", "--recipe", str(write(tmp_path, model_dir)), "--out", str(tmp_path / "out"))
+    assert (tmp_path / "out/letters.txt").read_text() == "dear"
+
+
+def test_the_programs_exit_status(tmp_path: Path) -> None:
+    started = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), "verify", "--artifact", str(tmp_path)], capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("error:")
+    assert "mend:" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert time.monotonic() - started < 60
+
+
+def test_recipes_that_come_along_are_sound() -> None:
+    result = run("recipes", "list")
+    assert result.exit_code == 0
+    assert "recipes/demo.yaml" in result.output
+    sound = run("recipes", "validate", ROOT / "recipes/demo.yaml")
+    assert sound.exit_code == 0
+    assert "1 nominal bits" in sound.output
+    assert run("recipes", "validate", "--no-model", ROOT / "recipes/recall-28m.yaml").exit_code == 0
