@@ -29,6 +29,7 @@ from gsrq_export.codec.codebook import Codebook
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu_decode.json"
 RULE = CacheRule(4, 64, 64)
 CONTEXTS = (4096, 32768)
+PAUSE = 0.01  # seconds between the sides
 BLOCK = 4  # runs of one side before the other has its turn; one more is run and dropped
 TOLERANCE = 2e-4
 CACHE = ("key_codes", "value_codes", "key_exact", "value_exact")
@@ -89,6 +90,8 @@ def to_ort(tensor: torch.Tensor) -> ort.OrtValue:
 def new_session(model: onnx.ModelProto, threads: int, library: Path | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    # Idle threads of one side would spin on the other's cores; both sides stop theirs after each run.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if library is not None:
         options.register_custom_ops_library(str(library))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -207,9 +210,9 @@ def measure(shape: Shape, tokens: int, library: Path, threads: int, repeats: int
     mine, other = [], []
     for _ in range(repeats):
         mine += ours.times(BLOCK)
-        time.sleep(0.01)  # let the other session's threads stop spinning
+        time.sleep(PAUSE)
         other += theirs.times(BLOCK)
-        time.sleep(0.01)
+        time.sleep(PAUSE)
 
     # A step that codes a block of 64 tokens, less one that does not; both at the end of the context.
     encode = []

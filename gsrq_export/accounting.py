@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.recipe import CodecSide, Recipe
 
+CONTEXTS = (512, 1024, 2048, 8192, 32768, 131072)  # tokens
 EXACT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -68,6 +69,11 @@ class Footprint:
     def compression(self) -> float:
         """How many times smaller than a 16-bit cache; below 1 where coding does not pay."""
         return self.fp16 / self.total
+
+
+def contexts(max_length: int) -> list[int]:
+    """Context lengths at which sizes are stated: round ones that the model can reach, and its longest."""
+    return sorted({n for n in CONTEXTS if n < max_length} | {max_length})
 
 
 def footprint(recipe: Recipe, layers: Sequence[LayerShape], context_length: int, batch: int = 1) -> Footprint:

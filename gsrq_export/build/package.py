@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 
 from gsrq_export import native
-from gsrq_export.accounting import LayerShape, footprint
+from gsrq_export.accounting import LayerShape, contexts, footprint
 from gsrq_export.artifact.manifest import (
     CacheEntry,
     LayerEntry,
@@ -35,8 +35,6 @@ from gsrq_export.runtime.metadata import CacheMetadata
 from gsrq_export.runtime.metadata import LayerShape as CachedLayer
 from gsrq_export.stages.keys import file_hash
 from gsrq_export.stages.storage import disk_errors
-
-CONTEXTS = (2048, 8192, 131072)  # tokens at which every report states effective bits
 
 
 def check_target(out: Path) -> None:
@@ -111,7 +109,7 @@ def _layer_entry(recipe: Recipe, layer: CachedLayer) -> LayerEntry:
 def _metrics(recipe: Recipe, cache: CacheMetadata, done: Mapping[str, Path]) -> BuildMetrics:
     shapes = [LayerShape(layer.num_kv_heads, layer.head_dim) for layer in cache.layers]
     sizes = []
-    for context in sorted({*CONTEXTS, recipe.export.max_length}):
+    for context in contexts(recipe.export.max_length):
         size = footprint(recipe, shapes, context)
         sizes.append(
             CacheSize(context, size.codes, size.exact, size.codebooks, size.fp16, round(size.effective_bits, 4))

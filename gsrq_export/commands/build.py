@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gsrq_export.accounting import footprint
+from gsrq_export.accounting import contexts, footprint
 from gsrq_export.build.package import check_target, publish_artifact
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import stages
@@ -69,7 +69,7 @@ def describe(source: Source) -> str:
         f"values D={codec.values.width} R={codec.values.stages}: {recipe.nominal_bits:g} nominal bits",
         "context    effective bits   cache bytes   16-bit cache   times smaller",
     ]
-    for context in sorted({2048, 8192, 131072, recipe.export.max_length}):
+    for context in contexts(recipe.export.max_length):
         size = footprint(recipe, shapes, context)
         lines.append(
             f"{context:>7}    {size.effective_bits:>14.2f}   {size.per_sequence:>11,}   {size.fp16:>12,}   "

@@ -15,11 +15,14 @@ from gsrq_export.evaluate.stats import bootstrap_mean
 
 
 class PerplexityMetrics(TypedDict):
-    """``interval`` is the 95 % bootstrap interval over windows; ``nll`` in nats a token."""
+    """``interval`` is the 95 % bootstrap interval over windows; ``nll`` in nats a token; ``window_nll`` has
+    each window's mean, in the text's order, for paired comparisons.
+    """
 
     perplexity: float
     interval: list[float]
     nll: float
+    window_nll: list[float]
     windows: int
     window_tokens: int
     prompt_tokens: int
@@ -86,6 +89,7 @@ def perplexity(
         perplexity=math.exp(values.mean()),
         interval=[math.exp(low), math.exp(high)],
         nll=float(values.mean()),
+        window_nll=means,
         windows=len(picked),
         window_tokens=window_tokens,
         prompt_tokens=prompt_tokens,

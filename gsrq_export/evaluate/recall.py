@@ -26,9 +26,12 @@ class Rate(TypedDict):
 
 
 class LengthRecall(Rate):
-    """``tokens`` counts prompt and answer; the depths are thirds of the haystack, the start first."""
+    """``tokens`` counts prompt and answer; the depths are thirds of the haystack, the start first; ``hits`` has
+    each case's result, in the order of ``make_cases``, for paired comparisons.
+    """
 
     tokens: int
+    hits: list[bool]
     by_depth: dict[str, Rate]
 
 
@@ -92,7 +95,7 @@ def recall(
             name: _rate([hit for hit, third in zip(hits, thirds, strict=True) if third == i])
             for i, name in enumerate(DEPTHS)
         }
-        table.append(LengthRecall(tokens=length, by_depth=by_depth, **_rate(hits)))
+        table.append(LengthRecall(tokens=length, hits=hits, by_depth=by_depth, **_rate(hits)))
     return RecallMetrics(facts=FACTS, lengths=table)
 
 

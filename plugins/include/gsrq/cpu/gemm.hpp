@@ -1,20 +1,23 @@
 // C[M, N] += A[M, K] B[K, N] in float32 for the small products of attention. B and C are row-major with N a multiple
-// of 16; A has any strides. Register-blocked; every element is summed in order of k, so blocking changes no bits.
+// of 16; A has any strides, B may be float16. Register-blocked; every element is summed in order of k, so blocking changes no bits.
 #if defined(__AVX512BW__)
 constexpr int kBlockVectors = 4;
 #else
 constexpr int kBlockVectors = 2;
 #endif
 
-template <int MR, int NV>
-static inline void gemm_block(int64_t k_count, const float* a, int64_t a_row, int64_t a_col, const float* b,
+static inline vf load_row(const float* p) { return load<vf>(p); }
+static inline vf load_row(const uint16_t* p) { return load_half(p); }
+
+template <int MR, int NV, class B>
+static inline void gemm_block(int64_t k_count, const float* a, int64_t a_row, int64_t a_col, const B* b,
                               int64_t ldb, float* c, int64_t ldc) {
   vf acc[MR][NV];
   for (int m = 0; m < MR; ++m)
     for (int v = 0; v < NV; ++v) acc[m][v] = load<vf>(c + m * ldc + v * kWidth);
   for (int64_t k = 0; k < k_count; ++k) {
     vf row[NV];
-    for (int v = 0; v < NV; ++v) row[v] = load<vf>(b + k * ldb + v * kWidth);
+    for (int v = 0; v < NV; ++v) row[v] = load_row(b + k * ldb + v * kWidth);
     for (int m = 0; m < MR; ++m) {
       const vf x = splat(a[m * a_row + k * a_col]);
       for (int v = 0; v < NV; ++v) acc[m][v] += x * row[v];
@@ -24,16 +27,17 @@ static inline void gemm_block(int64_t k_count, const float* a, int64_t a_row, in
     for (int v = 0; v < NV; ++v) store(c + m * ldc + v * kWidth, acc[m][v]);
 }
 
-template <int NV>
+template <int NV, class B>
 static inline void gemm_columns(int64_t m_count, int64_t k_count, const float* a, int64_t a_row, int64_t a_col,
-                                const float* b, int64_t ldb, float* c, int64_t ldc) {
+                                const B* b, int64_t ldb, float* c, int64_t ldc) {
   int64_t m = 0;
   for (; m + 4 <= m_count; m += 4) gemm_block<4, NV>(k_count, a + m * a_row, a_row, a_col, b, ldb, c + m * ldc, ldc);
   for (; m < m_count; ++m) gemm_block<1, NV>(k_count, a + m * a_row, a_row, a_col, b, ldb, c + m * ldc, ldc);
 }
 
+template <class B>
 static void gemm(int64_t m_count, int64_t n_count, int64_t k_count, const float* a, int64_t a_row, int64_t a_col,
-                 const float* b, int64_t ldb, float* c, int64_t ldc) {
+                 const B* b, int64_t ldb, float* c, int64_t ldc) {
   int64_t n = 0;
   for (; n + kBlockVectors * kWidth <= n_count; n += kBlockVectors * kWidth)
     gemm_columns<kBlockVectors>(m_count, k_count, a, a_row, a_col, b + n, ldb, c + n, ldc);

@@ -63,8 +63,17 @@ static void values(const ValueTask& task) {
   for (int64_t i = 0; i < 32 * padded; ++i) rows[i] = 0;
   const uint16_t* words =
       task.words.data + (task.group * task.words.stages + task.first_stage) * kCodewords * task.words.width;
+  // Up to 2 blocks of query heads take codewords straight from float16: widening twice is cheaper than a copy in
+  // memory. More blocks, and widths with a tail, share a widened copy. The sums are in the same order either way.
+  const bool direct = task.width % kLanes == 0 && task.queries / 4 + task.queries % 4 <= 2;
   for (int64_t head = 0; head < task.heads; ++head) {
     for (int64_t k = 0; k < task.stages * kCodewords; k += 32) {
+      if (direct) {
+        gemm(task.queries, padded, 32, bins + k * all + head * task.lanes, 1, all,
+             words + k * task.words.width + head * task.width, task.words.width,
+             task.out + head * task.queries * padded, padded);
+        continue;
+      }
       for (int64_t i = 0; i < 32; ++i)
         widen(words + (k + i) * task.words.width + head * task.width, rows + i * padded, task.width, Element::f16);
       gemm(task.queries, padded, 32, bins + k * all + head * task.lanes, 1, all, rows, padded,

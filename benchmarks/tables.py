@@ -1,0 +1,150 @@
+"""Writes the tables of docs/quality.md and docs/speed.md from the JSON in benchmarks/results/.
+
+python benchmarks/tables.py            # rewrite the tables between the markers
+python benchmarks/tables.py --check    # exit status 1 if a document differs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from environment import ROOT
+
+from gsrq_export.cache.rule import CacheRule
+
+RESULTS = ROOT / "benchmarks/results"
+RULE = CacheRule(4, 64, 64)
+CONTEXTS = (2048, 8192, 131072)
+
+
+def sequence_bits(nominal: float, context: int) -> float:
+    """Bits an element of one more sequence: codes and exact slots, without the codebooks that all share."""
+    return (RULE.coded(context) * nominal + RULE.exact_slots * 16) / context
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rate(row: dict[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{row['rate']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def quality(data: dict[str, Any]) -> str:
+    lengths = [row["tokens"] for row in data["exact"]["recall"]]
+    texts = [k for k in data["exact"] if k.startswith("perplexity")]
+    header = ["bits", "D", "R", "traffic", "method", "metric", "beam"]
+    header += [*texts, *(f"recall@{n}" for n in lengths), "distortion"]
+
+    def figures(found: dict[str, Any]) -> list[str]:
+        return [f"{found[t]['perplexity']:.2f}" for t in texts] + [rate(row) for row in found["recall"]]
+
+    rows = [["16", "", "", "", "exact", "", "", *figures(data["exact"]), ""]]
+    order = sorted(data["rows"], key=lambda r: (-r["nominal_bits"], -r["setting"]["width"], r["setting"]["traffic"]))
+    for row in order:
+        s = row["setting"]
+        words = [f"{row['nominal_bits']:g}", str(s["width"]), str(s["stages"]), s["traffic"], s["method"], s["metric"]]
+        rows.append(
+            [
+                *words,
+                str(s["beam"]),
+                *figures(row),
+                "" if row["held_out_distortion"] is None else f"{row['held_out_distortion']:.3f}",
+            ]
+        )
+    return table(header, rows)
+
+
+def bits(data: dict[str, Any]) -> str:
+    header = ["nominal", "D", "R"]
+    header += [f"effective, {n // 1024}k" for n in CONTEXTS] + [f"a sequence more, {n // 1024}k" for n in CONTEXTS]
+    seen: dict[tuple[float, int, int], list[str]] = {}
+    for row in data["rows"]:
+        s, nominal = row["setting"], row["nominal_bits"]
+        cells = [f"{row['effective_bits'][str(n)]:.2f}" for n in CONTEXTS]
+        cells += [f"{sequence_bits(nominal, n):.2f}" for n in CONTEXTS]
+        seen[nominal, s["width"], s["stages"]] = [f"{nominal:g}", str(s["width"]), str(s["stages"]), *cells]
+    return table(header, [seen[key] for key in sorted(seen, key=lambda k: (-k[0], -k[1]))])
+
+
+def depths(data: dict[str, Any]) -> str:
+    """Recall by depth of the exact model and of the one-bit settings over both heads."""
+    chosen = [("exact", data["exact"])]
+    for row in data["rows"]:
+        s = row["setting"]
+        if row["nominal_bits"] == 1 and s["width"] == 256 and s["method"] == "gskm" and s["beam"] == 1:
+            chosen.append((f"1 bit, {s['traffic']}, metric {s['metric']}", row))
+    names = list(chosen[0][1]["recall"][0]["by_depth"])
+    header = ["", *(f"{r['tokens']}, {name}" for r in chosen[0][1]["recall"] for name in names)]
+    rows = [
+        [label, *(f"{r['by_depth'][n]['correct']}/{r['by_depth'][n]['cases']}" for r in found["recall"] for n in names)]
+        for label, found in chosen
+    ]
+    return table(header, rows)
+
+
+def decode(data: dict[str, Any]) -> str:
+    header = ["layer", "cached tokens", "ours, ms", "GroupQueryAttention, ms", "faster", "cache smaller than fp32"]
+    rows = [
+        [
+            row["shape"],
+            str(row["tokens"]),
+            f"{row['gsrq_ms']:.2f}",
+            f"{row['gqa_ms']:.2f}",
+            f"**{row['speed_ratio']:.2f}x**",
+            f"{row['cache_ratio']:.1f}x",
+        ]
+        for row in data["rows"]
+    ]
+    return table(header, rows)
+
+
+def demo(data: dict[str, Any]) -> str:
+    rows = [["all", f"{data['wall_seconds']:.0f}"]]
+    rows += [[name, f"{seconds:.0f}"] for name, seconds in data["stages_seconds"].items()]
+    rows.append(["peak resident memory", f"{data['peak_resident_bytes'] / 1e9:.2f} GB"])
+    return table(["stage", "seconds"], rows)
+
+
+def documents() -> dict[Path, str]:
+    """Each document with its tables made anew."""
+    data = {f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json")}
+    makers = {
+        "quality": ("quality_recall-28m", quality),
+        "bits": ("quality_recall-28m", bits),
+        "depths": ("quality_recall-28m", depths),
+        "decode": ("cpu_decode", decode),
+        "demo": ("demo_build", demo),
+    }
+    out = {}
+    for name in ("quality", "speed"):
+        path = ROOT / f"docs/{name}.md"
+
+        def replace(match: re.Match[str]) -> str:
+            source, maker = makers[match[1]]
+            return f"<!-- table: {match[1]} -->\n{maker(data[source])}\n<!-- end -->"
+
+        out[path] = re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, path.read_text(), flags=re.DOTALL)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = [path for path, text in documents().items() if path.read_text() != text]
+    if check and stale:
+        sys.exit(f"not what the JSON says: {', '.join(p.name for p in stale)}; run python benchmarks/tables.py")
+    for path, text in documents().items():
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Other cache quantizers behind one interface, for comparison: docs/baselines.md."""

@@ -1,0 +1,1 @@
+"""Gates on an exported artifact: is it still as good as the one that was accepted?"""
