@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from families import ROOT, SHARED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from conftest import ROOT, tiny_model
+from families import ROOT, tiny_model
 from traffic.byte_tokenizer import byte_tokenizer
 
 from gsrq_export.commands.app import cli

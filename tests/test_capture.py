@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from families import tiny_model
 
 from gsrq_export.capture import Captured, CaptureSettings, attend, capture, output_projections
 from gsrq_export.model.intercept import AttentionCall, intercept

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-from conftest import ROOT
+from families import ROOT
 
 
 def test_tables_are_what_the_results_say() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from attention_cases import random_codebook
-from conftest import tiny_model
+from families import tiny_model
 
 from gsrq_export import CacheRule, LayerCodebooks
 from gsrq_export.export.model import export_onnx

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import random_codebook
-from conftest import tiny_model
+from families import tiny_model
 
 from gsrq_export import CacheRule, GsrqError, LayerCodebooks, coded
 from gsrq_export.baselines.attention import BaselineAttention, BaselineCache, baseline

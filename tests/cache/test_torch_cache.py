@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import random_codebook
-from conftest import tiny_model
+from families import tiny_model
 
 from gsrq_export import CacheRule, GsrqError, LayerCodebooks, coded
 from gsrq_export.model.introspect import inspect_model

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
 from demo import demo, demo_text
+from families import tiny_model
 
 from gsrq_export import GsrqError
 from gsrq_export.evaluate.perplexity import perplexity, pick_windows

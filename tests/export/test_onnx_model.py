@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from families import FAMILIES, tiny_model
 
 from gsrq_export.cache.reference import LayerCache, gsrq_attention
 from gsrq_export.cache.rule import CacheRule

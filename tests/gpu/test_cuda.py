@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import CASES, Case, random_codebook
-from conftest import tiny_model
+from families import tiny_model
 
 from gsrq_export import CacheRule, LayerCodebooks, coded
 from gsrq_export.cache.reference import LayerCache, gsrq_attention

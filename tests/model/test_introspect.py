@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import SMALL, tiny_model
+from families import SMALL, tiny_model
 
 from gsrq_export.errors import GsrqError, UnsupportedModelError
 from gsrq_export.model import introspect

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from conftest import tiny_model
 from demo import demo_directory
+from families import tiny_model
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gsrq_export.errors import GsrqError
