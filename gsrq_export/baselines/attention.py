@@ -18,9 +18,9 @@ from transformers import Cache
 from gsrq_export.baselines.base import CacheCodec, LayerCodecs
 from gsrq_export.cache.reference import QUERY_CHUNK, rotate
 from gsrq_export.cache.rule import CacheRule
-from gsrq_export.cache.torch_cache import GsrqLayer
+from gsrq_export.cache.torch_cache import GsrqLayer, attached
 from gsrq_export.errors import GsrqError
-from gsrq_export.model.intercept import AttentionCall, intercept
+from gsrq_export.model.intercept import AttentionCall
 from gsrq_export.model.introspect import LayerSpec, ModelSpec, inspect_model
 
 
@@ -214,21 +214,5 @@ def baseline(
     known = spec or inspect_model(model, limit)
     handler = BaselineAttention(known, codecs, rule or CacheRule(), exact_prefill, exact_dtype)
 
-    def use_cache(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        given, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
-        if isinstance(given, BaselineCache):
-            handler.cache = given
-        elif given is not None and given.get_seq_length():
-            raise GsrqError("past_key_values holds tokens that are not coded", "start with an empty cache")
-        elif given is not None or wanted or (wanted is None and getattr(model.config, "use_cache", False)):
-            handler.cache = kwargs["past_key_values"] = BaselineCache(known)
-        else:
-            handler.cache = None
-        return args, kwargs
-
-    hook = model.register_forward_pre_hook(use_cache, with_kwargs=True)
-    try:
-        with intercept(model, handler):
-            yield model
-    finally:
-        hook.remove()
+    with attached(model, handler, BaselineCache):
+        yield model

@@ -8,12 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from gsrq_export.accounting import LayerShape
-from gsrq_export.errors import GsrqError
 from gsrq_export.model.introspect import ModelSpec, inspect_model
-from gsrq_export.model.loading import TOKENIZER_FILES, load_model, model_directory, weight_files, weight_hash
+from gsrq_export.model.loading import (
+    TOKENIZER_FILES,
+    load_config,
+    load_model,
+    model_directory,
+    weight_files,
+    weight_hash,
+)
 from gsrq_export.recipe import Recipe, check_against
 from gsrq_export.stages.keys import file_hash
 
@@ -60,12 +64,7 @@ class Source:
 
     @cached_property
     def _config(self) -> Any:
-        try:
-            return AutoConfig.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:
-            raise GsrqError(
-                f"{self.directory}/config.json is not a known architecture: {error}", "see docs/models.md"
-            ) from error
+        return load_config(self.directory)
 
     @property
     def _positions(self) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import Cache
@@ -243,22 +243,44 @@ def coded(
         spec or inspect_model(model, limit), codebooks, rule or CacheRule(), beam, exact_prefill, exact_dtype
     )
 
-    def use_coded_cache(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        given = kwargs.get("past_key_values")
-        wanted = kwargs.get("use_cache")
-        if isinstance(given, GsrqCache):
+    with attached(model, handler, GsrqCache):
+        yield model
+
+
+class CachingHandler(Protocol):
+    """An attention handler that keeps keys and values in a cache of its own kind."""
+
+    spec: ModelSpec
+    cache: Any  # of the forward pass under way; None: nothing is kept
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor: ...
+
+
+@contextmanager
+def attached(model: torch.nn.Module, handler: CachingHandler, kind: Callable[[ModelSpec], Cache]) -> Iterator[None]:
+    """Intercept ``model`` with a handler, and give it a cache of its kind wherever the model would make one.
+
+    Args:
+        kind: the cache's class.
+    Raises (when the model runs):
+        GsrqError: past_key_values of another kind that holds tokens.
+    """
+
+    def use_cache(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        given, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if isinstance(given, kind):  # type: ignore[arg-type]
             handler.cache = given
         elif given is not None and given.get_seq_length():
             raise GsrqError("past_key_values holds tokens that are not coded", "start with an empty cache")
         elif given is not None or wanted or (wanted is None and getattr(model.config, "use_cache", False)):
-            handler.cache = kwargs["past_key_values"] = GsrqCache(handler.spec)
+            handler.cache = kwargs["past_key_values"] = kind(handler.spec)
         else:
             handler.cache = None
         return args, kwargs
 
-    hook = model.register_forward_pre_hook(use_coded_cache, with_kwargs=True)
+    hook = model.register_forward_pre_hook(use_cache, with_kwargs=True)
     try:
         with intercept(model, handler):
-            yield model
+            yield
     finally:
         hook.remove()

@@ -105,13 +105,32 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Any:
         raise GsrqError(
             f"no usable tokenizer in {directory}: {error}", "put the model's tokenizer files beside its config.json"
         ) from error
+    check_tokenizer(tokenizer, vocab_size)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Refuse a tokenizer that makes ids for which the model has no embedding."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest < 0 or highest >= vocab_size:
+    if not 0 <= highest < vocab_size:
         raise GsrqError(
             f"the tokenizer makes ids up to {highest}, the model has {vocab_size} embeddings",
             "use the tokenizer that belongs to the model",
         )
-    return tokenizer
+
+
+def load_config(directory: Path) -> Any:
+    """The model's configuration.
+
+    Raises:
+        GsrqError: an unknown architecture.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise GsrqError(
+            f"{directory}/config.json is not a known architecture: {error}", "see docs/models.md"
+        ) from error
 
 
 def load_model(directory: Path, device: torch.device | str = "cpu") -> tuple[Any, Any]:
@@ -121,12 +140,7 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> tuple[Any
         GsrqError: damaged or incomplete weights, an unknown architecture, a wrong tokenizer.
     """
     weight_files(directory)
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise GsrqError(
-            f"{directory}/config.json is not a known architecture: {error}", "see docs/models.md"
-        ) from error
+    config = load_config(directory)
     tokenizer = load_tokenizer(directory, config.get_text_config().vocab_size)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gsrq_export.errors import GsrqError
+from gsrq_export.model.loading import check_tokenizer
 from gsrq_export.recipe import SelfSource, Source, TrafficRecipe
 from gsrq_export.stages.keys import file_hash
 from gsrq_export.traffic.recall_passages import Ids, plant
@@ -53,7 +54,8 @@ def build_traffic(
     """
     if model is not None:
         vocab_size = int(model.get_input_embeddings().num_embeddings)
-    check_tokenizer(tokenizer, vocab_size)
+    if vocab_size is not None:
+        check_tokenizer(tokenizer, vocab_size)
     for source in recipe.sources:  # all paths before any long work
         if not isinstance(source, SelfSource):
             streams_of(source)
@@ -122,16 +124,6 @@ def allocate(recipe: TrafficRecipe) -> list[int]:
     for i in np.argsort(counts - exact, kind="stable")[: recipe.sequences - len(shares) - counts.sum()]:
         counts[i] += 1
     return [int(c) + 1 for c in counts]
-
-
-def check_tokenizer(tokenizer: Any, vocab_size: int | None) -> None:
-    """Refuse a tokenizer that makes ids for which the model has no embedding."""
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if vocab_size is not None and not 0 <= highest < vocab_size:
-        raise GsrqError(
-            f"the tokenizer makes ids up to {highest}, the model has {vocab_size} embeddings",
-            "use the tokenizer that belongs to the model",
-        )
 
 
 def _check_ids(ids: Ids, vocab_size: int | None) -> None:
