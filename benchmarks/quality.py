@@ -23,10 +23,9 @@ from environment import ROOT, environment
 
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.cache.torch_cache import coded
-from gsrq_export.capture import KINDS, Captured, CaptureSettings, capture, output_projections
+from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metric, capture, output_projections
 from gsrq_export.codec.cluster import Method
 from gsrq_export.codec.codebook import LayerCodebooks
-from gsrq_export.codec.metric import key_transform, value_transform
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.evaluate.perplexity import perplexity
 from gsrq_export.evaluate.recall import recall
@@ -88,19 +87,14 @@ def sequences(text: str, tokenizer: Any, count: int, length: int, share: float) 
 def train(model: Any, spec: ModelSpec, captured: Captured, setting: Setting) -> tuple[list[LayerCodebooks], float]:
     device = next(model.parameters()).device
     books, distortion = [], []
-    weights_out = output_projections(model, spec)
+    outputs = output_projections(model, spec)
     training = Training(setting.method, setting.iterations)
     for layer in spec.layers:
         pair = []
         for kind in KINDS:
             transform = None
             if setting.metric == "attention":
-                rope_dim = 2 * spec.rope_tables[layer.rope_table][0].shape[1]
-                transform = (
-                    key_transform(captured.query_moment(layer), layer, rope_dim, setting.width)
-                    if kind == "key"
-                    else value_transform(weights_out[layer.index].cpu(), layer, setting.width)
-                )
+                transform = attention_metric(captured, spec, layer, kind, setting.width, outputs)
             gradients = captured.gradients(layer, kind).to(device)
             # Norms were taken for each head; a sub-vector over several heads has the root of the summed squares.
             gradients = (gradients**2).reshape(len(gradients), -1, setting.width // layer.head_dim).sum(2).sqrt()

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gsrq_export.cache.reference import rotate
+from gsrq_export.codec.metric import key_transform, value_transform
 from gsrq_export.model.intercept import AttentionCall, intercept
 from gsrq_export.model.introspect import LayerSpec, ModelSpec
 from gsrq_export.stages.storage import write_atomic
@@ -167,6 +168,20 @@ class Captured:
     def query_moment(self, layer: LayerSpec) -> torch.Tensor:
         """float32 [KV, head_dim]: mean square of the queries of each KV head's group."""
         return torch.stack(list(self._read(f"{layer.index}.query_energy"))).mean(0)
+
+
+def attention_metric(
+    captured: Captured, spec: ModelSpec, layer: LayerSpec, kind: str, width: int, outputs: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The attention-aware metric of a layer's keys or values: float32 [groups, width, width].
+
+    Args:
+        outputs: of ``output_projections``.
+    """
+    if kind == "value":
+        return value_transform(outputs[layer.index].cpu(), layer, width)
+    rope_dim = 2 * spec.rope_tables[layer.rope_table][0].shape[1]
+    return key_transform(captured.query_moment(layer), layer, rope_dim, width)
 
 
 @contextmanager

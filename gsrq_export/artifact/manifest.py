@@ -101,7 +101,7 @@ class Manifest(_Entry):
     files: Annotated[dict[str, FileEntry], Field(min_length=1, max_length=MAX_FILES)]
 
 
-def write_manifest(
+def make_manifest(
     directory: Path,
     *,
     name: str,
@@ -113,7 +113,7 @@ def write_manifest(
     opset: int,
     libraries: Mapping[str, Path] | None = None,
 ) -> Manifest:
-    """Hash every file in a directory and write its manifest.json, last.
+    """Hash every file in a directory. `save_manifest` writes the result.
 
     Args:
         libraries: native libraries that the build used, by file name.
@@ -122,7 +122,8 @@ def write_manifest(
     """
     names = list_files(directory)
     names.discard(MANIFEST)
-    manifest = Manifest(
+    hashed: dict[tuple[int, int], FileEntry] = {}  # by file: hard links are read once
+    return Manifest(
         schema_version=f"{SCHEMA[0]}.{SCHEMA[1]}",
         created_by=f"gsrq-export {__version__}",
         name=name,
@@ -135,11 +136,20 @@ def write_manifest(
         layers=layers,
         libraries={library: file_hash(path) for library, path in sorted((libraries or {}).items())},
         environment={**environment(), "platform": platform.system()},
-        files={n: _entry(directory / n) for n in sorted(names)},
+        files={n: _entry(directory / n, hashed) for n in sorted(names)},
     )
+
+
+def save_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json, which comes last: with it the directory is an artifact."""
     text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=1) + "\n"
     write_atomic(directory / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
-    return manifest
+
+
+def with_file(manifest: Manifest, directory: Path, name: str) -> Manifest:
+    """The manifest with a file that was added to the directory since."""
+    files = {**manifest.files, name: _entry(directory / name, {})}
+    return manifest.model_copy(update={"files": dict(sorted(files.items()))})
 
 
 def load_manifest(directory: Path) -> Manifest:
@@ -213,8 +223,12 @@ def list_files(directory: Path) -> set[str]:
     return names
 
 
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(sha256=file_hash(path), size=path.stat().st_size)
+def _entry(path: Path, hashed: dict[tuple[int, int], FileEntry]) -> FileEntry:
+    stat = path.stat()
+    key = stat.st_dev, stat.st_ino
+    if key not in hashed:
+        hashed[key] = FileEntry(sha256=file_hash(path), size=stat.st_size)
+    return hashed[key]
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -20,9 +20,11 @@ from gsrq_export.artifact.manifest import (
     ModelEntry,
     SideEntry,
     TrafficEntry,
-    write_manifest,
+    make_manifest,
+    save_manifest,
+    with_file,
 )
-from gsrq_export.artifact.publish import check_destination, publish
+from gsrq_export.artifact.publish import publish
 from gsrq_export.build.source import Source
 from gsrq_export.export.function import OPERATOR_VERSION
 from gsrq_export.export.model import CODEBOOKS_FILE, MODEL_FILE, WEIGHTS_FILE
@@ -33,13 +35,7 @@ from gsrq_export.report.html import write_report
 from gsrq_export.report.schema import BuildMetrics, CacheSize, Distortion
 from gsrq_export.runtime.metadata import CacheMetadata
 from gsrq_export.runtime.metadata import LayerShape as CachedLayer
-from gsrq_export.stages.keys import file_hash
 from gsrq_export.stages.storage import disk_errors
-
-
-def check_target(out: Path) -> None:
-    """Refuse, before the long work, a place where an artifact cannot go."""
-    check_destination(out)
 
 
 def publish_artifact(source: Source, done: Mapping[str, Path], out: Path) -> None:
@@ -80,24 +76,24 @@ def _assemble(source: Source, done: Mapping[str, Path], building: Path) -> None:
         TritonSettings(max_batch_size=recipe.triton.max_batch_size),
     )
     library = native.find()
-    arguments: dict[str, Any] = {
-        "name": recipe.name,
-        "model": ModelEntry(id=recipe.model.path, revision=recipe.model.revision, weights_sha256=source.weight_hash),
-        "traffic": TrafficEntry(
+    manifest = make_manifest(
+        building,
+        name=recipe.name,
+        model=ModelEntry(id=recipe.model.path, revision=recipe.model.revision, weights_sha256=source.weight_hash),
+        traffic=TrafficEntry(
             sha256=traffic["sha256"],
             sequences=recipe.traffic.sequences,
             sequence_length=recipe.traffic.sequence_length,
         ),
-        "cache": CacheEntry(**recipe.cache.model_dump(), beam=recipe.codec.beam),
-        "layers": [_layer_entry(recipe, layer) for layer in cache.layers],
-        "op_version": OPERATOR_VERSION,
-        "opset": next(o.version for o in graph.opset_import if o.domain == ""),
-        "libraries": {library.name: library} if library else {},
-    }
-    # The report shows the manifest's provenance, and the manifest hashes the report: written once before, once after.
-    before = write_manifest(building, **arguments)
-    write_report(building / "report.html", metrics, _built(recipe, cache, traffic), _provenance(before, building))
-    write_manifest(building, **arguments)
+        cache=CacheEntry(**recipe.cache.model_dump(), beam=recipe.codec.beam),
+        layers=[_layer_entry(recipe, layer) for layer in cache.layers],
+        op_version=OPERATOR_VERSION,
+        opset=next(o.version for o in graph.opset_import if o.domain == ""),
+        libraries={library.name: library} if library else {},
+    )
+    # The report shows the manifest's provenance, and the manifest lists the report.
+    write_report(building / "report.html", metrics, _built(recipe, cache, traffic), _provenance(manifest))
+    save_manifest(building, with_file(manifest, building, "report.html"))
 
 
 def _layer_entry(recipe: Recipe, layer: CachedLayer) -> LayerEntry:
@@ -146,13 +142,13 @@ def _built(recipe: Recipe, cache: CacheMetadata, traffic: Mapping[str, Any]) -> 
     }
 
 
-def _provenance(manifest: Manifest, building: Path) -> dict[str, object]:
+def _provenance(manifest: Manifest) -> dict[str, object]:
     return {
         "Created by": manifest.created_by,
         "Weights sha256": manifest.model.weights_sha256,
         "Traffic sha256": manifest.traffic.sha256,
-        "Codebooks sha256": file_hash(building / CODEBOOKS_FILE),
-        "Graph sha256": file_hash(building / MODEL_FILE),
+        "Codebooks sha256": manifest.files[CODEBOOKS_FILE].sha256,
+        "Graph sha256": manifest.files[MODEL_FILE].sha256,
         "Code sha256": manifest.code.sha256,
         "Operator": f"version {manifest.op_version}, opset {manifest.opset}",
         **{f"Library {name}": digest for name, digest in manifest.libraries.items()},

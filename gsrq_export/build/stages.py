@@ -15,17 +15,15 @@ from safetensors.torch import save_file
 
 from gsrq_export import native
 from gsrq_export.build.source import Source
-from gsrq_export.capture import KINDS, Captured, CaptureSettings, capture, output_projections
+from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metric, capture, output_projections
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
-from gsrq_export.codec.metric import key_transform, value_transform
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.codec.storage import load_codebooks, save_codebooks
 from gsrq_export.evaluate.ort_runner import OrtRunner
-from gsrq_export.evaluate.suite import EvaluationSettings, compare, evaluate
+from gsrq_export.evaluate.suite import EvaluationSettings, compare, evaluate, given_tokens
 from gsrq_export.evaluate.torch_runner import TorchRunner
 from gsrq_export.export.model import CODEBOOKS_FILE, export_onnx
 from gsrq_export.export.trace import ExportSettings
-from gsrq_export.model.introspect import LayerSpec
 from gsrq_export.recipe import EvaluateRecipe, Recipe, SelfSource, TrafficRecipe
 from gsrq_export.recipe import Source as TextSource
 from gsrq_export.runtime.session import OrtModel
@@ -128,7 +126,9 @@ def _codebooks(source: Source, context: Context) -> None:
                     weights = None
                     if codec.weights == "gradient":
                         weights = gradient_weights(captured.gradients(layer, kind), codec.tau)
-                    transform = _transform(source, captured, layer, kind, outputs)
+                    transform = None
+                    if codec.metric == "attention":
+                        transform = attention_metric(captured, spec, layer, kind, side.width, outputs)
                     book, log = train_codebook(
                         vectors, weights, side.width, side.stages, training, transform, task.advance
                     )
@@ -141,18 +141,6 @@ def _codebooks(source: Source, context: Context) -> None:
             layers.append(LayerCodebooks(*books))
     context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, layers, {}))
     context.unit("distortion.json", _writer(logs))
-
-
-def _transform(
-    source: Source, captured: Captured, layer: LayerSpec, kind: str, outputs: list[torch.Tensor]
-) -> torch.Tensor | None:
-    codec = source.recipe.codec
-    if codec.metric == "none":
-        return None
-    if kind == "value":
-        return value_transform(outputs[layer.index], layer, codec.values.width)
-    rope_dim = 2 * source.spec.rope_tables[layer.rope_table][0].shape[1]
-    return key_transform(captured.query_moment(layer), layer, rope_dim, codec.keys.width)
 
 
 def _onnx(source: Source, context: Context) -> None:
@@ -170,12 +158,12 @@ def _onnx(source: Source, context: Context) -> None:
 
 
 def evaluation_settings(evaluate_recipe: EvaluateRecipe, recipe: Recipe) -> EvaluationSettings:
-    """With exact prefill the first half of a window is given, and the rest decoded token by token."""
+    """What the recipe asks for."""
     window, recall = evaluate_recipe.perplexity, evaluate_recipe.recall
     return EvaluationSettings(
         window_tokens=window.length,
         windows=window.sequences,
-        prompt_tokens=window.length // 2 if recipe.cache.prefill == "exact" else 1,
+        prompt_tokens=given_tokens(window.length, recipe.cache.prefill == "exact"),
         recall_lengths=recall.lengths if recall else (),
         recall_cases=recall.cases if recall else 1,
     )

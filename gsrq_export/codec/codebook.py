@@ -78,7 +78,10 @@ class Codebook:
         return self.codewords.numel() * 2 + self.transform.numel() * 4
 
     def to(self, device: torch.device | str) -> Codebook:
-        return Codebook(self.codewords.to(device), self.transform.to(device))
+        words, transform = self.codewords.to(device), self.transform.to(device)
+        if words is self.codewords and transform is self.transform:
+            return self  # a new one would read every codeword to check it, at each decoding step
+        return Codebook(words, transform)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes to vectors.

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from gsrq_export.accounting import contexts, footprint
-from gsrq_export.build.package import check_target, publish_artifact
+from gsrq_export.artifact.publish import check_destination
+from gsrq_export.build.package import publish_artifact
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import stages
 from gsrq_export.recipe import Recipe, StdinSource, load_recipe
@@ -29,7 +30,7 @@ def build(recipe_file: Path, out: Path, work: Path | None, dry_run: bool) -> Non
     recipe = load_recipe(recipe_file)
     source = Source(recipe)
     source.check()
-    check_target(out)
+    check_destination(out)
     work = work or out.with_name(f"{out.name}.work")
     reporter = make_reporter()
     if dry_run:

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from gsrq_export.commands.options import artifact_option, backend_option, open_model, threads_option
-from gsrq_export.errors import GsrqError
 from gsrq_export.evaluate.ort_runner import OrtRunner
-from gsrq_export.evaluate.suite import Evaluation, EvaluationSettings, compare
+from gsrq_export.evaluate.suite import Evaluation, EvaluationSettings, compare, given_tokens
 from gsrq_export.evaluate.suite import evaluate as run_evaluation
 from gsrq_export.evaluate.torch_runner import TorchRunner
-from gsrq_export.model.loading import load_model, model_directory
+from gsrq_export.gate.measure import read_text
+from gsrq_export.model.loading import load_original, model_directory
 from gsrq_export.runtime.generate import load_tokenizer
 from gsrq_export.stages.progress import make_reporter
 from gsrq_export.stages.storage import write_atomic
@@ -51,15 +51,12 @@ def evaluate(
     backend: str,
 ) -> None:
     """Measure an artifact through ONNX Runtime, as it is deployed."""
-    try:
-        text = text_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GsrqError(f"--text {text_file}: {error}", "give a readable UTF-8 text file") from error
+    text, _ = read_text(text_file)
     coded = open_model(artifact, threads, backend)
     settings = EvaluationSettings(
         window_tokens=window_tokens,
         windows=windows,
-        prompt_tokens=window_tokens // 2 if coded.metadata.exact_prefill else 1,
+        prompt_tokens=given_tokens(window_tokens, coded.metadata.exact_prefill),
         recall_lengths=lengths,
         recall_cases=cases,
         seed=seed,
@@ -68,9 +65,7 @@ def evaluate(
     found: dict[str, Evaluation] = {}
     reporter = make_reporter()
     if model is not None:
-        exact, its_tokenizer = load_model(model_directory(model))
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise GsrqError(f"--model {model}: its tokenizer is not the artifact's", "give the model it was built from")
+        exact = load_original(model, model_directory(model), tokenizer)
         with reporter.task("exact: windows and cases", settings.steps) as task:
             found["exact"] = run_evaluation(TorchRunner(exact), tokenizer, text, settings, task.advance)
     with reporter.task("coded: windows and cases", settings.steps) as task:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gsrq_export.commands.options import artifact_option, backend_option, open_model, threads_option
 from gsrq_export.errors import GsrqError
-from gsrq_export.evaluate.suite import EvaluationSettings
+from gsrq_export.evaluate.suite import EvaluationSettings, given_tokens
 from gsrq_export.gate.baseline import Gates, save_baseline
 from gsrq_export.gate.check import check_artifact
 from gsrq_export.gate.junit import write_junit
@@ -106,7 +106,7 @@ def record(
     settings = EvaluationSettings(
         window_tokens=window_tokens,
         windows=windows,
-        prompt_tokens=window_tokens // 2 if coded.metadata.exact_prefill else 1,
+        prompt_tokens=given_tokens(window_tokens, coded.metadata.exact_prefill),
         recall_lengths=lengths,
         recall_cases=cases,
         batch=batch,

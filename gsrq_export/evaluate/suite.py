@@ -52,6 +52,11 @@ class EvaluationSettings:
         return self.windows + self.recall_cases * len(self.recall_lengths)
 
 
+def given_tokens(window_tokens: int, exact_prefill: bool) -> int:
+    """Tokens of a window that are a prompt: one; with exact prefill half, as only the rest is decoded from codes."""
+    return window_tokens // 2 if exact_prefill else 1
+
+
 class Evaluation(TypedDict):
     """Metrics of one runner; ``recall`` is None where it was not asked for."""
 

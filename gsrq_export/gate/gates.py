@@ -42,6 +42,8 @@ def judge(baseline: Baseline, measured: Measured, gates: Gates) -> list[GateResu
     exact, accepted = baseline.exact, baseline.accepted
     pairs = len(measured.window_nll), len(exact.window_nll)
     problem = _uncounted("windows", *pairs) or _not_finite(measured.window_nll)
+    if not problem and len(measured.window_nll) < 2:
+        problem = "one window has no spread; record with more"
     names = ("perplexity-recovery", "perplexity-plausible", "perplexity-against-accepted")
     if problem:
         results += [GateResult(name, Verdict.INCOMPLETE, problem) for name in names]
@@ -94,20 +96,14 @@ def _codes_in_use(baseline: Baseline, measured: Measured) -> GateResult:
 
 def _perplexity_recovery(name: str, loss: list[float], gates: Gates) -> GateResult:
     limit = gates.max_perplexity_increase
-    if len(loss) < 2:
-        return GateResult(name, Verdict.INCOMPLETE, "one window has no spread; record with more", {})
-    lower, upper = (_relative(bound) for bound in mean_bounds(loss, gates.confidence))
-    value = _relative(float(np.mean(loss)))
+    value, lower, upper = _relative_bounds(loss, gates.confidence)
     verdict, detail = _proven(value, lower, upper, limit, "perplexity", gates.confidence, "windows")
     return GateResult(name, verdict, detail, _figures(value, lower, upper, limit), "perplexity")
 
 
 def _perplexity_plausible(name: str, loss: list[float], gates: Gates) -> GateResult:
     limit = -gates.max_perplexity_gain
-    if len(loss) < 2:
-        return GateResult(name, Verdict.INCOMPLETE, "one window has no spread; record with more", {})
-    lower, upper = (_relative(bound) for bound in mean_bounds(loss, gates.anomaly_confidence))
-    value = _relative(float(np.mean(loss)))
+    value, lower, upper = _relative_bounds(loss, gates.anomaly_confidence)
     odd = upper < limit
     seen = show(upper, "perplexity")
     return GateResult(
@@ -124,10 +120,7 @@ def _perplexity_plausible(name: str, loss: list[float], gates: Gates) -> GateRes
 
 def _perplexity_against_accepted(name: str, worse: list[float], gates: Gates) -> GateResult:
     limit = gates.perplexity_tolerance
-    if len(worse) < 2:
-        return GateResult(name, Verdict.INCOMPLETE, "one window has no spread; record with more", {})
-    lower, upper = (_relative(bound) for bound in mean_bounds(worse, gates.confidence))
-    value = _relative(float(np.mean(worse)))
+    value, lower, upper = _relative_bounds(worse, gates.confidence)
     shown = lower > limit
     return GateResult(
         name,
@@ -216,6 +209,12 @@ def _proven(
 
 def _figures(value: float, lower: float, upper: float, limit: float) -> dict[str, float]:
     return {"value": value, "lower": lower, "upper": upper, "limit": limit}
+
+
+def _relative_bounds(nats: list[float], confidence: float) -> tuple[float, float, float]:
+    """Mean and its bounds, as relative changes of perplexity."""
+    lower, upper = mean_bounds(nats, confidence)
+    return _relative(float(np.mean(nats))), _relative(lower), _relative(upper)
 
 
 def _relative(nats: float) -> float:

@@ -18,7 +18,7 @@ from gsrq_export.gate.check import accepted_run, artifact_properties
 from gsrq_export.gate.gates import Measured, judge
 from gsrq_export.gate.measure import fewest_coded, longest, measure, read_text, settings_of, units_hash
 from gsrq_export.gate.verdict import GateReport
-from gsrq_export.model.loading import load_model, model_directory, weight_hash
+from gsrq_export.model.loading import load_original, model_directory, weight_hash
 from gsrq_export.runtime.generate import load_tokenizer
 from gsrq_export.runtime.session import OrtModel
 from gsrq_export.stages.keys import environment
@@ -85,12 +85,7 @@ def record_baseline(
             f"--model {model_path} has weights {weights}, the artifact was built from {manifest.model.weights_sha256}",
             "give the model that it was built from",
         )
-    exact_model, its_tokenizer = load_model(directory)
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise GsrqError(
-            f"--model {model_path}: its tokenizer is not the artifact's", "give the model it was built from"
-        )
-
+    exact_model = load_original(model_path, directory, tokenizer)
     steps = windows + settings.recall_cases * len(settings.recall_lengths)
     with reporter.task("unquantized: windows and cases", steps) as task:
         exact = measure(TorchRunner(exact_model), tokenizer, text, settings, task.advance)

@@ -165,3 +165,18 @@ def load_model(directory: Path, device: torch.device | str = "cpu") -> tuple[Any
             "download the model again; it would run with random numbers in their place",
         )
     return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def load_original(name: str, directory: Path, tokenizer: Any) -> Any:
+    """The model that an artifact was built from, to be compared with it.
+
+    Args:
+        name: how the user called it, for the message.
+        tokenizer: the artifact's.
+    Raises:
+        GsrqError: as ``load_model``, or its tokenizer is another one.
+    """
+    model, its_tokenizer = load_model(directory)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise GsrqError(f"--model {name}: its tokenizer is not the artifact's", "give the model it was built from")
+    return model

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from gsrq_export.errors import GsrqError
 from gsrq_export.recipe import JsonlSource, StdinSource, TextSource
+from gsrq_export.stages.storage import disk_errors, write_atomic
 
 SEPARATOR = "\x1e"  # a line that holds only this ends a document
 PIECE_BYTES = 1 << 16  # longest run of text handed on at once
@@ -262,8 +263,6 @@ def spool_stdin(source: StdinSource, directory: Path, stream: BinaryIO | None = 
     Raises:
         GsrqError: stdin is a terminal or empty, or the directory cannot be written.
     """
-    from gsrq_export.stages.storage import disk_errors, write_atomic
-
     stream = stream or sys.stdin.buffer
     if stream.isatty():
         raise GsrqError("traffic source stdin: standard input is a terminal", "pipe text into the command")

@@ -24,7 +24,8 @@ from gsrq_export.artifact.manifest import (
     SideEntry,
     TrafficEntry,
     load_manifest,
-    write_manifest,
+    make_manifest,
+    save_manifest,
 )
 from gsrq_export.artifact.publish import check_destination, is_artifact, publish
 from gsrq_export.artifact.verify import find_problems, verify_artifact
@@ -49,7 +50,7 @@ def write(directory: Path) -> Manifest:
         for books in made.codebooks
     ]
     rule = made.rule
-    return write_manifest(
+    manifest = make_manifest(
         directory,
         name="tiny",
         model=ModelEntry(id="tiny", weights_sha256=HASH),
@@ -62,6 +63,8 @@ def write(directory: Path) -> Manifest:
         opset=23,
         libraries={"libgsrq.so": Path(__file__)},
     )
+    save_manifest(directory, manifest)
+    return manifest
 
 
 @pytest.fixture(scope="module")

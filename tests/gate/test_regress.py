@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner, Result
 from demo import demo_directory, demo_text
 
-from gsrq_export.artifact.manifest import load_manifest, write_manifest
+from gsrq_export.artifact.manifest import load_manifest, make_manifest, save_manifest
 from gsrq_export.codec.storage import tensor_locations
 from gsrq_export.commands.build import build
 from gsrq_export.commands.regress import regress
@@ -79,7 +79,7 @@ def broken(bench: Bench, to: Path, damage: Callable[[Path], None], manifest: boo
     damage(to)
     if manifest:
         fields = ("name", "model", "traffic", "cache", "layers", "op_version", "opset")
-        write_manifest(to, **{name: getattr(old, name) for name in fields})
+        save_manifest(to, make_manifest(to, **{name: getattr(old, name) for name in fields}))
     return to
 
 

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from gsrq_export.cache.reference import AttentionConfig, LayerCache
 from gsrq_export.codec.codebook import Codebook
+from gsrq_export.export.function import attributes
 
 ONNX_TYPE = {
     torch.float16: TensorProto.FLOAT16,
@@ -24,20 +25,6 @@ ONNX_TYPE = {
 FEEDS = ["query", "key", "value", "cos", "sin", "past_lengths", "new_lengths"]
 CACHE = ["key_codes", "value_codes", "key_exact", "value_exact"]
 BOOKS = ["key_codebooks", "value_codebooks", "key_transform", "value_transform"]
-
-
-def attributes(config: AttentionConfig) -> dict[str, int | float]:
-    return {
-        "scale": float(config.scale),
-        "sinks": config.rule.sinks,
-        "window": config.rule.window,
-        "block": config.rule.block,
-        "beam": config.beam,
-        "rope_interleaved": int(config.rope_interleaved),
-        "exact_prefill": int(config.exact_prefill),
-        "softcap": float(config.softcap),
-        "sliding_window": config.sliding_window,
-    }
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
