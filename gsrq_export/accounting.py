@@ -15,6 +15,7 @@ from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.recipe import CodecSide, Recipe
 
 CONTEXTS = (512, 1024, 2048, 8192, 32768, 131072)  # tokens
+SIDES = ("key", "value")
 EXACT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -87,15 +88,21 @@ def footprint(recipe: Recipe, layers: Sequence[LayerShape], context_length: int,
     if context_length < 1 or batch < 1 or not layers:
         raise ValueError(f"need context_length, batch >= 1 and layers; got {context_length}, {batch}, {len(layers)}")
     rule = recipe.cache.rule
-    sides = (recipe.codec.keys, recipe.codec.values)
+    sides = [(recipe.codec.side(kind, i), layer) for kind in SIDES for i, layer in enumerate(layers)]
     coded = rule.coded(context_length)
     slot = EXACT_BYTES[recipe.cache.exact_dtype]
     return Footprint(
-        codes=batch * coded * sum(_code_bytes(side, layer) for side in sides for layer in layers),
+        codes=batch * coded * sum(_code_bytes(side, layer) for side, layer in sides),
         exact=batch * rule.exact_slots * slot * sum(2 * layer.elements for layer in layers),
-        codebooks=sum(_codebook_bytes(side, layer) for side in sides for layer in layers),
+        codebooks=sum(_codebook_bytes(side, layer) for side, layer in sides),
         elements=batch * context_length * sum(2 * layer.elements for layer in layers),
     )
+
+
+def nominal_bits(recipe: Recipe, layers: Sequence[LayerShape], kinds: Sequence[str] = SIDES) -> float:
+    """Bits an element, codes alone, over all layers; of keys or values alone with one kind."""
+    coded = [(layer.elements, recipe.codec.side(kind, i)) for kind in kinds for i, layer in enumerate(layers)]
+    return sum(elements * side.nominal_bits for elements, side in coded) / sum(elements for elements, _ in coded)
 
 
 def effective_bits(recipe: Recipe, layers: Sequence[LayerShape], context_length: int, batch: int = 1) -> float:

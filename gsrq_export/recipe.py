@@ -5,6 +5,7 @@ Fields and their defaults are the classes below; `load_recipe` refuses unknown a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -87,16 +88,42 @@ class CodecSide(_Section):
         return 8 * self.stages / self.width
 
 
+class LayerBudget(_Section):
+    """Sub-vectors and stages of one layer, where they are not those of all layers."""
+
+    layer: Annotated[int, Field(ge=0)]  # counts the layers that own a cache, from 0
+    keys: CodecSide | None = None
+    values: CodecSide | None = None
+
+
+class FinetuneRecipe(_Section):
+    """Codewords trained further against the model's own logits, see codec/finetune.py."""
+
+    steps: Positive = 100
+    batch: Positive = 2  # sequences a step
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.02  # of a stage's root mean square codeword element
+
+
 class CodecRecipe(_Section):
     method: Literal["gskm", "kmeans", "kmeans-spherical"] = "gskm"
     keys: CodecSide = CodecSide()
     values: CodecSide = CodecSide()
+    layers: Annotated[tuple[LayerBudget, ...], BeforeValidator(_as_tuple)] = ()
     iterations: Annotated[int, Field(ge=1, le=1000)] = 10
     weights: Literal["gradient", "none"] = "gradient"
     tau: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     metric: Literal["none", "attention"] = "none"
     beam: Annotated[int, Field(ge=1, le=256)] = 1
+    refits: Annotated[int, Field(ge=0, le=10)] = 0  # least-squares refits of all stages, each after encoding anew
+    finetune: FinetuneRecipe | None = None
     seed: Seed = 0
+
+    def side(self, kind: str, layer: int) -> CodecSide:
+        """The budget of a layer's keys (kind "key") or values ("value"); layers that own a cache count from 0."""
+        name = f"{kind}s"
+        own = next((getattr(budget, name) for budget in self.layers if budget.layer == layer), None)
+        found: CodecSide = own or getattr(self, name)
+        return found
 
 
 class CacheRecipe(_Section):
@@ -163,7 +190,7 @@ class Recipe(_Section):
 
     @property
     def nominal_bits(self) -> float:
-        """Bits an element, codes alone, keys and values together."""
+        """Bits an element, codes alone, keys and values together, of a layer without a budget of its own."""
         return (self.codec.keys.nominal_bits + self.codec.values.nominal_bits) / 2
 
 
@@ -233,26 +260,41 @@ def resolve_path(value: str, directory: Path) -> str:
     return str(directory / given)
 
 
-def check_against(recipe: Recipe, num_kv_heads: int, head_dim: int, max_position: int) -> None:
-    """Refuse a recipe that a model (or one of its layers) cannot follow.
+def check_against(recipe: Recipe, heads: Sequence[tuple[int, int]], max_position: int) -> None:
+    """Refuse a recipe that a model cannot follow.
 
     Args:
+        heads: (num_kv_heads, head_dim) of each layer that owns a cache.
         max_position: positions the model knows; 0 where it states none.
     Raises:
         GsrqError: all faults, each with field, value and what would be allowed.
     """
     problems = []
-    total = num_kv_heads * head_dim
-    allowed = [w for w in range(1, total + 1) if total % w == 0 and (head_dim % w == 0 or w % head_dim == 0)]
-    for side in ("keys", "values"):
-        width = getattr(recipe.codec, side).width
-        if width not in allowed:
-            problems.append(
-                FieldProblem(
-                    f"codec.{side}.width",
+    own = {budget.layer: i for i, budget in enumerate(recipe.codec.layers)}
+    for layer, (num_kv_heads, head_dim) in enumerate(heads):
+        total = num_kv_heads * head_dim
+        allowed = [w for w in range(1, total + 1) if total % w == 0 and (head_dim % w == 0 or w % head_dim == 0)]
+        for kind in ("key", "value"):
+            width = recipe.codec.side(kind, layer).width
+            if width not in allowed:
+                budget = recipe.codec.layers[own[layer]] if layer in own else None
+                named = budget is not None and getattr(budget, f"{kind}s") is not None
+                problem = FieldProblem(
+                    f"codec.layers.{own[layer]}.{kind}s.width" if named else f"codec.{kind}s.width",
                     width,
                     f"does not cut {num_kv_heads} KV heads of {head_dim} into equal sub-vectors along heads",
                     f"use one of {', '.join(map(str, allowed))}",
+                )
+                if problem not in problems:
+                    problems.append(problem)
+    for layer, i in own.items():
+        if layer >= len(heads):
+            problems.append(
+                FieldProblem(
+                    f"codec.layers.{i}.layer",
+                    layer,
+                    f"the model has {len(heads)} layers with a cache",
+                    f"use 0 to {len(heads) - 1}",
                 )
             )
     lengths = [
@@ -280,6 +322,28 @@ def _disagreements(recipe: Recipe) -> list[FieldProblem]:
                 cache.window,
                 f"nothing is ever coded: sinks + window + block is {first}, export.max_length {limit}",
                 f"lower sinks, window or block until they add up to at most {limit}, or raise export.max_length",
+            )
+        )
+    budgets = [budget.layer for budget in recipe.codec.layers]
+    for i, layer in enumerate(budgets):
+        if layer in budgets[:i]:
+            problems.append(
+                FieldProblem(f"codec.layers.{i}.layer", layer, "has a budget already", "keep one entry a layer")
+            )
+    finetune = recipe.codec.finetune
+    if finetune and traffic.sequences < 2:
+        problems.append(
+            FieldProblem(
+                "traffic.sequences", traffic.sequences, "fine-tuning keeps one back to measure", "use 2 or more"
+            )
+        )
+    if finetune and traffic.sequence_length <= first:
+        problems.append(
+            FieldProblem(
+                "traffic.sequence_length",
+                traffic.sequence_length,
+                f"fine-tuning would see no coded token: sinks + window + block is {first}",
+                f"use more than {first}",
             )
         )
     tokens = traffic.sequences * traffic.sequence_length

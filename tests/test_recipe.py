@@ -121,14 +121,14 @@ def test_check_against_a_model() -> None:
         return parse(BASE + f"codec: {{keys: {{width: {width}}}, values: {{width: 8}}}}\n")
 
     for width in (8, 24, 48, 96, 192, 384):
-        check_against(recipe(width), 8, 48, 4096)
+        check_against(recipe(width), [(8, 48)], 4096)
     for width in (5, 32, 36, 144, 768):
         with pytest.raises(GsrqError) as caught:
-            check_against(recipe(width), 8, 48, 4096)
+            check_against(recipe(width), [(8, 48)], 4096)
         assert f"codec.keys.width = {width}" in str(caught.value)
         assert "1, 2, 3, 4, 6, 8, 12, 16, 24, 48, 96, 192, 384" in str(caught.value)
     with pytest.raises(GsrqError) as caught:
-        check_against(recipe(24), 8, 48, 512)
+        check_against(recipe(24), [(8, 48)], 512)
     assert "export.max_length = 2048: the model has 512 positions" in str(caught.value)
     assert "traffic.sequence_length = 1024" in str(caught.value)
 

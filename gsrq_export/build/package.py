@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 
 from gsrq_export import native
-from gsrq_export.accounting import LayerShape, contexts, footprint
+from gsrq_export.accounting import SIDES, LayerShape, contexts, footprint, nominal_bits
 from gsrq_export.artifact.manifest import (
     CacheEntry,
     LayerEntry,
@@ -86,7 +86,7 @@ def _assemble(source: Source, done: Mapping[str, Path], building: Path) -> None:
             sequence_length=recipe.traffic.sequence_length,
         ),
         cache=CacheEntry(**recipe.cache.model_dump(), beam=recipe.codec.beam),
-        layers=[_layer_entry(recipe, layer) for layer in cache.layers],
+        layers=[_layer_entry(recipe, i, layer) for i, layer in enumerate(cache.layers)],
         op_version=OPERATOR_VERSION,
         opset=next(o.version for o in graph.opset_import if o.domain == ""),
         libraries={library.name: library} if library else {},
@@ -96,8 +96,8 @@ def _assemble(source: Source, done: Mapping[str, Path], building: Path) -> None:
     save_manifest(building, with_file(manifest, building, "report.html"))
 
 
-def _layer_entry(recipe: Recipe, layer: CachedLayer) -> LayerEntry:
-    sides = (recipe.codec.keys, recipe.codec.values)
+def _layer_entry(recipe: Recipe, index: int, layer: CachedLayer) -> LayerEntry:
+    sides = [recipe.codec.side(kind, index) for kind in SIDES]
     keys, values = (SideEntry(width=side.width, stages=side.stages) for side in sides)
     return LayerEntry(num_kv_heads=layer.num_kv_heads, head_dim=layer.head_dim, keys=keys, values=values)
 
@@ -115,9 +115,9 @@ def _metrics(recipe: Recipe, cache: CacheMetadata, done: Mapping[str, Path]) -> 
     evaluation = json.loads((done["evaluate"] / "evaluation.json").read_text()) if "evaluate" in done else {}
     return BuildMetrics(
         name=recipe.name,
-        nominal_bits=recipe.nominal_bits,
-        key_bits=recipe.codec.keys.nominal_bits,
-        value_bits=recipe.codec.values.nominal_bits,
+        nominal_bits=nominal_bits(recipe, shapes),
+        key_bits=nominal_bits(recipe, shapes, ["key"]),
+        value_bits=nominal_bits(recipe, shapes, ["value"]),
         sizes=sizes,
         distortion=distortion,
         **evaluation,
@@ -133,13 +133,25 @@ def _built(recipe: Recipe, cache: CacheMetadata, traffic: Mapping[str, Any]) -> 
         "Traffic": f"{traffic['stats']['tokens']:,} tokens ({kinds}), recall passages in "
         f"{traffic['stats']['recall_sequences']} of {recipe.traffic.sequences} sequences",
         "Codec": f"{codec.method}, metric {codec.metric}, weights {codec.weights}, {codec.iterations} iterations, "
-        f"beam {codec.beam}",
-        "Keys": f"D={codec.keys.width}, R={codec.keys.stages}",
-        "Values": f"D={codec.values.width}, R={codec.values.stages}",
+        f"beam {codec.beam}, refits {codec.refits}"
+        + (f", {codec.finetune.steps} steps against the model's logits" if codec.finetune else ""),
+        "Keys": budgets(recipe, "key", len(cache.layers)),
+        "Values": budgets(recipe, "value", len(cache.layers)),
         "Cache rule": f"{rule.sinks} sinks, window {rule.window}, blocks of {rule.block}, {rule.exact_dtype}, "
         f"prefill {rule.prefill}",
         "Longest context": f"{recipe.export.max_length} tokens",
     }
+
+
+def budgets(recipe: Recipe, kind: str, layers: int) -> str:
+    """ "D=128, R=16", or each such budget with the layers that have it."""
+    found: dict[str, list[str]] = {}
+    for i in range(layers):
+        side = recipe.codec.side(kind, i)
+        found.setdefault(f"D={side.width}, R={side.stages}", []).append(str(i))
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{budget} in layers {' '.join(which)}" for budget, which in found.items())
 
 
 def _provenance(manifest: Manifest) -> dict[str, object]:

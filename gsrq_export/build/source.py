@@ -58,8 +58,7 @@ class Source:
     def spec(self) -> ModelSpec:
         """What the model's attention is, by running it."""
         spec = inspect_model(self.model, self.recipe.export.max_length)
-        for layer in spec.layers:
-            check_against(self.recipe, layer.num_kv_heads, layer.head_dim, self._positions)
+        check_against(self.recipe, [(layer.num_kv_heads, layer.head_dim) for layer in spec.layers], self._positions)
         return spec
 
     @cached_property
@@ -81,5 +80,4 @@ class Source:
     def check(self) -> None:
         """Everything that can be refused without loading weights."""
         weight_files(self.directory)
-        for shape in set(self.shapes()):
-            check_against(self.recipe, shape.num_kv_heads, shape.head_dim, self._positions)
+        check_against(self.recipe, [(shape.num_kv_heads, shape.head_dim) for shape in self.shapes()], self._positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from gsrq_export import native
 from gsrq_export.build.source import Source
 from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metric, capture, output_projections
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
+from gsrq_export.codec.finetune import Finetuning, finetune
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.codec.storage import load_codebooks, save_codebooks
 from gsrq_export.evaluate.ort_runner import OrtRunner
@@ -41,8 +43,12 @@ def stages(source: Source) -> list[Stage]:
     recipe = source.recipe
     model = {"weights": source.weight_hash, "tokenizer": source.tokenizer_hashes}
     codec = recipe.codec.model_dump(mode="json")
-    beam = codec.pop("beam")
-    widths = {"keys": recipe.codec.keys.width, "values": recipe.codec.values.width, "weights": recipe.codec.weights}
+    finetuning = codec.pop("finetune")
+    beam = codec["beam"]
+    if not codec["refits"]:
+        del codec["beam"]  # without refits training is greedy
+    widths = {**captured_widths(source), "weights": recipe.codec.weights}
+    last = "finetune" if finetuning else "codebooks"
     found = [
         Stage(
             "traffic",
@@ -54,6 +60,11 @@ def stages(source: Source) -> list[Stage]:
         ),
         Stage("capture", {"model": model, "widths": widths}, partial(_capture, source), ("traffic",)),
         Stage("codebooks", {"codec": codec, "model": model}, partial(_codebooks, source), ("capture",)),
+    ]
+    if finetuning:
+        material = {"finetune": finetuning, "beam": beam, "cache": recipe.cache.model_dump(mode="json")}
+        found.append(Stage("finetune", material, partial(_finetune, source), ("traffic", "codebooks")))
+    found.append(
         Stage(
             "onnx",
             {
@@ -63,9 +74,9 @@ def stages(source: Source) -> list[Stage]:
                 "model": model,
             },
             partial(_onnx, source),
-            ("codebooks",),
-        ),
-    ]
+            (last,),
+        )
+    )
     if recipe.evaluate is not None:
         library = native.find()
         material = {
@@ -87,13 +98,20 @@ def _traffic(source: Source, context: Context) -> None:
     context.unit("traffic.json", _writer({"sha256": traffic.sha256, "stats": traffic.stats}))
 
 
-def _capture(source: Source, context: Context) -> None:
+def captured_widths(source: Source) -> dict[str, int]:
+    """The widest parts, of keys and of values, of which every layer's sub-vectors are multiples."""
     codec = source.recipe.codec
+    count = len(source.shapes())
+    return {kind: math.gcd(*(codec.side(kind, layer).width for layer in range(count))) for kind in KINDS}
+
+
+def _capture(source: Source, context: Context) -> None:
+    widths = captured_widths(source)
     ids = np.load(context.inputs["traffic"] / "ids.npy", allow_pickle=False)
     settings = CaptureSettings(
-        codec.keys.width,
-        codec.values.width,
-        gradients=codec.weights == "gradient",
+        widths["key"],
+        widths["value"],
+        gradients=source.recipe.codec.weights == "gradient",
         batch=max(1, SHARD_TOKENS // ids.shape[1]),
     )
     with context.reporter.task("capture: sequences", len(ids)) as task:
@@ -103,29 +121,29 @@ def _capture(source: Source, context: Context) -> None:
 def _codebooks(source: Source, context: Context) -> None:
     codec, spec = source.recipe.codec, source.spec
     captured = Captured(context.inputs["capture"])
-    sides = {"key": codec.keys, "value": codec.values}
-    total = sum(
-        layer.num_kv_heads * layer.head_dim // side.width * side.stages
+    sides = {(layer.index, kind): codec.side(kind, layer.index) for layer in spec.layers for kind in KINDS}
+    steps = {
+        (layer.index, kind): layer.num_kv_heads * layer.head_dim // side.width * side.stages
         for layer in spec.layers
-        for side in sides.values()
-    )
+        for kind in KINDS
+        if (side := sides[layer.index, kind])
+    }
     outputs = output_projections(source.model, spec) if codec.metric == "attention" else []
-    training = Training(codec.method, codec.iterations, codec.seed)
+    training = Training(codec.method, codec.iterations, codec.seed, codec.beam, codec.refits)
     layers, logs = [], []
-    with context.reporter.task("codebooks: stages", total) as task:
+    with context.reporter.task("codebooks: stages", sum(steps.values())) as task:
         for layer in spec.layers:
             books = []
             for kind in KINDS:
-                side = sides[kind]
-                steps = layer.num_kv_heads * layer.head_dim // side.width * side.stages
+                side = sides[layer.index, kind]
                 name = f"layer-{layer.index:03d}.{kind}.safetensors"
                 if context.has(name):
-                    task.advance(steps)
+                    task.advance(steps[layer.index, kind])
                 else:
                     vectors = captured.vectors(layer, kind)
                     weights = None
                     if codec.weights == "gradient":
-                        weights = gradient_weights(captured.gradients(layer, kind), codec.tau)
+                        weights = gradient_weights(captured.gradients(layer, kind, side.width), codec.tau)
                     transform = None
                     if codec.metric == "attention":
                         transform = attention_metric(captured, spec, layer, kind, side.width, outputs)
@@ -143,6 +161,19 @@ def _codebooks(source: Source, context: Context) -> None:
     context.unit("distortion.json", _writer(logs))
 
 
+def _finetune(source: Source, context: Context) -> None:
+    recipe = source.recipe
+    given = recipe.codec.finetune
+    assert given is not None
+    settings = Finetuning(given.steps, given.batch, given.learning_rate, recipe.codec.beam, recipe.codec.seed)
+    ids = torch.from_numpy(np.load(context.inputs["traffic"] / "ids.npy", allow_pickle=False))
+    books = load_codebooks(context.inputs["codebooks"] / CODEBOOKS_FILE)
+    with context.reporter.task("finetune: steps", given.steps) as task:
+        tuned, log = finetune(source.model, source.spec, ids, books, recipe.cache.rule, settings, task.advance)
+    context.unit("finetune.json", _writer(log.to_dict()))
+    context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, tuned, {}))
+
+
 def _onnx(source: Source, context: Context) -> None:
     recipe = source.recipe
     settings = ExportSettings(
@@ -152,7 +183,8 @@ def _onnx(source: Source, context: Context) -> None:
         exact_dtype=getattr(torch, recipe.cache.exact_dtype),
     )
     with context.reporter.task("onnx: export", 1) as task:
-        books = load_codebooks(context.inputs["codebooks"] / CODEBOOKS_FILE)
+        trained = context.inputs["finetune" if recipe.codec.finetune else "codebooks"]
+        books = load_codebooks(trained / CODEBOOKS_FILE)
         export_onnx(source.model, source.spec, books, settings, context.directory, {"recipe": recipe.name})
         task.advance(1)
 

@@ -85,8 +85,8 @@ def _seed(x: torch.Tensor, weights: torch.Tensor, method: Method, generator: tor
     shapes = points / points.norm(dim=1, keepdim=True).clamp(min=TINY)
     along = [(block @ shapes.T).max(1) for block in torch.split(x, ROWS)]
     assignment = torch.cat([a.indices for a in along])
-    total = _sum(weights, assignment)
-    gains = _sum(weights * torch.cat([a.values for a in along]), assignment) / total.clamp(min=TINY)
+    total = sum_rows(weights, assignment)
+    gains = sum_rows(weights * torch.cat([a.values for a in along]), assignment) / total.clamp(min=TINY)
     seeds: torch.Tensor = gains.clamp(min=0)[:, None] * shapes
     return seeds
 
@@ -100,19 +100,19 @@ def _update(
     method: Method,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    total = _sum(weights, assignment)
+    total = sum_rows(weights, assignment)
     filled = total > 0
     if method == "gskm":
         norm = x.norm(dim=1).clamp(min=TINY)
-        direction = _sum(x * (weights / norm)[:, None], assignment) / total.clamp(min=TINY)[:, None]
+        direction = sum_rows(x * (weights / norm)[:, None], assignment) / total.clamp(min=TINY)[:, None]
         length = direction.norm(dim=1, keepdim=True)
         old = words / words.norm(dim=1, keepdim=True).clamp(min=TINY)
         shapes = torch.where(length > 1e-6, direction / length.clamp(min=TINY), old)
         along = (x * shapes[assignment]).sum(1)
-        gains = (_sum(weights * along, assignment) / total.clamp(min=TINY)).clamp(min=0)
+        gains = (sum_rows(weights * along, assignment) / total.clamp(min=TINY)).clamp(min=0)
         updated = gains[:, None] * shapes
     else:
-        updated = _sum(x * weights[:, None], assignment) / total.clamp(min=TINY)[:, None]
+        updated = sum_rows(x * weights[:, None], assignment) / total.clamp(min=TINY)[:, None]
     empty = torch.nonzero(~filled).flatten()
     if len(empty):
         # Reseed with rows that are coded worst, drawn from a random tenth so that seeds differ.
@@ -123,8 +123,15 @@ def _update(
     return updated
 
 
-def _sum(values: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
-    """Sums over the rows of each cluster, in an order that is the same every time."""
+def sum_rows(values: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
+    """Sums over the rows of each cluster, in an order that is the same every time.
+
+    Args:
+        values: float32 [N] or [N, D].
+        assignment: int64 [N], below 256.
+    Returns:
+        float32 [256] or [256, D].
+    """
     out: torch.Tensor = torch.zeros((CODEBOOK_SIZE, *values.shape[1:]), device=values.device)
     if values.device.type == "cpu":
         out.index_add_(0, assignment, values)

@@ -121,7 +121,7 @@ class Codebook:
         words = torch.einsum("gij,grkj->grki", transform, self.codewords.double())
         flat = vectors.reshape(-1, self.groups, self.width)
         parts = [
-            _beam_search(torch.einsum("gij,ngj->gni", transform, part.double()), words, beam)
+            beam_search(torch.einsum("gij,ngj->gni", transform, part.double()), words, beam)
             for part in torch.split(flat, ENCODE_CHUNK)
         ]
         codes = torch.cat(parts) if parts else flat.new_zeros(0, self.groups, self.stages, dtype=torch.int64)
@@ -140,8 +140,16 @@ class LayerCodebooks:
         return LayerCodebooks(self.keys.to(device), self.values.to(device))
 
 
-def _beam_search(target: torch.Tensor, words: torch.Tensor, beam: int) -> torch.Tensor:
-    """Codes of the best path found. target: [G, N, D]; words: [G, R, K, D]; returns int64 [N, G, R]."""
+def beam_search(target: torch.Tensor, words: torch.Tensor, beam: int) -> torch.Tensor:
+    """Codes of the best path found, both arguments in the space where distance is Euclidean.
+
+    Args:
+        target: [G, N, D], of the precision in which to compute.
+        words: [G, R, K, D].
+        beam: paths kept a stage.
+    Returns:
+        int64 [N, G, R]. Ties go to the lower beam entry, then the lower code (with a beam on a GPU to either).
+    """
     groups, rows, width = target.shape
     stages, size = words.shape[1], words.shape[2]
     residual = target[:, :, None]  # [G, N, b, D]
@@ -154,6 +162,8 @@ def _beam_search(target: torch.Tensor, words: torch.Tensor, beam: int) -> torch.
         keep = min(beam, candidates.shape[-1])
         if keep == 1:
             order = candidates.argmin(-1, keepdim=True)
+        elif candidates.is_cuda or candidates.dtype != torch.float64:
+            order = candidates.topk(keep, largest=False).indices  # many times faster than sorting; ties are lost
         else:
             order = candidates.sort(dim=-1, stable=True).indices[..., :keep]
         error = candidates.gather(-1, order)

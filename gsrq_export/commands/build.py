@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from gsrq_export.accounting import contexts, footprint
+from gsrq_export.accounting import contexts, footprint, nominal_bits
 from gsrq_export.artifact.publish import check_destination
-from gsrq_export.build.package import publish_artifact
+from gsrq_export.build.package import budgets, publish_artifact
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import stages
 from gsrq_export.recipe import Recipe, StdinSource, load_recipe
@@ -66,8 +66,9 @@ def describe(source: Source) -> str:
     lines = [
         f"model      {source.directory} ({len(shapes)} layers, {heads})",
         f"traffic    {recipe.traffic.sequences} sequences of {recipe.traffic.sequence_length} tokens",
-        f"codec      {codec.method}, metric {codec.metric}, keys D={codec.keys.width} R={codec.keys.stages}, "
-        f"values D={codec.values.width} R={codec.values.stages}: {recipe.nominal_bits:g} nominal bits",
+        f"codec      {codec.method}, metric {codec.metric}, {nominal_bits(recipe, shapes):g} nominal bits",
+        f"keys       {budgets(recipe, 'key', len(shapes))}",
+        f"values     {budgets(recipe, 'value', len(shapes))}",
         "context    effective bits   cache bytes   16-bit cache   times smaller",
     ]
     for context in contexts(recipe.export.max_length):

@@ -1,0 +1,75 @@
+"""Least squares over all stages of a residual codebook at once.
+
+Stage-wise clustering fits each stage to what the greedy codes before it left. With the codes held fixed, the best
+codewords of all stages together solve min sum_i w_i ||x_i - sum_r c_r[code_ir]||^2: a sparse linear problem, which
+conjugate gradients solve from the present codewords without forming its matrix. (The codebook update of additive
+and residual quantizers: Martinez et al., "Revisiting additive quantization", ECCV 2016.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gsrq_export.codec.cluster import sum_rows
+from gsrq_export.codec.codebook import ENCODE_CHUNK, beam_search
+
+PSEUDO_COUNT = 1.0  # a vector of mean weight that says "stay": codewords seen rarely hardly move
+STEPS = 8  # of conjugate gradients; codes change afterwards, so an exact solution is not worth more
+
+
+def encode_rows(x: torch.Tensor, words: torch.Tensor, beam: int) -> torch.Tensor:
+    """Codes in the precision of the rows, for training; ties may go either way.
+
+    Args:
+        x: float32 [N, D].
+        words: float32 [R, K, D].
+    Returns:
+        int64 [N, R].
+    """
+    parts = [beam_search(part[None], words[None], beam)[:, 0] for part in torch.split(x, ENCODE_CHUNK)]
+    return torch.cat(parts)
+
+
+def refit(x: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Codewords that fit the rows better under codes held fixed.
+
+    Args:
+        x: float32 [N, D], in the metric's space.
+        weights: float32 [N], >= 0.
+        codes: int64 [N, R].
+        words: float32 [R, K, D].
+    Returns:
+        float32 [R, K, D]; the weighted squared error is never above that of ``words``.
+    """
+    stages = words.shape[0]
+    stay = PSEUDO_COUNT * weights.mean().clamp(min=1e-12)
+
+    def spread(delta: torch.Tensor) -> torch.Tensor:
+        """What each row gets of codewords [R, K, D]."""
+        out = torch.zeros_like(x)
+        for r in range(stages):
+            out += delta[r][codes[:, r]]
+        return out
+
+    def gather(rows: torch.Tensor) -> torch.Tensor:
+        """The transpose of ``spread``, weighted."""
+        weighted = rows * weights[:, None]
+        return torch.stack([sum_rows(weighted, codes[:, r]) for r in range(stages)])
+
+    residual = gather(x - spread(words))
+    counts = torch.stack([sum_rows(weights, codes[:, r]) for r in range(stages)])
+    scale = 1 / (counts + stay)[..., None]  # Jacobi's preconditioner
+    delta = torch.zeros_like(words)
+    direction = scale * residual
+    energy = (residual * direction).sum(dtype=torch.float64)
+    for _ in range(STEPS):
+        if not float(energy) > 0:
+            break
+        image = gather(spread(direction)) + stay * direction
+        step = (energy / (direction * image).sum(dtype=torch.float64)).float()
+        delta += step * direction
+        residual -= step * image
+        moved = scale * residual
+        before, energy = energy, (residual * moved).sum(dtype=torch.float64)
+        direction = moved + (energy / before).float() * direction
+    return words + delta
