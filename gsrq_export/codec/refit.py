@@ -11,10 +11,65 @@ from __future__ import annotations
 import torch
 
 from gsrq_export.codec.cluster import sum_rows
-from gsrq_export.codec.codebook import ENCODE_CHUNK, beam_search
+from gsrq_export.codec.codebook import ENCODE_CHUNK, Codebook, beam_search
 
+HOLD_OUT = 16  # every 16th token is kept from training, to measure the distortion of unseen vectors
 PSEUDO_COUNT = 1.0  # a vector of mean weight that says "stay": codewords seen rarely hardly move
 STEPS = 8  # of conjugate gradients; codes change afterwards, so an exact solution is not worth more
+
+
+def held_out(rows: int, device: torch.device | str) -> torch.Tensor:
+    """bool [rows]: the calibration vectors that are not trained on."""
+    return torch.arange(rows, device=device) % HOLD_OUT == HOLD_OUT - 1
+
+
+def refit_codebook(
+    book: Codebook, vectors: torch.Tensor, weights: torch.Tensor | None, beam: int, rounds: int
+) -> tuple[Codebook, list[float], list[float]]:
+    """Encode and refit by turns; each sub-vector keeps the words that code unseen vectors best.
+
+    Args:
+        vectors: [N, groups * width], of which those of ``held_out`` are not trained on.
+        weights: float32 [N, groups], or None for all ones.
+        beam: of encoding.
+        rounds: refits; 0 measures only.
+    Returns:
+        The codebook, and its relative squared error after each stage on the training and on the unseen vectors.
+    """
+    words = book.codewords.to(vectors.device, copy=True)
+    held = held_out(len(vectors), vectors.device)
+    logs = []
+    for g in range(book.groups):
+        transform = book.transform[g].to(vectors.device).double()
+        back = torch.linalg.inv(transform).T
+        x = vectors[:, g * book.width : (g + 1) * book.width].float() @ transform.float().T
+        w = weights[:, g].to(x.device)[~held] if weights is not None else x.new_ones(int((~held).sum()))
+        stored = (words[g].double() @ transform.T).float()
+        codes = encode_rows(x, stored, beam)
+        best = _errors(x, stored, codes, held)
+        for _ in range(rounds):
+            fitted = (refit(x[~held], w, codes[~held], stored).double() @ back).half()
+            stored = (fitted.double() @ transform.T).float()
+            codes = encode_rows(x, stored, beam)
+            found = _errors(x, stored, codes, held)
+            if found[1][-1] < best[1][-1]:
+                best = found
+                words[g] = fitted
+        logs.append(best)
+    train, unseen = torch.tensor(logs).mean(0).tolist()
+    return Codebook(words, book.transform.to(vectors.device)), train, unseen
+
+
+def _errors(x: torch.Tensor, words: torch.Tensor, codes: torch.Tensor, held: torch.Tensor) -> list[list[float]]:
+    """Relative squared error after each stage, of the training and of the held-out rows."""
+    energy = [float((part.double() ** 2).sum()) or 1.0 for part in (x[~held], x[held])]
+    errors: list[list[float]] = [[], []]
+    for r in range(len(words)):
+        x = x - words[r][codes[:, r]]
+        norms = (x.double() ** 2).sum(1)
+        for i, part in enumerate((norms[~held], norms[held])):
+            errors[i].append(float(part.sum()) / energy[i])
+    return errors
 
 
 def encode_rows(x: torch.Tensor, words: torch.Tensor, beam: int) -> torch.Tensor:

@@ -11,10 +11,8 @@ import torch
 from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.codec.cluster import Method, cluster, nearest
 from gsrq_export.codec.codebook import Codebook
-from gsrq_export.codec.refit import encode_rows, refit
+from gsrq_export.codec.refit import held_out, refit_codebook
 from gsrq_export.errors import GsrqError
-
-HOLD_OUT = 16  # every 16th token is kept from training, to measure the distortion of unseen vectors
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def train_codebook(
     if transform is None:
         transform = torch.eye(width).expand(groups, width, width)
     transform = transform.to(vectors.device, torch.float32).contiguous()
-    held = torch.arange(rows, device=vectors.device) % HOLD_OUT == HOLD_OUT - 1
+    held = held_out(rows, vectors.device)
     words = torch.empty(groups, stages, CODEBOOK_SIZE, width, dtype=torch.float16, device=vectors.device)
     logs = []
     for g in range(groups):
@@ -102,8 +100,11 @@ def train_codebook(
         logs.append(
             _train_group(x[~held], w[~held], x[held], words[g], transform[g], back, training, generator, progress)
         )
-    mean = torch.tensor(logs).mean(0)  # [3, stages]
-    return Codebook(words, transform), Distortion(*(row.tolist() for row in mean))
+    train, unseen, usage = (row.tolist() for row in torch.tensor(logs).mean(0))
+    book = Codebook(words, transform)
+    if training.refits:
+        book, train, unseen = refit_codebook(book, vectors, weights, training.beam, training.refits)
+    return book, Distortion(train, unseen, usage)
 
 
 def _train_group(
@@ -120,7 +121,6 @@ def _train_group(
     """Fills ``words`` [R, 256, D]; returns distortion on the training and held-out rows and usage, by stage."""
     energy = [float((x.double() ** 2).sum()) or 1.0 for x in (train, held)]
     log: list[list[float]] = [[], [], []]
-    rows, held_rows = train, held
     for r in range(words.shape[0]):
         found = cluster(train, weights, training.method, training.iterations, generator)
         words[r] = (found.words.double() @ back.T).half()
@@ -132,43 +132,4 @@ def _train_group(
         used = torch.bincount(found.assignment, minlength=CODEBOOK_SIZE) > 0
         log[2].append(float(used.float().mean()))
         progress(1)
-    if training.refits:
-        _refit(rows, weights, held_rows, words, transform, back, training, energy, log)
     return log
-
-
-def _refit(
-    train: torch.Tensor,
-    weights: torch.Tensor,
-    held: torch.Tensor,
-    words: torch.Tensor,
-    transform: torch.Tensor,
-    back: torch.Tensor,
-    training: Training,
-    energy: list[float],
-    log: list[list[float]],
-) -> None:
-    """Refits ``words`` and the last stages' entries of ``log``, if unseen rows are coded better than before."""
-    forward = transform.double().T
-    rows = torch.cat([train, held])
-
-    def errors(stored: torch.Tensor) -> tuple[torch.Tensor, list[list[float]]]:
-        """Codes of the training rows, and the two errors by stage."""
-        codes = encode_rows(rows, stored, training.beam)
-        left, by_stage = rows, []
-        for r in range(len(stored)):
-            left = left - stored[r][codes[:, r]]
-            parts = (left[: len(train)], left[len(train) :])
-            by_stage.append([float((x.double() ** 2).sum()) / e for x, e in zip(parts, energy, strict=True)])
-        return codes[: len(train)], [list(of) for of in zip(*by_stage, strict=True)]
-
-    stored = (words.double() @ forward).float()
-    codes, best = errors(stored)
-    for _ in range(training.refits):
-        fitted = (refit(train, weights, codes, stored).double() @ back.T).half()
-        stored = (fitted.double() @ forward).float()
-        codes, found = errors(stored)
-        if found[1][-1] < best[1][-1]:
-            best = found
-            words.copy_(fitted)
-    log[:2] = best
