@@ -29,7 +29,6 @@ from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metr
 from gsrq_export.codec.cluster import Method
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
 from gsrq_export.codec.finetune import Finetuning, finetune
-from gsrq_export.codec.metric import key_transform
 from gsrq_export.codec.refit import encode_rows, refit_codebook
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.evaluate.torch_runner import TorchRunner
@@ -41,8 +40,8 @@ RULE = CacheRule(4, 64, 64)
 
 @dataclass(frozen=True)
 class Setting:
-    """keys, values: bits an element of each. width 0 is that of all heads together. metric "pairs": one scale a
-    rotary pair, as if every rotation were equally likely. norm: a float16 norm a token, shared by all heads."""
+    """keys, values: bits an element of each. width 0 is that of all heads together. norm: a float16 norm a token,
+    shared by all heads."""
 
     name: str
     keys: float
@@ -63,8 +62,7 @@ def ladder(bits: float, head_dim: int) -> list[Setting]:
     """The published recipe, then one means more a row, then what was tried beside."""
     published = Setting("published: a head at a time, GSKM, greedy", bits, bits, width=head_dim)
     joint = replace(published, name="heads jointly", width=0)
-    pairs = replace(joint, name="+ metric, keys by rotary pair", metric="pairs")
-    metric = replace(joint, name="+ metric, keys by distance", metric="attention")
+    metric = replace(joint, name="+ attention metric", metric="attention")
     beam = replace(metric, name="+ beam 4 in encoding", beam=4)
     refit = replace(beam, name="+ 2 refits", refits=2)
     split = replace(refit, name="+ 5/8 of the bits to keys", keys=1.25 * bits, values=0.75 * bits)
@@ -73,7 +71,6 @@ def ladder(bits: float, head_dim: int) -> list[Setting]:
     return [
         published,
         joint,
-        pairs,
         metric,
         beam,
         refit,
@@ -145,10 +142,6 @@ class Trainer:
         width = self.width(setting, layer)
         if setting.metric == "none":
             return torch.eye(width).repeat(layer.num_kv_heads * layer.head_dim // width, 1, 1)
-        if setting.metric == "pairs" and kind == "key":
-            half = self.spec.rope_tables[layer.rope_table][0].shape[1]
-            angle = 6.2831853 * torch.rand(4096, half, generator=torch.Generator().manual_seed(0))
-            return key_transform(self.captured.query_moment(layer), layer, (angle.cos(), angle.sin()), width)
         return attention_metric(self.captured, self.spec, layer, kind, width, self.outputs)
 
     def book(self, setting: Setting, layer: LayerSpec, kind: str) -> Codebook:

@@ -59,19 +59,20 @@ def attend(call: AttentionCall, spec: ModelSpec) -> torch.Tensor:
 
 
 class _Recorder:
-    """Handler that attends exactly and keeps each layer's key, value and query moment."""
+    """Handler that attends exactly and keeps each layer's key, value and query energy."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
-        self.query_moment: dict[int, torch.Tensor] = {}
+        self.query_energy: dict[int, torch.Tensor] = {}
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         layer = self.spec.layer(call.layer_idx)
         self.keys[layer.index], self.values[layer.index] = call.key, call.value
-        query = call.query.detach().transpose(0, 1).reshape(layer.num_kv_heads, -1, layer.head_dim)
-        self.query_moment[layer.index] = query.transpose(1, 2) @ query / query.shape[1]
+        energy = (call.query.detach() ** 2).mean((0, 2))  # [heads, head_dim]
+        group = layer.num_heads // layer.num_kv_heads
+        self.query_energy[layer.index] = energy.reshape(layer.num_kv_heads, group, -1).mean(1)
         return attend(call, self.spec)
 
 
@@ -85,8 +86,7 @@ def capture_shard(
         ids: int64 [B, L].
     Returns:
         For each layer i and kind: ``{i}.{kind}`` float16 [B * L, KV * head_dim],
-        ``{i}.{kind}.gradient`` float32 [B * L, groups], and ``{i}.query_moment`` float32
-        [KV, head_dim, head_dim].
+        ``{i}.{kind}.gradient`` float32 [B * L, groups], and ``{i}.query_energy`` float32 [KV, head_dim].
     """
     recorder = _Recorder(spec)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -113,7 +113,7 @@ def capture_shard(
                 rows = _rows(gradients[i + j * count])
                 norm = rows.reshape(rows.shape[0], -1, width).norm(dim=2)
                 shard[f"{i}.{kind}.gradient"] = norm.float()
-        shard[f"{i}.query_moment"] = recorder.query_moment[i].float()
+        shard[f"{i}.query_energy"] = recorder.query_energy[i].float()
     return {name: tensor.contiguous().cpu() for name, tensor in shard.items()}
 
 
@@ -170,8 +170,8 @@ class Captured:
         return (parts**2).sum(2).sqrt()
 
     def query_moment(self, layer: LayerSpec) -> torch.Tensor:
-        """float32 [KV, head_dim, head_dim]: E[q q^T] before RoPE over the query heads of each KV head."""
-        return torch.stack(list(self._read(f"{layer.index}.query_moment"))).mean(0)
+        """float32 [KV, head_dim]: mean square of the queries of each KV head's group."""
+        return torch.stack(list(self._read(f"{layer.index}.query_energy"))).mean(0)
 
 
 def attention_metric(
@@ -184,7 +184,8 @@ def attention_metric(
     """
     if kind == "value":
         return value_transform(outputs[layer.index].cpu(), layer, width)
-    return key_transform(captured.query_moment(layer), layer, spec.rope_tables[layer.rope_table], width)
+    rope_dim = 2 * spec.rope_tables[layer.rope_table][0].shape[1]
+    return key_transform(captured.query_moment(layer), layer, rope_dim, width)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def test_capture_of_every_family(family: str, tmp_path: Path) -> None:
     assert keys.shape == values.shape == (60, total)
     assert got.gradients(layer, "key").shape == (60, 1)
     assert got.gradients(layer, "value").shape == (60, 2)
-    assert got.query_moment(layer).shape == (2, layer.head_dim, layer.head_dim)
+    assert got.query_moment(layer).shape == (2, layer.head_dim)
 
     # The gradient norm by finite differences: moving one value vector along its gradient changes the loss by the norm.
     norms = got.gradients(layer, "value").reshape(3, 20, 2)

@@ -16,6 +16,7 @@ from gsrq_export.errors import GsrqError
 
 Method = Literal["gskm", "kmeans", "kmeans-spherical"]
 ROWS = 8192  # a block of rows
+GPU_ROWS = 65536  # there launches cost more than memory
 TINY = 1e-12
 
 
@@ -37,7 +38,7 @@ class Clusters:
 def nearest(x: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest codeword of each row: index int64 [N], and 2 <x, c> - ||c||^2 float32 [N]."""
     bias = -(words**2).sum(1)
-    scores = [torch.addmm(bias, block, words.T, alpha=2).max(1) for block in torch.split(x, ROWS)]
+    scores = [torch.addmm(bias, block, words.T, alpha=2).max(1) for block in torch.split(x, _rows(x))]
     return torch.cat([s.indices for s in scores]), torch.cat([s.values for s in scores])
 
 
@@ -62,7 +63,8 @@ def cluster(
             f"{x.shape[0]} calibration vectors for {CODEBOOK_SIZE} codewords",
             "raise traffic.sequences or traffic.sequence_length; 100 vectors a codeword are a fair minimum",
         )
-    energy = float((weights * (x**2).sum(1)).sum(dtype=torch.float64))
+    norm = x.norm(dim=1)
+    energy = float((weights * norm**2).sum(dtype=torch.float64))
     words = _seed(x, weights, method, generator)
     best: Clusters | None = None
     for step in range(iterations + 1):
@@ -72,7 +74,7 @@ def cluster(
         if best is None or distortion < best.distortion:
             best = Clusters(words, assignment, distortion)
         if step < iterations:
-            words = _update(x, weights, assignment, gain, words, method, generator)
+            words = _update(x, weights, assignment, gain, words, norm, method, generator)
     assert best is not None
     return best
 
@@ -97,46 +99,53 @@ def _update(
     assignment: torch.Tensor,
     gain: torch.Tensor,
     words: torch.Tensor,
+    norm: torch.Tensor,
     method: Method,
     generator: torch.Generator,
 ) -> torch.Tensor:
     total = sum_rows(weights, assignment)
     filled = total > 0
+    updated = sum_rows(x, assignment, weights) / total.clamp(min=TINY)[:, None]
     if method == "gskm":
-        norm = x.norm(dim=1).clamp(min=TINY)
-        direction = sum_rows(x * (weights / norm)[:, None], assignment) / total.clamp(min=TINY)[:, None]
+        direction = sum_rows(x, assignment, weights / norm.clamp(min=TINY)) / total.clamp(min=TINY)[:, None]
         length = direction.norm(dim=1, keepdim=True)
         old = words / words.norm(dim=1, keepdim=True).clamp(min=TINY)
         shapes = torch.where(length > 1e-6, direction / length.clamp(min=TINY), old)
-        along = (x * shapes[assignment]).sum(1)
-        gains = (sum_rows(weights * along, assignment) / total.clamp(min=TINY)).clamp(min=0)
+        gains = (updated * shapes).sum(1).clamp(min=0)  # the mean of <x, s> over the members
         updated = gains[:, None] * shapes
-    else:
-        updated = sum_rows(x * weights[:, None], assignment) / total.clamp(min=TINY)[:, None]
     empty = torch.nonzero(~filled).flatten()
     if len(empty):
         # Reseed with rows that are coded worst, drawn from a random tenth so that seeds differ.
-        error = weights * ((x**2).sum(1) - gain)
+        error = weights * (norm**2 - gain)
         some = torch.randperm(len(x), generator=generator)[: max(len(x) // 10, CODEBOOK_SIZE)].to(x.device)
         worst = some[error[some].argsort(descending=True, stable=True)[: len(empty)]]
         updated[empty] = x[worst]
     return updated
 
 
-def sum_rows(values: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
+def sum_rows(values: torch.Tensor, assignment: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """Sums over the rows of each cluster, in an order that is the same every time.
 
     Args:
         values: float32 [N] or [N, D].
         assignment: int64 [N], below 256.
+        scale: float32 [N], a factor on each row of [N, D]; None: 1.
     Returns:
         float32 [256] or [256, D].
     """
     out: torch.Tensor = torch.zeros((CODEBOOK_SIZE, *values.shape[1:]), device=values.device)
     if values.device.type == "cpu":
-        out.index_add_(0, assignment, values)
+        out.index_add_(0, assignment, values if scale is None else values * scale[:, None])
         return out
-    for block, index in zip(torch.split(values, ROWS), torch.split(assignment, ROWS), strict=True):
-        member = torch.nn.functional.one_hot(index, CODEBOOK_SIZE).to(values.dtype)
-        out += torch.tensordot(member, block, ([0], [0]))  # atomics of index_add_ would not repeat to the bit
+    # As a product with the one-hot assignment: atomics of index_add_ would not repeat to the bit.
+    of = torch.ones_like(values[:, 0] if values.ndim > 1 else values) if scale is None else scale
+    each = torch.arange(CODEBOOK_SIZE, device=values.device)
+    size = _rows(values)
+    for rows, index, factor in zip(*(torch.split(t, size) for t in (values, assignment, of)), strict=True):
+        member = torch.where(index[:, None] == each, factor[:, None], 0)
+        out += member.T @ rows
     return out
+
+
+def _rows(x: torch.Tensor) -> int:
+    return GPU_ROWS if x.is_cuda else ROWS

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from gsrq_export.codec.cluster import sum_rows
+from gsrq_export.codec.cluster import GPU_ROWS, sum_rows
 from gsrq_export.codec.codebook import ENCODE_CHUNK, Codebook, beam_search
 
 HOLD_OUT = 16  # every 16th token is kept from training, to measure the distortion of unseen vectors
@@ -81,7 +81,8 @@ def encode_rows(x: torch.Tensor, words: torch.Tensor, beam: int) -> torch.Tensor
     Returns:
         int64 [N, R].
     """
-    parts = [beam_search(part[None], words[None], beam)[:, 0] for part in torch.split(x, ENCODE_CHUNK)]
+    size = GPU_ROWS // beam if x.is_cuda else ENCODE_CHUNK
+    parts = [beam_search(part[None], words[None], beam)[:, 0] for part in torch.split(x, size)]
     return torch.cat(parts)
 
 
@@ -108,8 +109,7 @@ def refit(x: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, words: to
 
     def gather(rows: torch.Tensor) -> torch.Tensor:
         """The transpose of ``spread``, weighted."""
-        weighted = rows * weights[:, None]
-        return torch.stack([sum_rows(weighted, codes[:, r]) for r in range(stages)])
+        return torch.stack([sum_rows(rows, codes[:, r], weights) for r in range(stages)])
 
     residual = gather(x - spread(words))
     counts = torch.stack([sum_rows(weights, codes[:, r]) for r in range(stages)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gsrq_export.cache.reference import rotate
 from gsrq_export.codec.cluster import Method, cluster, nearest
 from gsrq_export.codec.metric import key_transform, value_transform
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
@@ -117,24 +116,14 @@ def test_metric_of_values_is_the_output_error() -> None:
     torch.testing.assert_close(z / z.mean(), y / y.mean(), atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_metric_of_keys_is_the_mean_squared_score_error(interleaved: bool) -> None:
-    layer = LayerSpec(0, 0, 4, 2, 6, 0.4, 0.0, 0, interleaved, 0)
-    angle = torch.arange(300)[:, None] * torch.tensor([1.3, 0.002])  # one pair turns fast, one hardly
-    table = angle.cos(), angle.sin()
-    query = gaussian(2 * 400, 6, 1).reshape(2, 400, 6) @ gaussian(6, 6, 3)  # correlated elements
-    moment = query.transpose(1, 2) @ query / 400
-    transform = key_transform(moment, layer, table, 12)
-    errors = gaussian(40, 12, 2)
-    found = ((errors @ transform[0].T) ** 2).sum(1)
-    expected = torch.zeros(40)
-    for distance in range(0, 300, 3):
-        cos, sin = (t[distance].expand(1, 400, -1) for t in table)
-        for head in range(2):
-            turned = rotate(query[head][None, None], cos, sin, interleaved)[0, 0]
-            expected += ((turned @ errors[:, 6 * head : 6 * head + 6].T) ** 2).mean(0)
-    ratio = found / expected
-    torch.testing.assert_close(ratio / ratio.mean(), torch.ones(40), atol=0.06, rtol=0)
+def test_metric_of_keys_is_equal_within_rotary_pairs() -> None:
+    layer = LayerSpec(0, 0, 4, 2, 6, 0.4, 0.0, 0, False, 0)
+    transform = key_transform(torch.rand(2, 6, generator=seeded()) + 0.5, layer, 4, 6)
+    scale = torch.diagonal(transform, dim1=1, dim2=2)
+    assert torch.equal(scale[:, 0], scale[:, 2])
+    assert torch.equal(scale[:, 1], scale[:, 3])
+    assert not torch.equal(scale[:, 4], scale[:, 5])
+    assert torch.equal(transform, torch.diag_embed(scale))
 
 
 def test_training_in_a_metric_lowers_that_metric() -> None:
