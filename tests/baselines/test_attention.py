@@ -11,7 +11,7 @@ from families import tiny_model
 
 from gsrq_export import CacheRule, GsrqError, LayerCodebooks, coded
 from gsrq_export.baselines.attention import BaselineAttention, BaselineCache, baseline
-from gsrq_export.baselines.base import CacheCodec, LayerCodecs, effective_bits
+from gsrq_export.baselines.base import CacheCodec, LayerCodecs, effective_bits, nominal_bits
 from gsrq_export.baselines.calibrate import fit_model, layer_sample
 from gsrq_export.baselines.fp8 import Fp8
 from gsrq_export.baselines.int4 import TokenHeadCodec
@@ -168,6 +168,20 @@ def test_effective_bits_by_hand() -> None:
     codes = held * KV * DIM * ((2 + 1) + (1 + 1))  # a float16 norm over 16 elements is a bit each
     shared = 8 * 4 * DIM * DIM  # one rotation, though keys and values both use it
     assert effective_bits(spec, [turboquant], rule, 60) == pytest.approx((exact + codes + shared) / elements)
+    three = (3 * (exact + codes) + shared) / (3 * elements)  # the rotation once, all else for each sequence
+    assert effective_bits(spec, [turboquant], rule, 60, sequences=3) == pytest.approx(three)
+    assert nominal_bits(spec, [turboquant]) == pytest.approx((3 + 2) / 2)
+
+
+def test_a_transform_counts_unless_it_is_the_identity() -> None:
+    spec, rule = one_layer(0.0, 0, False), CacheRule(2, 5, 8)
+    plain = random_codebook(KV * DIM, 16, 3)
+    turned = random_codebook(KV * DIM, 16, 3, 0, True)
+    ours, theirs = (LayerCodecs(ResidualCodec(b), ResidualCodec(plain)) for b in (turned, plain))
+    difference = effective_bits(spec, [ours], rule, 60) - effective_bits(spec, [theirs], rule, 60)
+    words = 8 * 2 * turned.codewords.numel()  # of its own: the plain pair shares one tensor
+    transform = 8 * 4 * 2 * 16 * 16
+    assert difference == pytest.approx((words + transform) / (2 * 60 * KV * DIM))
 
 
 def test_fit_model(tmp_path: Path) -> None:
