@@ -104,6 +104,26 @@ class Method(ABC):
     def label(self) -> str:
         """Name with the settings, such as "KIVI 2 bit, groups of 32"."""
 
+    @property
+    def gradient_width(self) -> int | None:
+        """Elements of which it weighs gradient norms; None where it looks at no gradients."""
+        return None
+
+    def covers(self, other: Method) -> bool:
+        """Whether a codec of ``other`` is a part of one of this method, so that one fit serves both."""
+        return self == other
+
+    def narrowed(self, codec: CacheCodec) -> CacheCodec:
+        """This method's codec, out of one that was fitted by a method that covers it."""
+        return codec
+
+    def check_heads(self, num_kv_heads: int, head_dim: int) -> None:  # noqa: B027, most methods take any
+        """Refuse a layer that the method cannot code, before anything is captured or fitted.
+
+        Raises:
+            GsrqError: its groups or sub-vectors do not divide the heads.
+        """
+
     @abstractmethod
     def fit(self, sample: Sample) -> CacheCodec:
         """The codec of one layer's keys or values, its tensors on the sample's device.

@@ -1,10 +1,10 @@
 """CQ, coupled quantization: "KV Cache is 1 Bit Per Channel", T. Zhang et al., NeurIPS 2024, arXiv 2405.03917.
 
 ``channels`` neighbouring channels of a head share one code of 8 bits: 8 channels make 1 bit an element ("8c8b"), 4 make
-2 bits. Each group has its own 256 centroids for keys (before RoPE) and for values, by k-means in which a vector weighs
-its squared gradient norm (the diagonal Fisher information) where gradients are given. Seeds are data points drawn
-uniformly, and k-means takes at most ``rows`` vectors, evenly spread: twice the paper's 16 sequences of 2048.
-That is residual quantization with a single stage and narrow sub-vectors, so its codec is the same.
+2 bits, 16 half a bit. Each group has its own 256 centroids for keys (before RoPE) and for values, by k-means in which a
+vector weighs its squared gradient norm (the diagonal Fisher information) where gradients are given. Seeds are data
+points drawn uniformly, and k-means takes at most ``rows`` vectors, evenly spread: twice the paper's 16 sequences of
+2048. That is residual quantization with a single stage and narrow sub-vectors, so its codec is the same.
 """
 
 from __future__ import annotations
@@ -45,8 +45,15 @@ class CoupledQuantization(Method):
     def label(self) -> str:
         return f"CQ-{self.channels}c8b"
 
+    @property
+    def gradient_width(self) -> int:
+        return self.channels
+
+    def check_heads(self, num_kv_heads: int, head_dim: int) -> None:
+        check_divides(self.channels, head_dim, "CQ channels", "elements of a head")
+
     def fit(self, sample: Sample) -> CacheCodec:
-        check_divides(self.channels, sample.head_dim, "CQ channels", "elements of a head")
+        self.check_heads(sample.num_kv_heads, sample.head_dim)
         norms = sample.gradient_norms(self.channels)
         some = slice(None, None, -(-len(sample.vectors) // self.rows))
         weights = None if norms is None else fisher_weights(norms[some])

@@ -20,6 +20,7 @@ from gsrq_export.baselines.residual import Residual, ResidualCodec
 from gsrq_export.baselines.turboquant import TurboQuant, TurboQuantCodec, rotation
 from gsrq_export.cache.reference import rotate
 from gsrq_export.capture import Captured, CaptureSettings, capture
+from gsrq_export.evaluate.torch_runner import TorchRunner
 from gsrq_export.model.intercept import AttentionCall, RotaryCall
 from gsrq_export.model.introspect import LayerSpec, ModelSpec, inspect_model
 
@@ -113,6 +114,22 @@ def test_exact_prefill_and_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("gsrq_export.baselines.attention.QUERY_CHUNK", 9)
     got = BaselineAttention(spec, [codecs], rule)(calls([STEPS])[0])
     torch.testing.assert_close(got, expected(spec, codecs, rule, False), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_continuation_is_scored_in_one_call_as_it_is_decoded(family: str) -> None:
+    model = tiny_model(family)
+    spec = inspect_model(model, 128)
+    codecs = [LayerCodecs(KiviKeys(2, 4), KiviValues(2, 8))] * len(spec.layers)
+    ids = torch.randint(3, 97, (2, 90), generator=torch.Generator().manual_seed(0))
+    rule = CacheRule(2, 8, 4)
+    with baseline(model, codecs, rule, exact_prefill=True, spec=spec):
+        slow = TorchRunner(model, exact_prefill=True).nll(ids, 40)
+        inexact = TorchRunner(model).nll(ids, 40)
+    with baseline(model, codecs, rule, exact_prefill=True, prefill_once=True, spec=spec):
+        fast = TorchRunner(model).nll(ids, 40)
+    torch.testing.assert_close(fast, slow, atol=2e-3, rtol=1e-3)
+    assert float((inexact - slow).abs().max()) > 0.05, "a later call must not be seen exactly"
 
 
 @torch.no_grad()
