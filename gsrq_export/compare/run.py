@@ -198,8 +198,8 @@ class _Run:
 
 
 def identity(method: Method) -> dict[str, Any]:
-    """A row's setting: the method's class and fields."""
-    return {"method": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
+    """A row's setting: the quantizer's class and its fields."""
+    return {"quantizer": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
 
 
 def _with(comparison: Comparison, **changes: Any) -> Comparison:

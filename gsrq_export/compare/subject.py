@@ -133,7 +133,7 @@ class Ours:
                 digest.update(tensor.detach().cpu().contiguous().numpy().data)
         sides = {"keys": [layer.keys for layer in self.layers], "values": [layer.values for layer in self.layers]}
         shapes = {kind: _shapes(books) for kind, books in sides.items()}
-        return {"method": "ours", "codebooks_sha256": digest.hexdigest(), "beam": self.beam, **shapes}
+        return {"quantizer": "ours", "codebooks_sha256": digest.hexdigest(), "beam": self.beam, **shapes}
 
     def check(self, subject: Subject) -> None:
         """Raises GsrqError where the codebooks are not of this model."""
