@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from gsrq_export.baselines.base import CacheCodec, Method, Sample, check_divides
+from gsrq_export.baselines.kmeans import CENTROIDS, grouped_kmeans
 from gsrq_export.baselines.residual import ResidualCodec
-from gsrq_export.codec.residual import Training, train_codebook
+from gsrq_export.codec.codebook import Codebook
 from gsrq_export.errors import GsrqError
 
 
@@ -56,6 +57,12 @@ class CoupledQuantization(Method):
         self.check_heads(sample.num_kv_heads, sample.head_dim)
         norms = sample.gradient_norms(self.channels)
         some = slice(None, None, -(-len(sample.vectors) // self.rows))
-        weights = None if norms is None else fisher_weights(norms[some])
-        training = Training("kmeans", self.iterations, sample.seed)
-        return ResidualCodec(train_codebook(sample.vectors[some].flatten(1), weights, self.channels, 1, training)[0])
+        x = sample.vectors[some].float().flatten(1)
+        if len(x) < CENTROIDS:
+            raise GsrqError(f"{len(x)} calibration vectors for {CENTROIDS} centroids", "calibrate on more text")
+        groups = x.reshape(len(x), -1, self.channels).transpose(0, 1).contiguous()
+        weights = torch.ones_like(groups[..., 0]) if norms is None else fisher_weights(norms[some]).T.contiguous()
+        generator = torch.Generator().manual_seed(sample.seed)
+        words = grouped_kmeans(groups, weights, self.iterations, generator)
+        identity = torch.eye(self.channels, device=x.device).expand(len(words), -1, -1).contiguous()
+        return ResidualCodec(Codebook(words.half()[:, None], identity))

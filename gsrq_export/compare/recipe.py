@@ -90,7 +90,8 @@ def settings_of_recipe(recipe: Recipe) -> EvaluationSettings:
 
 def _held_out(source: Source, settings: EvaluationSettings) -> str:
     evaluate = source.recipe.evaluate or EvaluateRecipe()
-    tokens = settings.window_tokens * settings.windows + 2 * max((0, *settings.recall_lengths))
+    # Enough for the windows, and for cases of any length that the model is exported for.
+    tokens = settings.window_tokens * settings.windows + 2 * source.recipe.export.max_length
     return held_out_text(evaluate.text or SAMPLED_TEXT, source, tokens)
 
 

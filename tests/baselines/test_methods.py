@@ -17,6 +17,7 @@ from gsrq_export.baselines.cq import CoupledQuantization, fisher_weights
 from gsrq_export.baselines.fp8 import Fp8
 from gsrq_export.baselines.int4 import TokenHeadInt
 from gsrq_export.baselines.kivi import Kivi, KiviKeys, KiviValues
+from gsrq_export.baselines.kmeans import assign, grouped_kmeans
 from gsrq_export.baselines.methods import chosen, registry
 from gsrq_export.baselines.residual import Residual, ResidualCodec
 from gsrq_export.baselines.turboquant import TurboQuant, gaussian_levels, rotation
@@ -140,6 +141,39 @@ def test_cq_is_weighted_k_means_of_each_channel_group() -> None:
     assert torch.equal(fewer, CoupledQuantization(8, 3).fit(half).shared_tensors()[0])
     rows = data.vectors[::7]
     assert ((weighted.reconstruct(rows) - rows) ** 2).sum() < 0.5 * ((plain.reconstruct(rows) - rows) ** 2).sum()
+
+
+def test_grouped_k_means() -> None:
+    generator = torch.Generator().manual_seed(2)
+    centres = torch.randn(3, 256, 2, generator=generator) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    member = torch.randint(256, (3, 4000), generator=generator)
+    x = centres.gather(1, member[..., None].expand(-1, -1, 2)) + 1e-3 * torch.randn(3, 4000, 2, generator=generator)
+    weights = torch.rand(3, 4000, generator=generator)
+
+    def cost(x: torch.Tensor, weights: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        return (weights * torch.cdist(x, words).min(2).values ** 2).sum(1) / (weights * (x**2).sum(2)).sum(1)
+
+    words = grouped_kmeans(x, weights, 15, torch.Generator().manual_seed(0))
+    index, gain = assign(x, words)
+    distance = torch.cdist(x.double(), words.double()) ** 2
+    excess = distance.gather(2, index[..., None])[..., 0] - distance.amin(2)
+    assert bool((excess <= 1e-5 * (x**2).sum(2)).all()), "the nearest, but for float32"
+    torch.testing.assert_close(((x**2).sum(2) - gain).double(), distance.amin(2), atol=2e-2, rtol=1e-3)
+    once = grouped_kmeans(x, weights, 1, torch.Generator().manual_seed(0))
+    assert bool((cost(x, weights, words) < 0.6 * cost(x, weights, once)).all())
+    assert float(cost(x, weights, words).max()) < 2e-3
+    again = grouped_kmeans(x, weights, 15, torch.Generator().manual_seed(0))
+    assert torch.equal(words, again)
+    # One step by hand: each centroid is the weighted mean of the rows nearest to a seed.
+    seeds = x[:, torch.randperm(4000, generator=torch.Generator().manual_seed(0))[:256]]
+    near, _ = assign(x, seeds)
+    mine = near[0] == 17
+    expected = (weights[0, mine, None] * x[0, mine]).sum(0) / weights[0, mine].sum()
+    torch.testing.assert_close(once[0, 17], expected)
+    # Clusters that nobody is nearest to are used again.
+    twice = torch.cat([x[:, :200].repeat(1, 2, 1), x[:, 1000:1400]], 1)
+    found = grouped_kmeans(twice, torch.ones(3, 800), 10, torch.Generator().manual_seed(0))
+    assert all(len(assign(twice, found)[0][g].unique()) > 225 for g in range(3))
 
 
 def test_vqllm_groups_and_scale() -> None:
