@@ -1,161 +1,150 @@
-"""What every cache quantizer costs in perplexity and recall, at its honest bits, in one harness.
+"""What every cache quantizer costs in perplexity and recall, at its honest bits, in one harness, from text files.
 
     python benchmarks/baselines.py --model DIR --calibration TEXT --evaluation novels=TEXT [--evaluation wiki=TEXT ...]
+    python benchmarks/baselines.py ... --part 0/4 --out part0.json     # four processes, a file each
+    python benchmarks/baselines.py --merge part0.json part1.json part2.json part3.json --out all.json
 
-All methods get the same calibration vectors (recall passages in every other sequence), the same sinks, window and
-block, and the same evaluation texts, which must not be the calibration's. Writes JSON after each row; rows that are
-there already are not run again, so a run that was cut short goes on, and --methods picks rows by their labels.
+`gsrq compare` is the same harness over a recipe. All rows get the same calibration vectors (recall passages in every
+other sequence), the same sinks, window and block, and the same evaluation texts, which must not be the calibration's.
+The file is written after each row, and beside it a Markdown one; rows that are there already are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from environment import ROOT, environment
-from quality import brief, judge, sequences
+from environment import ROOT
+from quality import sequences
 
-from gsrq_export.baselines.attention import baseline
-from gsrq_export.baselines.base import LayerCodecs, Method, effective_bits
-from gsrq_export.baselines.calibrate import fit_model
-from gsrq_export.baselines.methods import methods
-from gsrq_export.cache.rule import CacheRule
+from gsrq_export.baselines.base import Method
+from gsrq_export.baselines.calibrate import families
+from gsrq_export.baselines.methods import chosen, registry
 from gsrq_export.capture import Captured, CaptureSettings, capture
+from gsrq_export.codec.storage import load_codebooks
+from gsrq_export.compare.markdown import write_markdown
+from gsrq_export.compare.run import run_comparison
+from gsrq_export.compare.schema import Model, Prefill, Rule, save_comparison
+from gsrq_export.compare.store import merge
+from gsrq_export.compare.subject import EvaluationText, Ours, Subject, perplexity_only
 from gsrq_export.errors import GsrqError
-from gsrq_export.evaluate.torch_runner import TorchRunner
-from gsrq_export.model.introspect import ModelSpec, inspect_model
-from gsrq_export.model.loading import load_model
+from gsrq_export.evaluate.suite import EvaluationSettings
+from gsrq_export.model.introspect import inspect_model
+from gsrq_export.model.loading import load_model, weight_hash
+from gsrq_export.stages.progress import make_reporter
 
-CONTEXTS = (2048, 8192, 131072)
-GRADIENT_WIDTH = 4  # norms are taken of the narrowest parts any method weighs: four channels, CQ at 2 bits
+MODES: dict[str, list[Prefill]] = {"coded": ["coded"], "exact": ["exact"], "both": ["coded", "exact"]}
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--evaluation", action="append", required=True, help="name=file; recall uses the first")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--evaluation", action="append", help="name=file; recall uses the first")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/baselines.json")
-    parser.add_argument("--methods", nargs="+", default=[""], help="parts of labels; default: all")
-    parser.add_argument("--list", action="store_true", help="print the labels and stop")
+    parser.add_argument("--methods", nargs="+", default=["all"], help="ids; default: all")
+    parser.add_argument("--list", action="store_true", help="print ids and labels and stop")
+    parser.add_argument("--part", default="0/1", help="i/n: of n parts of the rows the i-th, counted from 0")
+    parser.add_argument("--merge", nargs="+", type=Path, help="put these files together and stop")
+    parser.add_argument("--ours", action="append", default=[], help="id=codebooks.safetensors; the id begins with ours")
+    parser.add_argument("--beam", type=int, default=1, help="of ours")
+    parser.add_argument("--prefix", type=float, nargs="+", default=[], help="also these shares of our stages")
+    parser.add_argument("--iterations", type=int, help="of every clustering; default: each method's own")
     parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--tokens-window", type=int, default=64, help="W of the cache rule")
+    parser.add_argument("--window", type=int, default=64, help="W of the cache rule")
     parser.add_argument("--block", type=int, default=64)
-    parser.add_argument("--prefill", choices=["coded", "exact"], default="coded")
-    parser.add_argument("--sequences", type=int, default=128)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--window", type=int, default=2048, help="tokens of a perplexity window")
-    parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 8192])
-    parser.add_argument("--cases", type=int, default=48)
+    parser.add_argument("--prefill", choices=list(MODES), default="coded")
+    parser.add_argument("--sequences", type=int, default=128, help="of calibration")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a calibration sequence")
+    parser.add_argument("--window-tokens", type=int, default=2048, help="tokens of a perplexity window")
+    parser.add_argument("--windows", type=int, default=24, help="perplexity windows of a text")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 8192], help="of recall; none skips it")
+    parser.add_argument("--cases", type=int, default=48, help="recall cases a length")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=300, help="start no row after this time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
     return parser.parse_args()
 
 
-def identity(method: Method) -> dict[str, Any]:
-    return {"method": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
+def part_of(methods: Mapping[str, Method], part: str) -> dict[str, Method]:
+    """The part "i/n" of the rows. Rows of one training stay together; the parts have about as many rows each."""
+    number, _, count = part.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise GsrqError(f"--part {part}: not i/n with 0 <= i < n", "use 0/4, 1/4, 2/4, 3/4")
+    ids = {method: id for id, method in methods.items()}
+    parts: list[list[str]] = [[] for _ in range(int(count))]
+    for family in sorted(families(list(ids)), key=len, reverse=True):
+        min(parts, key=len).extend(ids[method] for method in family)
+    return {id: methods[id] for id in parts[int(number)]}
 
 
-def bits(spec: ModelSpec, codecs: list[LayerCodecs], rule: CacheRule) -> dict[str, Any]:
-    """Nominal (codes, scales and norms of a coded token, keys and values averaged) and effective."""
-    shapes = [(layer.num_kv_heads, layer.head_dim) for layer in spec.layers]
-    weight = sum(heads * dim for heads, dim in shapes)
-    nominal = sum(
-        heads * dim * (pair.keys.bits_per_element(heads, dim) + pair.values.bits_per_element(heads, dim)) / 2
-        for (heads, dim), pair in zip(shapes, codecs, strict=True)
+def subject(args: argparse.Namespace, folder: Path) -> Subject:
+    model, tokenizer = load_model(args.model, args.device)
+    spec = inspect_model(model, model.config.get_text_config().max_position_embeddings)
+    ids = sequences(args.calibration.read_text(), tokenizer, args.sequences, args.length, 0.5)
+    settings = EvaluationSettings(
+        window_tokens=args.window_tokens,
+        windows=args.windows,
+        recall_lengths=tuple(args.lengths),
+        recall_cases=args.cases,
+        batch=args.batch,
     )
-    effective = {str(n): effective_bits(spec, codecs, rule, n) for n in CONTEXTS}
-    return {"nominal_bits": nominal / weight, "effective_bits": effective}
+    texts: list[EvaluationText] = []
+    for name, file in (entry.split("=", 1) for entry in args.evaluation):
+        texts.append(EvaluationText(name, Path(file).read_text(), perplexity_only(settings) if texts else settings))
+
+    def captured(width: int | None) -> Captured:
+        capture_settings = CaptureSettings(width or 1, width or 1, gradients=width is not None, batch=args.batch)
+        capture(model, spec, ids, capture_settings, folder)
+        return Captured(folder)
+
+    identity = Model(id=args.model.resolve().name, weights_sha256=weight_hash(args.model))
+    rule = Rule(sinks=args.sinks, window=args.window, block=args.block)
+    return Subject(model, tokenizer, spec, identity, rule, ids, texts, captured)
 
 
-def fits(method: Method, spec: ModelSpec) -> bool:
-    """Whether the method's sub-vectors divide the heads of this model."""
-    width = getattr(method, "width", 1)
-    return all(layer.num_kv_heads * layer.head_dim % width == 0 for layer in spec.layers)
+def ours(args: argparse.Namespace) -> list[Ours]:
+    rows = []
+    for id, file in (entry.split("=", 1) for entry in args.ours):
+        row = Ours(id, f"ours: {id}", load_codebooks(Path(file)), args.beam)
+        rows += [row, *(row.prefix(share) for share in args.prefix)]
+    return rows
 
 
 def main() -> None:
-    args = options()
-    chosen = [m for m in methods() if any(part.lower() in m.label.lower() for part in args.methods)]
-    if args.list or not chosen:
-        print("\n".join(m.label for m in methods()))
-        sys.exit(0 if args.list else f"no method's label has {' or '.join(args.methods)} in it")
-    begin = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rule = CacheRule(args.sinks, args.tokens_window, args.block)
-    texts = {name: Path(file).read_text() for name, file in (e.split("=", 1) for e in args.evaluation)}
-    calibration = args.calibration.read_text()
-    model, tokenizer = load_model(args.model, device)
-    spec = inspect_model(model, model.config.max_position_embeddings)
-
-    # Rows of one file must be comparable: what they depend on is kept beside them and held equal.
-    protocol = {
-        "rule": asdict(rule),
-        "prefill": args.prefill,
-        "calibration": [args.sequences, args.length],
-        "perplexity": [args.windows, args.window],
-        "recall": [args.cases, *args.lengths],
-        "model": args.model.resolve().name,
-        "evaluation": {name: len(text) for name, text in texts.items()},
-    }
-    results = json.loads(args.out.read_text()) if args.out.exists() else {"protocol": protocol, "rows": []}
-    if results.get("protocol") != protocol:
-        sys.exit(f"{args.out} was made with other options ({results.get('protocol')}); name another --out")
-
-    def save() -> None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        results["environment"] = environment()
-        partial = args.out.with_name(args.out.name + ".partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        partial.replace(args.out)
-
-    def note(*words: object) -> None:
-        print(*words, f"{time.monotonic() - begin:.0f} s", flush=True)
-
-    runner = TorchRunner(model, args.prefill == "exact")
-    if "exact" not in results:
-        results["exact"] = judge(TorchRunner(model), tokenizer, texts, args)
-        save()
-        note("exact:", brief(results["exact"]))
-    done = [row["setting"] for row in results["rows"]]
-    todo = [m for m in chosen if identity(m) not in done]
-    if not todo:
+    args, begin = options(), time.monotonic()
+    if args.list:
+        print("\n".join(f"{id:<20} {method.label}" for id, method in registry().items()))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        ids = sequences(calibration, tokenizer, args.sequences, args.length, 0.5)
-        capture(model, spec, ids, CaptureSettings(GRADIENT_WIDTH, GRADIENT_WIDTH, batch=args.batch), Path(folder))
-        note("captured")
-        for method in todo:
-            if time.monotonic() - begin > args.seconds:
-                note("out of time before", method.label)
-                break
-            if not fits(method, spec):
-                note(method.label, "does not fit this model's heads")
-                continue
-            start = time.monotonic()
-            try:
-                codecs = fit_model(Captured(Path(folder)), spec, method, args.length, device)
-            except GsrqError as error:
-                note(method.label, "cannot be fitted:", error.problem)
-                continue
-            trained = time.monotonic() - start
-            with baseline(model, codecs, rule, exact_prefill=args.prefill == "exact", spec=spec):
-                found = judge(runner, tokenizer, texts, args)
-            seconds = {"fit": round(trained, 1), "judge": round(time.monotonic() - start - trained, 1)}
-            row = {"label": method.label, "setting": identity(method), **bits(spec, codecs, rule), "seconds": seconds}
-            results["rows"].append({**row, **found})
-            save()
-            effective = row["effective_bits"][str(CONTEXTS[1])]
-            note(f"{method.label}: {row['nominal_bits']:.3f} bits, {effective:.2f} at {CONTEXTS[1]},", brief(found))
+    if args.merge:
+        found = merge(args.merge)
+        save_comparison(args.out, found)
+    else:
+        missing = [name for name in ("model", "calibration", "evaluation") if getattr(args, name) is None]
+        if missing:
+            sys.exit(f"give --{', --'.join(missing)}")
+        methods = part_of(chosen(args.methods, args.iterations), args.part)
+        with tempfile.TemporaryDirectory() as folder:
+            found = run_comparison(
+                args.out,
+                subject(args, Path(folder)),
+                methods,
+                ours(args) if args.part.startswith("0/") else [],
+                MODES[args.prefill],
+                make_reporter(),
+                lambda: time.monotonic() - begin < args.seconds,
+            )
+    write_markdown(args.out.with_suffix(".md"), found)
+    print(f"{args.out}: {len(found.rows)} rows")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except GsrqError as error:
+        sys.exit(f"error: {error}")

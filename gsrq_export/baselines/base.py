@@ -104,6 +104,26 @@ class Method(ABC):
     def label(self) -> str:
         """Name with the settings, such as "KIVI 2 bit, groups of 32"."""
 
+    @property
+    def gradient_width(self) -> int | None:
+        """Elements of which it weighs gradient norms; None where it looks at no gradients."""
+        return None
+
+    def covers(self, other: Method) -> bool:
+        """Whether a codec of ``other`` is a part of one of this method, so that one fit serves both."""
+        return self == other
+
+    def narrowed(self, codec: CacheCodec) -> CacheCodec:
+        """This method's codec, out of one that was fitted by a method that covers it."""
+        return codec
+
+    def check_heads(self, num_kv_heads: int, head_dim: int) -> None:  # noqa: B027, most methods take any
+        """Refuse a layer that the method cannot code, before anything is captured or fitted.
+
+        Raises:
+            GsrqError: its groups or sub-vectors do not divide the heads.
+        """
+
     @abstractmethod
     def fit(self, sample: Sample) -> CacheCodec:
         """The codec of one layer's keys or values, its tensors on the sample's device.
@@ -131,9 +151,31 @@ def check_divides(part: int, whole: int, what: str, of: str) -> None:
         raise GsrqError(f"{what}: {part} does not divide the {whole} {of}", f"choose a divisor of {whole}")
 
 
-def effective_bits(spec: ModelSpec, codecs: Sequence[LayerCodecs], rule: CacheRule, context: int) -> float:
-    """Bits a key or value element at a context length, everything counted: codes with their scales, the exact
-    buffer's slots in 16 bits, and what the tokens share, over the elements of all tokens of one sequence."""
+def nominal_bits(spec: ModelSpec, codecs: Sequence[LayerCodecs]) -> float:
+    """Bits that a coded token stores an element, scales and norms included: the mean over layers, keys and values."""
+    bits = elements = 0.0
+    for layer, pair in zip(spec.layers, codecs, strict=True):
+        width = layer.num_kv_heads * layer.head_dim
+        elements += 2 * width
+        for codec in (pair.keys, pair.values):
+            bits += width * codec.bits_per_element(layer.num_kv_heads, layer.head_dim)
+    return bits / elements
+
+
+def effective_bits(
+    spec: ModelSpec, codecs: Sequence[LayerCodecs], rule: CacheRule, context: int, sequences: int = 1
+) -> float:
+    """Bits a key or value element, everything counted, for every method alike.
+
+    Codes with their scales and norms, the exact buffer's slots in 16 bits, and, once over all sequences, what tokens
+    share (``CacheCodec.shared_tensors``), over the elements of all tokens of all sequences.
+
+    Args:
+        context: tokens of each sequence.
+        sequences: in the cache at once.
+    """
+    if context < 1 or sequences < 1:
+        raise ValueError(f"context {context} and sequences {sequences} must be at least 1")
     bits = elements = 0.0
     shared: list[torch.Tensor] = []
     for layer, pair in zip(spec.layers, codecs, strict=True):
@@ -143,4 +185,4 @@ def effective_bits(spec: ModelSpec, codecs: Sequence[LayerCodecs], rule: CacheRu
         for codec in (pair.keys, pair.values):
             bits += rule.coded(context) * width * codec.bits_per_element(layer.num_kv_heads, layer.head_dim)
             shared += codec.shared_tensors()
-    return (bits + 8 * tensor_bytes(shared)) / elements
+    return (bits + 8 * tensor_bytes(shared) / sequences) / elements

@@ -65,8 +65,11 @@ class Kivi(Method):
     def label(self) -> str:
         return f"KIVI {self.bits} bit, groups of {self.group}"
 
+    def check_heads(self, num_kv_heads: int, head_dim: int) -> None:
+        check_divides(self.group, head_dim, "KIVI group", "elements of a head")
+
     def fit(self, sample: Sample) -> CacheCodec:
         if sample.kind == "key":
             return KiviKeys(self.bits, self.group)
-        check_divides(self.group, sample.head_dim, "KIVI group", "elements of a head")
+        self.check_heads(sample.num_kv_heads, sample.head_dim)
         return KiviValues(self.bits, self.group)

@@ -10,7 +10,7 @@ Its light fine-tuning of the model itself is left out: no method here changes th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -112,8 +112,19 @@ class Vqllm(Method):
     def label(self) -> str:
         return f"VQLLM {self.entries} x {self.stages}, width {self.width}"
 
+    def covers(self, other: Method) -> bool:
+        # Batches are drawn and stages learned in an order in which no stage knows of those after it.
+        return isinstance(other, Vqllm) and other.stages <= self.stages and replace(other, stages=self.stages) == self
+
+    def narrowed(self, codec: CacheCodec) -> CacheCodec:
+        assert isinstance(codec, VqllmCodec)
+        return VqllmCodec(codec.codewords[: self.stages], codec.kind)
+
+    def check_heads(self, num_kv_heads: int, head_dim: int) -> None:
+        check_divides(self.width, head_dim, "VQLLM width", "elements of a head")
+
     def fit(self, sample: Sample) -> CacheCodec:
-        check_divides(self.width, sample.head_dim, "VQLLM width", "elements of a head")
+        self.check_heads(sample.num_kv_heads, sample.head_dim)
         vectors = sample.vectors.float()
         x = to_groups(vectors / scales(vectors), self.width, sample.kind).reshape(-1, self.width)
         if len(x) < self.entries:

@@ -8,6 +8,7 @@ import click
 
 from gsrq_export import __version__
 from gsrq_export.commands.build import build
+from gsrq_export.commands.compare import compare
 from gsrq_export.commands.evaluate import evaluate
 from gsrq_export.commands.generate import generate
 from gsrq_export.commands.inspect import inspect
@@ -24,7 +25,7 @@ def cli() -> None:
     """Key-value caches of one bit an element or less, from calibration to deployable artifacts."""
 
 
-for command in (build, evaluate, generate, inspect, plugins, recipes, regress, verify):
+for command in (build, compare, evaluate, generate, inspect, plugins, recipes, regress, verify):
     cli.add_command(command)
 
 

@@ -11,7 +11,7 @@ from families import tiny_model
 
 from gsrq_export import CacheRule, GsrqError, LayerCodebooks, coded
 from gsrq_export.baselines.attention import BaselineAttention, BaselineCache, baseline
-from gsrq_export.baselines.base import CacheCodec, LayerCodecs, effective_bits
+from gsrq_export.baselines.base import CacheCodec, LayerCodecs, effective_bits, nominal_bits
 from gsrq_export.baselines.calibrate import fit_model, layer_sample
 from gsrq_export.baselines.fp8 import Fp8
 from gsrq_export.baselines.int4 import TokenHeadCodec
@@ -20,6 +20,7 @@ from gsrq_export.baselines.residual import Residual, ResidualCodec
 from gsrq_export.baselines.turboquant import TurboQuant, TurboQuantCodec, rotation
 from gsrq_export.cache.reference import rotate
 from gsrq_export.capture import Captured, CaptureSettings, capture
+from gsrq_export.evaluate.torch_runner import TorchRunner
 from gsrq_export.model.intercept import AttentionCall, RotaryCall
 from gsrq_export.model.introspect import LayerSpec, ModelSpec, inspect_model
 
@@ -115,6 +116,22 @@ def test_exact_prefill_and_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(got, expected(spec, codecs, rule, False), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_continuation_is_scored_in_one_call_as_it_is_decoded(family: str) -> None:
+    model = tiny_model(family)
+    spec = inspect_model(model, 128)
+    codecs = [LayerCodecs(KiviKeys(2, 4), KiviValues(2, 8))] * len(spec.layers)
+    ids = torch.randint(3, 97, (2, 90), generator=torch.Generator().manual_seed(0))
+    rule = CacheRule(2, 8, 4)
+    with baseline(model, codecs, rule, exact_prefill=True, spec=spec):
+        slow = TorchRunner(model, exact_prefill=True).nll(ids, 40)
+        inexact = TorchRunner(model).nll(ids, 40)
+    with baseline(model, codecs, rule, exact_prefill=True, prefill_once=True, spec=spec):
+        fast = TorchRunner(model).nll(ids, 40)
+    torch.testing.assert_close(fast, slow, atol=2e-3, rtol=1e-3)
+    assert float((inexact - slow).abs().max()) > 0.05, "a later call must not be seen exactly"
+
+
 @torch.no_grad()
 def test_within_the_window_nothing_changes(family: str) -> None:
     model = tiny_model(family)
@@ -168,6 +185,20 @@ def test_effective_bits_by_hand() -> None:
     codes = held * KV * DIM * ((2 + 1) + (1 + 1))  # a float16 norm over 16 elements is a bit each
     shared = 8 * 4 * DIM * DIM  # one rotation, though keys and values both use it
     assert effective_bits(spec, [turboquant], rule, 60) == pytest.approx((exact + codes + shared) / elements)
+    three = (3 * (exact + codes) + shared) / (3 * elements)  # the rotation once, all else for each sequence
+    assert effective_bits(spec, [turboquant], rule, 60, sequences=3) == pytest.approx(three)
+    assert nominal_bits(spec, [turboquant]) == pytest.approx((3 + 2) / 2)
+
+
+def test_a_transform_counts_unless_it_is_the_identity() -> None:
+    spec, rule = one_layer(0.0, 0, False), CacheRule(2, 5, 8)
+    plain = random_codebook(KV * DIM, 16, 3)
+    turned = random_codebook(KV * DIM, 16, 3, 0, True)
+    ours, theirs = (LayerCodecs(ResidualCodec(b), ResidualCodec(plain)) for b in (turned, plain))
+    difference = effective_bits(spec, [ours], rule, 60) - effective_bits(spec, [theirs], rule, 60)
+    words = 8 * 2 * turned.codewords.numel()  # of its own: the plain pair shares one tensor
+    transform = 8 * 4 * 2 * 16 * 16
+    assert difference == pytest.approx((words + transform) / (2 * 60 * KV * DIM))
 
 
 def test_fit_model(tmp_path: Path) -> None:

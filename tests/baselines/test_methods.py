@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from attention_cases import random_codebook
 
 from gsrq_export import GsrqError
 from gsrq_export.baselines.affine import affine
 from gsrq_export.baselines.base import Method, Sample
+from gsrq_export.baselines.calibrate import families, gradient_width
 from gsrq_export.baselines.cq import CoupledQuantization, fisher_weights
 from gsrq_export.baselines.fp8 import Fp8
 from gsrq_export.baselines.int4 import TokenHeadInt
 from gsrq_export.baselines.kivi import Kivi, KiviKeys, KiviValues
-from gsrq_export.baselines.methods import methods
-from gsrq_export.baselines.residual import Residual
+from gsrq_export.baselines.kmeans import assign, grouped_kmeans
+from gsrq_export.baselines.methods import chosen, registry
+from gsrq_export.baselines.residual import Residual, ResidualCodec
 from gsrq_export.baselines.turboquant import TurboQuant, gaussian_levels, rotation
 from gsrq_export.baselines.vqllm import EmaCodebook, Vqllm, from_groups, scales, to_groups
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
@@ -139,6 +143,39 @@ def test_cq_is_weighted_k_means_of_each_channel_group() -> None:
     assert ((weighted.reconstruct(rows) - rows) ** 2).sum() < 0.5 * ((plain.reconstruct(rows) - rows) ** 2).sum()
 
 
+def test_grouped_k_means() -> None:
+    generator = torch.Generator().manual_seed(2)
+    centres = torch.randn(3, 256, 2, generator=generator) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    member = torch.randint(256, (3, 4000), generator=generator)
+    x = centres.gather(1, member[..., None].expand(-1, -1, 2)) + 1e-3 * torch.randn(3, 4000, 2, generator=generator)
+    weights = torch.rand(3, 4000, generator=generator)
+
+    def cost(x: torch.Tensor, weights: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        return (weights * torch.cdist(x, words).min(2).values ** 2).sum(1) / (weights * (x**2).sum(2)).sum(1)
+
+    words = grouped_kmeans(x, weights, 15, torch.Generator().manual_seed(0))
+    index, gain = assign(x, words)
+    distance = torch.cdist(x.double(), words.double()) ** 2
+    excess = distance.gather(2, index[..., None])[..., 0] - distance.amin(2)
+    assert bool((excess <= 1e-5 * (x**2).sum(2)).all()), "the nearest, but for float32"
+    torch.testing.assert_close(((x**2).sum(2) - gain).double(), distance.amin(2), atol=2e-2, rtol=1e-3)
+    once = grouped_kmeans(x, weights, 1, torch.Generator().manual_seed(0))
+    assert bool((cost(x, weights, words) < 0.6 * cost(x, weights, once)).all())
+    assert float(cost(x, weights, words).max()) < 2e-3
+    again = grouped_kmeans(x, weights, 15, torch.Generator().manual_seed(0))
+    assert torch.equal(words, again)
+    # One step by hand: each centroid is the weighted mean of the rows nearest to a seed.
+    seeds = x[:, torch.randperm(4000, generator=torch.Generator().manual_seed(0))[:256]]
+    near, _ = assign(x, seeds)
+    mine = near[0] == 17
+    expected = (weights[0, mine, None] * x[0, mine]).sum(0) / weights[0, mine].sum()
+    torch.testing.assert_close(once[0, 17], expected)
+    # Clusters that nobody is nearest to are used again.
+    twice = torch.cat([x[:, :200].repeat(1, 2, 1), x[:, 1000:1400]], 1)
+    found = grouped_kmeans(twice, torch.ones(3, 800), 10, torch.Generator().manual_seed(0))
+    assert all(len(assign(twice, found)[0][g].unique()) > 225 for g in range(3))
+
+
 def test_vqllm_groups_and_scale() -> None:
     x = torch.arange(16.0).reshape(1, 2, 8)
     assert to_groups(x, 4, "value")[0, 1].tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
@@ -248,7 +285,95 @@ def test_refusals() -> None:
         Residual("k")  # type: ignore[arg-type]
 
 
-def test_rows_are_distinct() -> None:
-    labels = [m.label for m in methods()]
-    assert len(set(labels)) == len(labels)
-    assert len({type(m) for m in methods()}) == 7
+def test_registry() -> None:
+    known = registry()
+    assert len({m.label for m in known.values()}) == len(known)
+    assert len({type(m) for m in known.values()}) == 7
+    assert known["gsrq-256x12"] == Residual("gskm", 256, 12, 40)
+    short = registry(iterations=3)
+    assert (short["kmeans-rq-128x16"].iterations, short["cq-8c8b"].iterations) == (3, 3)
+    assert short["kivi-2"] == known["kivi-2"]
+    assert list(chosen(["cq-8c8b", "fp8"])) == ["fp8", "cq-8c8b"]
+    assert chosen(["fp8", "all"]) == known
+    with pytest.raises(GsrqError, match="method 'kivy-1' is unknown") as caught:
+        chosen(["fp8", "kivy-1"])
+    assert "did you mean kivi-1?" in caught.value.mend
+
+
+def test_the_registry_covers_the_rates() -> None:
+    """Codes alone, on two heads of 128: who has a setting at a rate is there."""
+    rates: dict[float, set[str]] = {}
+    for id, method in registry().items():
+        data = Sample("value", torch.randn(300, 2, 128, generator=torch.Generator().manual_seed(0)))
+        if isinstance(method, Residual):
+            bits = 8 * method.stages / method.width
+        elif isinstance(method, Vqllm):
+            bits = math.log2(method.entries) * method.stages / method.width
+        else:
+            small = replace(method, iterations=1) if isinstance(method, CoupledQuantization) else method
+            bits = math.floor(4 * small.fit(data).bits_per_element(2, 128)) / 4
+        rates.setdefault(bits, set()).add(id.split("-")[0])
+    assert {8.0, 4.0, 2.0, 1.25, 1.0, 0.75, 0.5, 0.375} <= set(rates)
+    for bits in (2.0, 1.0, 0.5):
+        assert {"gsrq", "kmeans", "cq", "vqllm"} <= rates[bits]
+    assert {"gsrq", "kmeans", "vqllm"} <= rates[1.25] & rates[0.75]
+    assert {"gsrq", "kmeans"} <= rates[0.375]
+
+
+@pytest.mark.parametrize(
+    ("large", "small"),
+    [
+        (Residual("gskm", 16, 4, 3), Residual("gskm", 16, 2, 3)),
+        (Residual("kmeans", 32, 3, 2), Residual("kmeans", 32, 1, 2)),
+        (Vqllm(64, 3, 8, steps=4, batch=256), Vqllm(64, 2, 8, steps=4, batch=256)),
+        (Fp8(), Fp8()),
+    ],
+)
+def test_the_first_stages_are_those_of_a_separate_training(large: Method, small: Method) -> None:
+    assert large.covers(small)
+    assert families([small, TurboQuant(2), large]) == [[large, small], [TurboQuant(2)]]
+    for kind in ("key", "value"):
+        data = sample(kind, gradients=8)
+        part, alone = small.narrowed(large.fit(data)), small.fit(data)
+        for a, b in zip(part.shared_tensors(), alone.shared_tensors(), strict=True):
+            assert torch.equal(a, b)
+        assert part.shared_bytes == alone.shared_bytes
+        assert part.bits_per_element(2, 16) == alone.bits_per_element(2, 16)
+        assert torch.equal(part.reconstruct(data.vectors), alone.reconstruct(data.vectors))
+
+
+def test_what_shares_no_training() -> None:
+    base = Residual("gskm", 16, 4, 3)
+    others = (Residual("kmeans", 16, 2, 3), Residual("gskm", 32, 2, 3), Residual("gskm", 16, 2, 4), Vqllm(64, 2))
+    assert not any(base.covers(other) for other in others)
+    assert not Residual("gskm", 16, 2, 3).covers(base)
+    assert not Vqllm(64, 4).covers(Vqllm(128, 2))
+
+
+@pytest.mark.parametrize("transform", [False, True])
+def test_float32_codes_are_the_codebooks_but_for_near_ties(transform: bool) -> None:
+    book = random_codebook(64, 32, 6, 1, transform)
+    x = torch.randn(2000, 2, 32, generator=torch.Generator().manual_seed(4))
+    exact = book.decode(book.encode(x.flatten(1))).reshape(x.shape)
+    got = ResidualCodec(book).reconstruct(x)
+    assert float(((got - exact).abs().amax((1, 2)) < 1e-5).float().mean()) > 0.998
+    wide = ResidualCodec(book, beam=3).reconstruct(x)
+    assert torch.equal(wide, book.decode(book.encode(x.flatten(1), 3)).reshape(x.shape))
+
+
+def test_heads_are_refused_before_anything_is_fitted() -> None:
+    for method, heads, message in (
+        (Residual("gskm", 256, 12), (2, 64), "width: 256 does not divide the 128 elements of 2 KV heads"),
+        (Kivi(2, 32), (2, 80), "KIVI group: 32 does not divide the 80"),
+        (Vqllm(), (2, 80), "VQLLM width: 32 does not divide the 80"),
+        (CoupledQuantization(16), (2, 24), "CQ channels: 16 does not divide the 24"),
+    ):
+        with pytest.raises(GsrqError, match=message):
+            method.check_heads(*heads)
+        method.check_heads(2, 128)
+
+
+def test_gradients_are_captured_only_where_someone_looks() -> None:
+    assert gradient_width([Fp8(), Kivi(), TurboQuant(2), Vqllm()]) is None
+    assert gradient_width([Fp8(), Residual("gskm", 128, 16), Residual("gskm", 256, 12)]) == 128
+    assert gradient_width([CoupledQuantization(8), Residual(width=128), CoupledQuantization(2)]) == 2
