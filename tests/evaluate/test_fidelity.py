@@ -92,7 +92,7 @@ def test_metrics_follow_their_definitions(exact_prefill: bool, monkeypatch: pyte
 
 def test_an_artifact_is_measured_as_its_torch_twin_is() -> None:
     artifact = tiny_artifact(exact_prefill=True)
-    recorded = record(TorchRunner(artifact.model), NoStart(), text_ids(), SETTINGS)
+    recorded = record(TorchRunner(artifact.model), NoStart(), text_ids(), replace(SETTINGS, prompts=2))
     deployed = fidelity(OrtRunner(OrtModel(artifact.path)), recorded)
     with coded(artifact.model, artifact.codebooks, artifact.rule, exact_prefill=True, exact_dtype=torch.float32):
         same = fidelity(TorchRunner(artifact.model, exact_prefill=True), recorded)

@@ -108,6 +108,10 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("harness")
     model = tiny_model("Llama", vocab_size=257, num_hidden_layers=1, head_dim=32, bos_token_id=0, eos_token_id=0)
+    letters = byte_tokenizer().encode("abcdefghijklmnopqrstuvwxyz")
+    with torch.no_grad():  # it writes letters, so that texts compare as they are printed
+        head = model.get_output_embeddings().weight
+        head.mul_(torch.zeros(257, 1).index_fill(0, torch.tensor(letters), 1))
     artifacts = {}
     for exact_prefill in (False, True):
         path = root / f"artifact-{exact_prefill}"
@@ -211,8 +215,8 @@ def test_generation_ends_at_stop_strings(made: Made, tmp_path: Path) -> None:
     texts = [f"Read this.\n{row['context']}\nQuestion: {row['input']}\nAnswer:" for row in PASSAGES]
     model = OrtModel(artifact.path)
     whole = ["".join(Generation(model, tokenizer, text, max_new_tokens=12, eos=EOS)) for text in texts]
+    assert all(len(text) == 12 and text.isalpha() for text in whole)
     stop = whole[1][4:6]
-    assert stop
     tasks = write_tasks(tmp_path / "tasks")
     rows = [{**row, "answers": [text.split(stop)[0]]} for row, text in zip(PASSAGES, whole, strict=True)]
     (tasks / "passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -225,6 +229,9 @@ def test_generation_ends_at_stop_strings(made: Made, tmp_path: Path) -> None:
     assert metric["value"] == 1.0
     plain = harness.run(TorchRunner(artifact.model), tokenizer, EOS)["results"]["my_longbench"]["metrics"]
     assert plain["exact_match,none"]["value"] < 1.0, "the exact cache continues in another way"
+    last = whole[1][-1]
+    lm = HarnessModel(OrtRunner(model), tokenizer, frozenset(tokenizer.encode(last)), exact_prefill=False)
+    assert lm._generate([tokenizer.encode(texts[1])], 12, ()) == [whole[1].split(last)[0]], "a token that ends a text"
 
     config["generation_kwargs"] = {"do_sample": True, "temperature": 0.7}
     (tasks / "my_longbench.yaml").write_text(yaml.safe_dump(config))
