@@ -45,6 +45,9 @@ from gsrq_export.stages.storage import write_atomic
 @click.option("--task-length", "task_lengths", type=int, multiple=True, help="Its tokens; may be repeated; else 1024.")
 @click.option("--task-cases", type=int, default=16, show_default=True, help="Cases of a task and length.")
 @click.option("--fidelity", "prompts", type=int, help="Long generations to compare with --model's: so many prompts.")
+@click.option(
+    "--fidelity-prompt", "prompt_tokens", type=int, default=512, show_default=True, help="Tokens of a prompt."
+)
 @click.option("--fidelity-tokens", type=int, default=256, show_default=True, help="Tokens of a generation.")
 @click.option("--tasks", "harness_tasks", help="Tasks of lm-eval, with commas between; needs the extra `eval`.")
 @click.option(
@@ -71,6 +74,7 @@ def evaluate(
     task_lengths: tuple[int, ...],
     task_cases: int,
     prompts: int | None,
+    prompt_tokens: int,
     fidelity_tokens: int,
     harness_tasks: str | None,
     lm_eval_include: Path | None,
@@ -93,6 +97,9 @@ def evaluate(
         raise GsrqError("--fidelity compares with the unquantized model", "name it with --model")
     if task_lengths and not task_names:
         raise GsrqError(f"--task-length {task_lengths[0]} without a task", "name one with --task")
+    if not harness_tasks and (lm_eval_include or chat or limit is not None or num_fewshot is not None):
+        raise GsrqError("options of lm-eval without --tasks", "name its tasks with --tasks")
+    text = read_text(text_file)[0] if text_file is not None else None
     coded = open_model(artifact, threads, backend)
     exact_prefill = coded.metadata.exact_prefill
     tokenizer = load_tokenizer(artifact)
@@ -104,7 +111,7 @@ def evaluate(
         recall_cases=cases,
         seed=seed,
         tasks=TaskSettings(task_names, task_lengths or (1024,), task_cases) if task_names else None,
-        fidelity=FidelitySettings(prompts, min(512, window_tokens), fidelity_tokens) if prompts is not None else None,
+        fidelity=FidelitySettings(prompts, prompt_tokens, fidelity_tokens) if prompts is not None else None,
     )
     harness = None
     if harness_tasks:
@@ -113,8 +120,7 @@ def evaluate(
     exact = TorchRunner(load_original(model, model_directory(model), tokenizer)) if model is not None else None
     runner = OrtRunner(coded)
     data: dict[str, Any] = {}
-    if text_file is not None:
-        text, _ = read_text(text_file)
+    if text is not None:
         reporter = make_reporter()
         if exact is not None:
             data |= evaluate_pair(exact, runner, tokenizer, text, settings, reporter)

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 from gsrq_export.errors import GsrqError
 from gsrq_export.evaluate.runner import Runner
 
+LM_EVAL = "0.4.13"  # the version that the extra `eval` pins
 BOOTSTRAP = 1000  # resamples, where lm-eval has no closed form for a standard error
 
 
@@ -84,7 +85,7 @@ class Harness:
     def __init__(self, settings: HarnessSettings) -> None:
         if importlib.util.find_spec("lm_eval") is None:
             raise GsrqError(
-                "--tasks needs lm-eval, which is not installed", "install it with pip install 'gsrq-export[eval]'"
+                "--tasks needs lm-eval, which is not installed", f"install it with `pip install lm_eval=={LM_EVAL}`"
             )
         self._settings = settings
         self._manager = _own_tasks(settings) or _all_tasks(settings)

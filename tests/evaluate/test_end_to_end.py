@@ -108,10 +108,13 @@ def test_the_command_prints_and_writes_all_of_it(place: Path, tmp_path: Path, mo
     assert json.loads(out.read_text()).keys() == {"coded"}
     assert "multi-value at 500, 2 cases" in alone.output
 
-    pair = run(*arguments, "--model", place / "model", "--fidelity", 3, "--fidelity-tokens", 20)
+    pair = run(
+        *arguments, "--model", place / "model", "--fidelity", 3, "--fidelity-prompt", 40, "--fidelity-tokens", 20
+    )
     assert pair.exit_code == 0, (pair.output, pair.exception)
     data = json.loads(out.read_text())
     check_parts(data, 2, 20)
+    assert data["comparison"]["fidelity"]["prompt_tokens"] == 40
     for part in ("coded - exact", "same most likely token", "KL, nats a token", "tokens until it departs"):
         assert part in pair.output
 
@@ -123,6 +126,7 @@ def test_the_command_prints_and_writes_all_of_it(place: Path, tmp_path: Path, mo
         (["--text", "text.txt", "--fidelity", "2"], "--fidelity compares with the unquantized model"),
         (["--text", "text.txt", "--task-length", "99"], "--task-length 99 without a task"),
         (["--tasks", "piqa", "--task", "multi-key"], "--text is missing"),
+        (["--text", "text.txt", "--limit", "3"], "options of lm-eval without --tasks"),
         (["--tasks", " , "], "--tasks names no task"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from families import tiny_model
+from families import ROOT, tiny_model
 from small_codes import RULE
 from tiny_artifact import TinyArtifact, export
 from traffic.byte_tokenizer import byte_tokenizer
 
 from gsrq_export import GsrqError, coded
 from gsrq_export.commands.app import cli
-from gsrq_export.evaluate.harness import Harness, HarnessEvaluation, HarnessSettings, check_names
+from gsrq_export.evaluate.harness import LM_EVAL, Harness, HarnessEvaluation, HarnessSettings, check_names
 from gsrq_export.evaluate.harness_model import HarnessModel
 from gsrq_export.evaluate.ort_runner import OrtRunner
 from gsrq_export.evaluate.torch_runner import TorchRunner
@@ -323,8 +324,13 @@ def test_faults_of_tasks_are_named(made: Made, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(GsrqError, match=r"(?s)--tasks my_choice: .*choice\.jsonl.*mend: a task's data must"):
         Harness(HarnessSettings(("my_choice",), tasks))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(GsrqError, match=r"needs lm-eval.*\n.*pip install 'gsrq-export\[eval\]'"):
+    with pytest.raises(GsrqError, match=rf"needs lm-eval.*\n.*`pip install lm_eval=={re.escape(LM_EVAL)}`"):
         Harness(HarnessSettings(("my_choice",), made.tasks))
+
+
+def test_the_pinned_version_is_the_one_tested() -> None:
+    assert lm_eval.__version__ == LM_EVAL
+    assert (ROOT / "pyproject.toml").read_text().count(f'"lm_eval=={LM_EVAL}"') == 2  # the extras eval and dev
 
 
 def test_unknown_names_are_likened_to_known_ones() -> None:
