@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from gsrq_export.cache.rule import CODEBOOK_SIZE, CacheRule
 from gsrq_export.errors import GsrqError
+from gsrq_export.evaluate.tasks.names import TaskName
 from gsrq_export.recipe_errors import FieldProblem, describe_errors, recipe_error
 
 SLUG = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -154,9 +155,29 @@ class RecallRecipe(_Section):
     cases: Positive = 16
 
 
+class TasksRecipe(_Section):
+    """Long-context tasks, see docs/evaluation.md."""
+
+    names: Annotated[tuple[TaskName, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    lengths: Annotated[tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
+        1024,
+    )
+    cases: Positive = 16
+
+
+class FidelityRecipe(_Section):
+    """How close long generations stay to the unquantized model's."""
+
+    prompts: Positive = 8
+    prompt_tokens: Positive = 512
+    new_tokens: Positive = 256
+
+
 class EvaluateRecipe(_Section):
     perplexity: PerplexityRecipe = PerplexityRecipe()
     recall: RecallRecipe | None = None
+    tasks: TasksRecipe | None = None
+    fidelity: FidelityRecipe | None = None
     text: Source | None = None  # held-out text; none: sampled from the model
 
 
@@ -362,6 +383,11 @@ def _disagreements(recipe: Recipe) -> list[FieldProblem]:
         lengths.append(("evaluate.perplexity.length", evaluate.perplexity.length))
     if evaluate and evaluate.recall:
         lengths += [(f"evaluate.recall.lengths.{i}", n) for i, n in enumerate(evaluate.recall.lengths)]
+    if evaluate and evaluate.tasks:
+        lengths += [(f"evaluate.tasks.lengths.{i}", n) for i, n in enumerate(evaluate.tasks.lengths)]
+    if evaluate and evaluate.fidelity:
+        both = evaluate.fidelity.prompt_tokens + evaluate.fidelity.new_tokens
+        lengths.append(("evaluate.fidelity.prompt_tokens + new_tokens", both))
     for field, length in lengths:
         if length > limit:
             problems.append(

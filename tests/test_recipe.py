@@ -63,6 +63,18 @@ def test_defaults_and_round_trip() -> None:
         ("cache: {window: 2000}", ["cache.window = 2000", "nothing is ever coded", "export.max_length 2048"]),
         ("traffic: {sequences: 1, sequence_length: 100}", ["traffic.sequences = 1", "100 tokens", "256 codewords"]),
         ("evaluate: {recall: {lengths: [64, 4096]}}", ["evaluate.recall.lengths.1 = 4096", "export.max_length"]),
+        (
+            "evaluate: {tasks: {names: [multi-kye]}}",
+            ["evaluate.tasks.names.0 = 'multi-kye'", "'multi-key'?"],
+        ),
+        ("evaluate: {tasks: {names: []}}", ["evaluate.tasks.names = "]),
+        ("evaluate: {tasks: {lengths: [64]}}", ["evaluate.tasks.names", "is missing"]),
+        (
+            "evaluate: {tasks: {names: [multi-key], lengths: [64, 4096]}}",
+            ["evaluate.tasks.lengths.1 = 4096", "export.max_length"],
+        ),
+        ("evaluate: {fidelity: {prompts: 0}}", ["evaluate.fidelity.prompts = 0"]),
+        ("evaluate: {fidelity: {new_tokens: 1800}}", ["evaluate.fidelity", "2312", "over export.max_length 2048"]),
         ("traffic: {sources: [{kind: stdin}, {kind: stdin}]}", ["stdin can be read only once"]),
         ("codec: {beam: 1}\ncodec: {beam: 2}", ["r.yaml:4:1", "'codec' stands twice", "line 3"]),
         ("codec: {keys: {width: 8, width: 9}}", ["'width' stands twice"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from gsrq_export.codec.codebook import Codebook, LayerCodebooks
 from gsrq_export.codec.finetune import Finetuning, finetune
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.codec.storage import load_codebooks, save_codebooks
+from gsrq_export.evaluate.fidelity import FidelitySettings
 from gsrq_export.evaluate.ort_runner import OrtRunner
-from gsrq_export.evaluate.suite import EvaluationSettings, compare, evaluate, given_tokens
+from gsrq_export.evaluate.suite import EvaluationSettings, evaluate_pair, given_tokens
+from gsrq_export.evaluate.tasks.measure import TaskSettings
 from gsrq_export.evaluate.torch_runner import TorchRunner
 from gsrq_export.export.model import CODEBOOKS_FILE, export_onnx
 from gsrq_export.export.trace import ExportSettings
@@ -192,12 +193,15 @@ def _onnx(source: Source, context: Context) -> None:
 def evaluation_settings(evaluate_recipe: EvaluateRecipe, recipe: Recipe) -> EvaluationSettings:
     """What the recipe asks for."""
     window, recall = evaluate_recipe.perplexity, evaluate_recipe.recall
+    tasks, fidelity = evaluate_recipe.tasks, evaluate_recipe.fidelity
     return EvaluationSettings(
         window_tokens=window.length,
         windows=window.sequences,
         prompt_tokens=given_tokens(window.length, recipe.cache.prefill == "exact"),
         recall_lengths=recall.lengths if recall else (),
         recall_cases=recall.cases if recall else 1,
+        tasks=TaskSettings(tasks.names, tasks.lengths, tasks.cases) if tasks else None,
+        fidelity=FidelitySettings(**fidelity.model_dump()) if fidelity else None,
     )
 
 
@@ -215,17 +219,13 @@ def _evaluate(source: Source, context: Context) -> None:
     recipe = source.recipe.evaluate
     assert recipe is not None
     settings = evaluation_settings(recipe, source.recipe)
-    tokens = settings.window_tokens * settings.windows + 2 * max((0, *settings.recall_lengths))
+    longest = max((0, *settings.recall_lengths, *(settings.tasks.lengths if settings.tasks else ())))
+    tokens = settings.window_tokens * settings.windows + 2 * longest
+    if settings.fidelity:
+        tokens = max(tokens, settings.fidelity.prompts * settings.fidelity.prompt_tokens)
     text = held_out_text(recipe.text or SAMPLED_TEXT, source, tokens)
-    runners: Mapping[str, Any] = {
-        "exact": TorchRunner(source.model),
-        "coded": OrtRunner(OrtModel(context.inputs["onnx"])),
-    }
-    found = {}
-    for name, runner in runners.items():
-        with context.reporter.task(f"evaluate: {name}, windows and cases", settings.steps) as task:
-            found[name] = evaluate(runner, source.tokenizer, text, settings, task.advance)
-    found["comparison"] = compare(found["exact"], found["coded"])  # type: ignore[assignment]
+    exact, coded = TorchRunner(source.model), OrtRunner(OrtModel(context.inputs["onnx"]))
+    found = evaluate_pair(exact, coded, source.tokenizer, text, settings, context.reporter)
     context.unit("evaluation.json", _writer(found))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from gsrq_export.errors import GsrqError
 
 LOGITS_BYTES = 1 << 28  # of float32 logits formed at once
+Until = Callable[[list[int]], bool] | None  # of a row's new tokens: whether they end it; None: nothing does
 
 
 class Runner(Protocol):
@@ -22,8 +23,8 @@ class Runner(Protocol):
     def max_length(self) -> int:
         """The most tokens a sequence may have, prompt and answer together."""
 
-    def nll(self, ids: torch.Tensor, start: int = 1) -> torch.Tensor:
-        """Negative log likelihood of tokens start .. T-1, each given all before it (teacher forcing).
+    def logits(self, ids: torch.Tensor, start: int = 1) -> Iterator[torch.Tensor]:
+        """The logits of tokens start .. T-1, each given all before it (teacher forcing), chunk by chunk.
 
         Tokens before ``start`` are a prompt, prefilled in one call. With coded prefill the rest gives the
         same numbers in one call as token by token. With exact prefill a call's own tokens are exact, so the
@@ -32,12 +33,46 @@ class Runner(Protocol):
         Args:
             ids: int64 [B, T], no padding.
             start: 1 <= start < T.
+        Yields:
+            float [B, n, vocab], at most LOGITS_BYTES or one position a chunk; T - start positions together.
+        """
+
+    def nll(self, ids: torch.Tensor, start: int = 1) -> torch.Tensor:
+        """Negative log likelihood of tokens start .. T-1, each given all before it; see ``logits``.
+
         Returns:
             float32 [B, T - start], in nats.
         """
+        parts, at = [], start
+        for chunk in self.logits(ids, start):
+            targets = ids[:, at : at + chunk.shape[1]]
+            parts.append(token_nll(chunk, targets.to(chunk.device)).cpu())
+            at += chunk.shape[1]
+        return torch.cat(parts, 1)
 
-    def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """The most likely continuation of each prompt, always ``max_new_tokens`` long (no early stop)."""
+    def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Until = None) -> list[list[int]]:
+        """The most likely continuation of each prompt: ``max_new_tokens``, or fewer where ``until`` says so."""
+
+
+def continue_greedily(
+    first: list[int], step: Callable[[list[int]], list[int]], max_new_tokens: int, until: Until
+) -> list[list[int]]:
+    """What ``Runner.greedy`` returns, given the prompts' next tokens and a step from all rows' last tokens.
+
+    Rows that have ended are stepped on, as the batch is one, and cut off.
+    """
+    answers: list[list[int]] = [[] for _ in first]
+    going = [True] * len(first)
+    tokens = first
+    for taken in range(1, max_new_tokens + 1):
+        for row, token in enumerate(tokens):
+            if going[row]:
+                answers[row].append(token)
+                going[row] = until is None or not until(answers[row])
+        if not any(going) or taken == max_new_tokens:
+            break
+        tokens = step(tokens)
+    return answers
 
 
 def check_ids(ids: torch.Tensor, start: int, vocab_size: int, max_length: int) -> None:

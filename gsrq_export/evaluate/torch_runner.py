@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from gsrq_export.evaluate.runner import LOGITS_BYTES, check_ids, check_prompts, token_nll
+from gsrq_export.evaluate.runner import LOGITS_BYTES, Runner, Until, check_ids, check_prompts, continue_greedily
 
 
-class TorchRunner:
+class TorchRunner(Runner):
     """The cache is the one the model makes for itself, so inside ``coded`` it is the coded one.
 
     Args:
         model: a transformers causal language model.
-        exact_prefill: the cache rule's prefill is exact, so tokens are scored one by one (see Runner.nll).
+        exact_prefill: the cache rule's prefill is exact, so tokens are scored one by one (see Runner.logits).
     """
 
     def __init__(self, model: Any, exact_prefill: bool = False) -> None:
@@ -35,20 +35,19 @@ class TorchRunner:
         return self._max_length
 
     @torch.inference_mode()
-    def nll(self, ids: torch.Tensor, start: int = 1) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor, start: int = 1) -> Iterator[torch.Tensor]:
         check_ids(ids, start, self._vocab_size, self._max_length)
         ids = ids.to(self._model.device)
         steps = 1 if self._exact_prefill else max(1, LOGITS_BYTES // (4 * self._vocab_size * len(ids)))
         out = self._model(ids[:, :start], use_cache=True, logits_to_keep=1)
-        parts = [token_nll(out.logits[:, -1:], ids[:, start : start + 1])]
+        yield out.logits[:, -1:]
         for t in range(start, ids.shape[1] - 1, steps):
             stop = min(t + steps, ids.shape[1] - 1)
             out = self._model(ids[:, t:stop], past_key_values=out.past_key_values, use_cache=True)
-            parts.append(token_nll(out.logits, ids[:, t + 1 : stop + 1]))
-        return torch.cat(parts, 1).cpu()
+            yield out.logits
 
     @torch.inference_mode()
-    def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, until: Until = None) -> list[list[int]]:
         check_prompts(prompts, max_new_tokens, self._vocab_size, self._max_length)
         # Prompts of one length share a batch: no padding, which would take the places of sink tokens.
         by_length: dict[int, list[int]] = defaultdict(list)
@@ -58,10 +57,13 @@ class TorchRunner:
         for rows in by_length.values():
             batch = torch.tensor([list(prompts[row]) for row in rows], device=self._model.device)
             out = self._model(batch, use_cache=True, logits_to_keep=1)
-            chosen = [out.logits[:, -1].argmax(-1)]
-            while len(chosen) < max_new_tokens:
-                out = self._model(chosen[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
-                chosen.append(out.logits[:, -1].argmax(-1))
-            for row, answer in zip(rows, torch.stack(chosen, 1).tolist(), strict=True):
+            cache, first = out.past_key_values, out.logits[:, -1].argmax(-1).tolist()
+
+            def step(tokens: list[int], cache: Any = cache) -> list[int]:
+                new = torch.tensor(tokens, device=self._model.device)[:, None]
+                out = self._model(new, past_key_values=cache, use_cache=True)
+                return out.logits[:, -1].argmax(-1).tolist()  # type: ignore[no-any-return]
+
+            for row, answer in zip(rows, continue_greedily(first, step, max_new_tokens, until), strict=True):
                 answers[row] = answer
         return answers

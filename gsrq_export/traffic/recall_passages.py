@@ -135,7 +135,7 @@ def make_case(
     if depth is not None:
         depths[0] = depth
     places = [round(float(d) * room) for d in depths]
-    body = _splice(text[start : start + room], list(zip(places, sentences, strict=True)))
+    body = splice(text[start : start + room], list(zip(places, sentences, strict=True)))
     return RecallCase(np.concatenate([body, question]), answer, asked, float(depths[0]))
 
 
@@ -167,10 +167,10 @@ def plant(rng: np.random.Generator, sequence: npt.ArrayLike, tokenizer: Any, fac
     for sentence, answered in passages:
         place = int(rng.integers(0, room + 1))
         items += [(place, sentence), (int(rng.integers(place, room + 1)), answered)]
-    return _splice(text[:room], items)
+    return splice(text[:room], items)
 
 
-def _splice(text: Ids, items: Sequence[tuple[int, Ids]]) -> Ids:
+def splice(text: Ids, items: Sequence[tuple[int, Ids]]) -> Ids:
     """Insert token runs before the given positions of the text; equal positions keep the order given."""
     parts: list[Ids] = []
     done = 0

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import random_codebook
 from families import tiny_model
+from small_codes import RULE, codebooks, token_ids
+from tiny_artifact import tiny_artifact
 
-from gsrq_export import CacheRule, GsrqError, LayerCodebooks, coded
+from gsrq_export import GsrqError, coded
 from gsrq_export.evaluate import torch_runner
+from gsrq_export.evaluate.ort_runner import OrtRunner
+from gsrq_export.evaluate.runner import Runner
 from gsrq_export.evaluate.torch_runner import TorchRunner
-from gsrq_export.model.introspect import inspect_model
-
-RULE = CacheRule(2, 8, 4)
-
-
-def codebooks(model: torch.nn.Module) -> list[LayerCodebooks]:
-    layers = inspect_model(model, 128).layers
-    total = layers[0].num_kv_heads * layers[0].head_dim
-    return [LayerCodebooks(random_codebook(total, total, 3), random_codebook(total, total, 2, 1)) for _ in layers]
-
-
-def token_ids(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(0))
+from gsrq_export.runtime.session import OrtModel
 
 
 @torch.no_grad()
@@ -87,6 +78,46 @@ def test_greedy_of_unequal_prompts_is_generate_of_each(with_codes: bool) -> None
             check()
     else:
         check()
+
+
+@pytest.mark.parametrize("kind", ["torch", "ort"])
+def test_rows_end_where_they_are_told_to(kind: str) -> None:
+    artifact = tiny_artifact()
+    runner: Runner = TorchRunner(artifact.model) if kind == "torch" else OrtRunner(OrtModel(artifact.path))
+    prompts = [row[: 20 + 3 * i] for i, row in enumerate(token_ids(4, 40).tolist())]
+    whole = runner.greedy(prompts, 12)
+    assert {len(answer) for answer in whole} == {12}
+    ends = [whole[0][4], whole[1][0]]
+    calls: list[int] = []
+
+    def until(answer: list[int]) -> bool:
+        calls.append(len(answer))
+        return answer[-1] in ends
+
+    cut = [next((t + 1 for t, token in enumerate(answer) if token in ends), 12) for answer in whole]
+    assert min(cut) == 1
+    answers = runner.greedy(prompts, 12, until)
+    assert answers == [answer[:size] for answer, size in zip(whole, cut, strict=True)]
+    assert len(calls) == sum(cut), "a row that has ended is not asked again"
+    assert runner.greedy(prompts, 12) == whole, "nothing is left over"
+
+
+@torch.no_grad()
+def test_logits_come_in_bounded_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model("Qwen3"), token_ids(2, 41)
+    monkeypatch.setattr(torch_runner, "LOGITS_BYTES", 4 * 97 * 2 * 7)
+    chunks = list(TorchRunner(model).logits(ids, 20))
+    assert [chunk.shape[1] for chunk in chunks] == [1, 7, 7, 6]
+    torch.testing.assert_close(torch.cat(chunks, 1), model(ids).logits[:, 19:-1], atol=1e-3, rtol=1e-3)
+
+
+def test_logits_of_an_artifact_may_be_left_half_way() -> None:
+    model = OrtModel(tiny_artifact(exact_prefill=True).path)
+    ids = token_ids(2, 41)
+    part = OrtRunner(model).logits(ids, 30)
+    assert next(part).shape == next(part).shape == (2, 1, 97)
+    part.close()  # type: ignore[attr-defined]
+    assert model.lengths.tolist() == []
 
 
 def test_bad_input_is_refused() -> None:
