@@ -24,12 +24,13 @@ from quality import brief, judge, sequences
 
 from gsrq_export.baselines.attention import baseline
 from gsrq_export.baselines.base import CacheCodec, LayerCodecs
+from gsrq_export.baselines.residual import ResidualCodec
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metric, capture, output_projections
 from gsrq_export.codec.cluster import Method
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
 from gsrq_export.codec.finetune import Finetuning, finetune
-from gsrq_export.codec.refit import encode_rows, refit_codebook
+from gsrq_export.codec.refit import refit_codebook
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.evaluate.torch_runner import TorchRunner
 from gsrq_export.model.introspect import LayerSpec, ModelSpec, inspect_model
@@ -88,23 +89,18 @@ def ladder(bits: float, head_dim: int) -> list[Setting]:
     ]
 
 
-class Rows(CacheCodec):
-    """A residual codebook, encoded in float32; with ``norm`` on vectors over their length in the metric."""
+class NormCodec(CacheCodec):
+    """A residual codebook over vectors that are divided by their length in the metric, which is stored."""
 
-    def __init__(self, book: Codebook, beam: int, norm: bool) -> None:
-        self.book, self.beam, self.norm = book, beam, norm
-        self.words = torch.einsum("gij,grkj->grki", book.transform, book.codewords.float())
+    def __init__(self, codec: ResidualCodec) -> None:
+        self.codec = codec
 
     def reconstruct(self, vectors: torch.Tensor) -> torch.Tensor:
-        book = self.book
-        x = vectors.flatten(1)
-        length = norms(x, book.transform) if self.norm else torch.ones_like(x[:, :1])
-        parts = (x / length).reshape(len(x), book.groups, book.width)
-        codes = [encode_rows(parts[:, g] @ book.transform[g].T, self.words[g], self.beam) for g in range(book.groups)]
-        return (book.decode(torch.cat(codes, 1)) * length).reshape(vectors.shape)
+        length = norms(vectors.flatten(1), self.codec.codebook.transform)[..., None]
+        return self.codec.reconstruct(vectors / length) * length
 
     def bits_per_element(self, num_kv_heads: int, head_dim: int) -> float:
-        return self.book.nominal_bits + (16 / (num_kv_heads * head_dim) if self.norm else 0)
+        return self.codec.bits_per_element(num_kv_heads, head_dim) + 16 / (num_kv_heads * head_dim)
 
 
 def norms(x: torch.Tensor, transform: torch.Tensor) -> torch.Tensor:
@@ -227,10 +223,8 @@ def main() -> None:
                 tuning = Finetuning(setting.finetune, 4, setting.learning_rate, setting.beam)
                 books, log = finetune(model, spec, torch.from_numpy(ids), books, RULE, tuning)
             trained = time.monotonic() - start
-            codecs = [
-                LayerCodecs(*(Rows(book, setting.beam, setting.norm) for book in (pair.keys, pair.values)))
-                for pair in books
-            ]
+            residual = [[ResidualCodec(book, setting.beam) for book in (pair.keys, pair.values)] for pair in books]
+            codecs = [LayerCodecs(*(NormCodec(of) if setting.norm else of for of in pair)) for pair in residual]
             with baseline(model, codecs, RULE, spec=spec):
                 found = judge(TorchRunner(model), tokenizer, texts, args)
             seconds = {"train": round(trained, 1), "judge": round(time.monotonic() - start - trained, 1)}

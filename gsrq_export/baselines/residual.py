@@ -15,6 +15,7 @@ import torch
 from gsrq_export.baselines.base import CacheCodec, Method, Sample, check_divides
 from gsrq_export.codec.cluster import Method as Clustering
 from gsrq_export.codec.codebook import Codebook
+from gsrq_export.codec.refit import encode_rows
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.errors import GsrqError
 
@@ -25,8 +26,7 @@ NAMES = {"gskm": "GSRQ", "kmeans": "k-means RQ", "kmeans-spherical": "sphericall
 class ResidualCodec(CacheCodec):
     """A residual codebook. Its transform is counted where it is not the identity, which nobody has to store.
 
-    With beam 1 codes are chosen in float32: they are those of ``Codebook.encode`` but for near ties, at a fraction of
-    the time. Wider beams are the codebook's own, in float64.
+    Codes are chosen in float32: they are those of ``Codebook.encode`` but for near ties, at a fraction of the time.
     """
 
     def __init__(self, codebook: Codebook, beam: int = 1) -> None:
@@ -36,9 +36,13 @@ class ResidualCodec(CacheCodec):
 
     def reconstruct(self, vectors: torch.Tensor) -> torch.Tensor:
         flat = vectors.flatten(1)
-        if self.beam > 1:
-            return self.codebook.decode(self.codebook.encode(flat, self.beam)).reshape(vectors.shape)
         book = self.codebook
+        if self.beam > 1:
+            x = flat.float().reshape(-1, book.groups, book.width).transpose(0, 1)
+            seen = x if self._plain else x @ book.transform.transpose(1, 2)
+            words = [torch.stack([stage[1][g] for stage in self._stages]) for g in range(book.groups)]
+            codes = [encode_rows(seen[g], words[g], self.beam) for g in range(book.groups)]
+            return book.decode(torch.cat(codes, 1)).reshape(vectors.shape)
         rows = max(1, SCORES // (book.groups * book.codewords.shape[2]))
         parts = [self._greedy(part.reshape(-1, book.groups, book.width)) for part in torch.split(flat, rows)]
         return torch.cat(parts).reshape(vectors.shape) if parts else vectors.clone()
