@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gsrq_export import native
+from gsrq_export.build.profile import profile_stage
 from gsrq_export.build.source import Source
 from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metric, capture, output_projections
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
@@ -54,6 +55,12 @@ def stages(source: Source) -> list[Stage]:
         ),
         Stage("capture", {"model": model, "widths": widths}, partial(_capture, source), ("traffic",)),
         Stage("codebooks", {"codec": codec, "model": model}, partial(_codebooks, source), ("capture",)),
+        Stage(
+            "profile",
+            {"beam": beam, "model": model, "sequence_length": recipe.traffic.sequence_length},
+            partial(_profile, source),
+            ("capture", "codebooks"),
+        ),
         Stage(
             "onnx",
             {
@@ -141,6 +148,10 @@ def _codebooks(source: Source, context: Context) -> None:
             layers.append(LayerCodebooks(*books))
     context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, layers, {}))
     context.unit("distortion.json", _writer(logs))
+
+
+def _profile(source: Source, context: Context) -> None:
+    profile_stage(source, context.inputs["capture"], context.inputs["codebooks"] / CODEBOOKS_FILE, context)
 
 
 def _onnx(source: Source, context: Context) -> None:
