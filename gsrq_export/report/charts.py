@@ -10,11 +10,13 @@ from markupsafe import Markup
 
 from gsrq_export.evaluate.suite import Evaluation
 from gsrq_export.report.schema import BuildMetrics, CacheSize, Kind, LayerProfile, RatePoint
-from gsrq_export.report.svg import Axis, Curve, Series, bars, heatmap, plot
+from gsrq_export.report.svg import Axis, Curve, Series, bars, heatmap, number, plot
 
 KINDS: tuple[Kind, ...] = ("key", "value")
 BIT_TICKS = [(2.0**k, f"{2.0**k:g}") for k in range(-4, 6)]
 LEAST_INCREASE, LEAST_KL, LEAST_ERROR = 0.1, 1e-5, 1e-6  # percent, nats, share: where logarithmic axes end
+
+Measured = tuple[RatePoint, float, tuple[float, float] | None]  # a row, its loss, the interval
 
 
 @dataclass(frozen=True)
@@ -45,35 +47,31 @@ def rate_figures(rates: Sequence[RatePoint]) -> list[Figure]:
             if text in r.perplexity_ratio
         ]
         axis = Axis("perplexity increase, %", log=True)
-        note = f"; below {LEAST_INCREASE:g} % drawn there" if any(v == LEAST_INCREASE for _, v, _ in found) else ""
-        figures.append(
-            Figure(
-                f"Perplexity on {text} over that of the exact cache{note}",
-                _rate_plot(f"Perplexity, {text}", axis, found),
-            )
-        )
+        caption = f"Perplexity on {text} over that of the exact cache" + _ends_at(found, LEAST_INCREASE, "%")
+        figures.append(Figure(caption, _rate_plot(f"Perplexity, {text}", axis, found)))
     for length in sorted({row.tokens for r in rates for row in r.recall}):
         of_length = [(r, row.rate, (row.low, row.high)) for r in rates for row in r.recall if row.tokens == length]
         title = f"Recall at {tokens(length)} tokens"
         figures.append(Figure(f"{title}, with 95 % intervals", _rate_plot(title, Axis("recall", high=1.0), of_length)))
     if diverged := [(r, max(LEAST_KL, r.kl), None) for r in rates if r.kl is not None]:
-        axis = Axis("KL, nats a token", log=True)
-        figures.append(
-            Figure("KL divergence from the exact cache's next-token distribution", _rate_plot("KL", axis, diverged))
-        )
+        caption = "KL divergence from the exact cache's next token" + _ends_at(diverged, LEAST_KL, "nats")
+        figures.append(Figure(caption, _rate_plot("KL", Axis("KL, nats a token", log=True), diverged)))
     for task in _names(rates, lambda r: r.tasks or {}):
         scored = [(r, r.tasks[task], None) for r in rates if r.tasks and task in r.tasks]
         figures.append(Figure(f"Task {task}: mean score", _rate_plot(f"Task {task}", Axis("score", high=1.0), scored)))
     return figures
 
 
+def _ends_at(found: Sequence[Measured], least: float, unit: str) -> str:
+    """Says so where a loss is too small for its logarithmic axis."""
+    return f"; below {number(least)} {unit} drawn there" if any(value == least for _, value, _ in found) else ""
+
+
 def _names(rates: Sequence[RatePoint], of: Callable[[RatePoint], dict[str, float]]) -> list[str]:
     return list(dict.fromkeys(name for r in rates for name in of(r)))
 
 
-def _rate_plot(
-    title: str, y_axis: Axis, found: Sequence[tuple[RatePoint, float, tuple[float, float] | None]]
-) -> Markup:
+def _rate_plot(title: str, y_axis: Axis, found: Sequence[Measured]) -> Markup:
     curves = []
     prefills = sorted({r.prefill for r, _, _ in found})
     for ours, prefill in [(ours, prefill) for ours in (True, False) for prefill in prefills]:
@@ -93,7 +91,7 @@ def _rate_plot(
                 [low for low, _ in known] if len(known) == len(part) else None,
                 [high for _, high in known] if len(known) == len(part) else None,
                 joined=ours,
-                names=None if ours else [r.label for r, _, _ in part],
+                names=[r.label for r, _, _ in part],
             )
         )
     return plot(f"{title} against bits", Axis("nominal bits an element", log=True, ticks=BIT_TICKS), y_axis, curves)

@@ -6,18 +6,18 @@ A chart is as wide as a phone's screen and is scaled up little elsewhere, so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from markupsafe import Markup, escape
 
+from gsrq_export.report.labels import LETTER, Box, along, place
+
 WIDTH, PLOT, TALL = 340, 170, 250  # of a chart; height of the part inside the axes, and with names in it
 LEFT, RIGHT, BOTTOM = 52, 10, 36
 MIDDLE = (LEFT + WIDTH - RIGHT) / 2
-LETTER, LINE = 6.6, 15  # mean width of a letter and height of a line at the font size of chart.css
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
+LINE = 15  # height of a line of text
 
 
 def number(value: float) -> str:
@@ -42,7 +42,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (x, y), joined or not; ``low`` and ``high`` draw intervals, ``names`` stand beside the points."""
+    """Points (x, y), joined or not; ``low`` and ``high`` draw intervals. ``names`` are tooltips, and stand beside
+    points that are not joined.
+    """
 
     label: str
     style: str
@@ -70,7 +72,7 @@ def plot(title: str, x_axis: Axis, y_axis: Axis, curves: Sequence[Curve]) -> Mar
     xs = [x for c in curves for x, _ in c.points]
     ys = [y for c in curves for _, y in c.points] + [v for c in curves for v in (*(c.low or ()), *(c.high or ()))]
     pad = 0 if x_axis.log else 12
-    bottom = top + (TALL if any(c.names for c in curves) else PLOT)
+    bottom = top + (TALL if any(c.names and not c.joined for c in curves) else PLOT)
     across = _Scale(x_axis, min(xs), max(xs), LEFT + pad, WIDTH - RIGHT - pad, tight=True)
     up = _Scale(y_axis, min(ys), max(ys), bottom, top)
     parts = [legend, _y_axis(up, y_axis, top), _x_axis([(across(v), t) for v, t in across.ticks], x_axis.label, bottom)]
@@ -81,7 +83,7 @@ def plot(title: str, x_axis: Axis, y_axis: Axis, curves: Sequence[Curve]) -> Mar
         if c.joined and len(places) > 1:
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline class="line {escape(c.style)}" points="{line}"/>')
-            drawn += [box for start, end in pairwise(places) for box in _along(start, end)]
+            drawn += [box for start, end in pairwise(places) for box in along(start, end)]
         if c.low is not None and c.high is not None:
             parts += [_whisker(p[0], up(a), up(b)) for p, a, b in zip(places, c.low, c.high, strict=True)]
             drawn += [(p[0] - 3, up(b), p[0] + 3, up(a)) for p, a, b in zip(places, c.low, c.high, strict=True)]
@@ -92,9 +94,15 @@ def plot(title: str, x_axis: Axis, y_axis: Axis, curves: Sequence[Curve]) -> Mar
                     f'<circle class="dot {escape(c.style)}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
                     f"<title>{escape(name)}: {escape(y_axis.text(value))}</title></circle>"
                 )
-        labels += [(x, y, name) for (x, y), name in zip(places, c.names or (), strict=False)]
+        if c.names and not c.joined:
+            labels += [(x, y, name) for (x, y), name in zip(places, c.names, strict=True)]
     dots = [(across(x) - 4, up(y) - 4, across(x) + 4, up(y) + 4) for c in curves for x, y in c.points]
-    parts += _place_labels(labels, dots, drawn, (LEFT, top - 7, WIDTH, bottom + 7))
+    for label in place(labels, dots, drawn, (LEFT, top - 7, WIDTH, bottom + 7)):
+        left, _, _, base = label.box
+        if label.leader:
+            (x, y), (to_x, to_y) = label.leader
+            parts.append(f'<path class="leader" d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}"/>')
+        parts.append(_text(left, base - 2.5, label.text, "start", "tick name"))
     return _svg(title, bottom + BOTTOM, parts)
 
 
@@ -217,54 +225,6 @@ def _thinned(ticks: Sequence[tuple[float, str]], y: float) -> list[str]:
         if all(left[1] + 4 <= right[0] for left, right in pairwise(spans)):
             break
     return [_text(min(x, WIDTH - len(t) * LETTER / 2), y, t) for x, t in kept]
-
-
-def _place_labels(
-    labels: Sequence[tuple[float, float, str]], dots: Sequence[Box], drawn: Sequence[Box], frame: Box
-) -> list[str]:
-    """Each name near its point, where it covers no point, no other name and, if there is room, no line; a thin line
-    leads to it where it had to move away. A name for which there is no room is left out: the point's tooltip has it.
-    """
-    taken, parts = list(dots), []
-    for x, y, name in labels:
-        text = name if len(name) <= 22 else name[:21] + "…"
-        places = list(_around(x, y, len(text) * LETTER))
-        for obstacles in ([*taken, *drawn], taken):
-            fits = (p for p in places if _inside(p[1], frame) and not any(_overlap(p[1], box) for box in obstacles))
-            if found := next(fits, None):
-                reach, box = found
-                if reach > 16:
-                    edge = box[1] if box[1] > y else box[3] if box[3] < y else (box[1] + box[3]) / 2
-                    near = min(max(x, box[0]), box[2])
-                    parts.append(f'<path class="leader" d="M{x:.1f} {y:.1f}L{near:.1f} {edge:.1f}"/>')
-                parts.append(_text(box[0], box[3] - 2.5, text, "start", "tick name"))
-                taken.append(box)
-                break
-    return parts
-
-
-def _around(x: float, y: float, wide: float) -> Iterator[tuple[float, Box]]:
-    """Boxes for a text beside a point, nearest first, the sides before above and below: (distance, box)."""
-    for reach in (8, 16, 26, 38, 52, 68, 86):
-        for turn in (math.pi * k / 6 for k in (0, 6, 3, 9, 1, 11, 5, 7, 2, 10, 4, 8)):
-            px, py = x + reach * math.cos(turn), y - reach * math.sin(turn)
-            left = px if px > x + 1 else px - wide if px < x - 1 else px - wide / 2
-            yield reach, (left, py - 6, left + wide, py + 6)
-
-
-def _along(start: tuple[float, float], end: tuple[float, float]) -> list[Box]:
-    """Small boxes along a line."""
-    steps = max(1, math.ceil(math.dist(start, end) / 5))
-    points = [[a + (b - a) * i / steps for a, b in zip(start, end, strict=True)] for i in range(steps + 1)]
-    return [(x - 2, y - 2, x + 2, y + 2) for x, y in points]
-
-
-def _inside(box: Box, frame: Box) -> bool:
-    return box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
-
-
-def _overlap(one: Box, other: Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _whisker(x: float, low: float, high: float) -> str:

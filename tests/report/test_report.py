@@ -81,11 +81,11 @@ def test_charts_place_values(tmp_path: Path) -> None:
     # Log axes: from 0.5 to 1 bit is a quarter of the way from 0.5 to 8.
     dots = titles(charts["Recall at 2k tokens against bits"])
     across = {name.split(":")[0]: float(e.attrib["cx"]) for name, e in dots.items()}
-    ours = sorted(float(e.attrib["cx"]) for name, e in dots.items() if name.startswith("ours"))
+    ours = sorted(float(e.attrib["cx"]) for name, e in dots.items() if name.startswith("GSRQ"))
     share = math.log(2) / math.log(5)  # 0.5, 1 and 2.5 bits
     assert ours[1] - ours[0] == pytest.approx((across["KIVI, b=2"] - ours[0]) * share, abs=0.2)
     up = {name: float(e.attrib["cy"]) for name, e in dots.items()}
-    assert up["ours: 0.979"] < up["ours: 0.625"] < up["KIVI, b=2: 0.5"]
+    assert up["GSRQ R32: 0.979"] < up["GSRQ R16: 0.625"] < up["KIVI, b=2: 0.5"]
     cells = titles(charts["Error by KV head, keys"])
     assert float(cells["4, 0: 0.165"].attrib["fill-opacity"]) == 1.0
     assert float(cells["4, 1: 0.055"].attrib["fill-opacity"]) == pytest.approx(1 / 3, abs=2e-3)
@@ -96,6 +96,7 @@ def test_losses_that_a_log_axis_cannot_show_are_drawn_at_its_end_and_said_so(tmp
     assert "FP8: 0.1" in titles(page.charts["Perplexity, novels against bits"])
     assert "FP8: 1e-05" in titles(page.charts["KL against bits"])
     assert page.words.count("below 0.1 % drawn there") == 1, "of the two texts one has such a loss"
+    assert page.words.count("below 1e-05 nats drawn there") == 1
 
 
 def test_parts_that_were_not_measured_are_left_out(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from itertools import pairwise
 import pytest
 from report.page import texts, titles
 
-from gsrq_export.report.svg import LETTER, WIDTH, Axis, Curve, bars, heatmap, number, plot
+from gsrq_export.report.labels import LETTER
+from gsrq_export.report.svg import WIDTH, Axis, Curve, bars, heatmap, number, plot
 from gsrq_export.report.svg import Series as Group
 
 
