@@ -37,6 +37,7 @@ from gsrq_export.model.introspect import LayerSpec, ModelSpec, inspect_model
 from gsrq_export.model.loading import load_model
 
 RULE = CacheRule(4, 64, 64)
+TUNED = "+ fine-tuning, 100 steps"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def ladder(bits: float, head_dim: int) -> list[Setting]:
     refit = replace(beam, name="+ 2 refits", refits=2)
     split = replace(refit, name="+ 5/8 of the bits to keys", keys=1.25 * bits, values=0.75 * bits)
     wide = replace(refit, name="3/4 of the bits to keys", keys=1.5 * bits, values=0.5 * bits)
-    tuned = replace(split, name="+ fine-tuning, 100 steps", finetune=100, learning_rate=0.01)
+    tuned = replace(split, name=TUNED, finetune=100, learning_rate=0.01)
     return [
         published,
         joint,

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/quality.md and docs/speed.md from the JSON in benchmarks/results/.
+"""Writes the tables of the documents, and their plots, from the JSON in benchmarks/results/.
 
 python benchmarks/tables.py            # rewrite the tables between the markers
 python benchmarks/tables.py --check    # exit status 1 if a document differs
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
+from gskm_gaussian import plots, spread
 
 from gsrq_export.cache.rule import CacheRule
 
@@ -113,8 +114,42 @@ def demo(data: dict[str, Any]) -> str:
     return table(["stage", "seconds"], rows)
 
 
+def gskm(data: dict[str, Any]) -> str:
+    """Held-out distortion after the last stage: mean and standard deviation over the seeds."""
+    names = list(data["rows"][0]["methods"])
+    header = ["D", "stages", "slope", *names, "GSKM, beam 4"]
+
+    def cell(runs: list[dict[str, Any]]) -> str:
+        mean, deviation = spread([run["held_out"][-1] for run in runs])
+        return f"{mean:.4f} ± {deviation:.4f}"
+
+    rows = [
+        [
+            *(str(row["dimension"]), str(row["stages"]), f"{row['slope']:g}"),
+            *(cell(row["methods"][name]) for name in names),
+            f"{spread([run['held_out_beam_4'] for run in row['methods']['GSKM']])[0]:.4f}",
+        ]
+        for row in data["rows"]
+    ]
+    return table(header, rows)
+
+
+def gskm_use(data: dict[str, Any]) -> str:
+    """Share of the training vectors in the largest cluster, mean over stages and seeds."""
+    names = list(data["rows"][0]["methods"])
+    shares = [
+        [spread([v for run in row["methods"][name] for v in run["top_share"]])[0] for name in names]
+        for row in data["rows"]
+    ]
+    rows = [
+        [str(row["dimension"]), f"{row['slope']:g}", *(f"{100 * share:.1f} %" for share in of)]
+        for row, of in zip(data["rows"], shares, strict=True)
+    ]
+    return table(["D", "slope", *names], rows)
+
+
 def documents() -> dict[Path, str]:
-    """Each document with its tables made anew."""
+    """Each document with its tables made anew, and the plots."""
     data = {f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json")}
     makers = {
         "quality": ("quality_recall-28m", quality),
@@ -122,9 +157,11 @@ def documents() -> dict[Path, str]:
         "depths": ("quality_recall-28m", depths),
         "decode": ("cpu_decode", decode),
         "demo": ("demo_build", demo),
+        "gskm": ("gskm_gaussian", gskm),
+        "gskm_use": ("gskm_gaussian", gskm_use),
     }
-    out = {}
-    for name in ("quality", "speed"):
+    out = {ROOT / "docs/img" / name: text for name, text in plots(data["gskm_gaussian"]["rows"]).items()}
+    for name in ("method", "quality", "speed"):
         path = ROOT / f"docs/{name}.md"
 
         def replace(match: re.Match[str]) -> str:
@@ -139,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    stale = [path for path, text in documents().items() if path.read_text() != text]
+    stale = [path for path, text in documents().items() if not path.exists() or path.read_text() != text]
     if check and stale:
         sys.exit(f"not what the JSON says: {', '.join(p.name for p in stale)}; run python benchmarks/tables.py")
     for path, text in documents().items():

@@ -82,6 +82,13 @@ def test_the_artifact_is_complete_and_sound(built: Path) -> None:
     data = json.loads(run("inspect", "--artifact", built, "--json").output)
     assert data["metrics"]["coded"]["perplexity"]["perplexity"] > 1
     assert data["manifest"]["layers"][0]["keys"] == {"width": 64, "stages": 2}
+    profiles = data["metrics"]["profile"]
+    assert [(p["layer"], p["kind"]) for p in profiles] == [(0, "key"), (0, "value"), (1, "key"), (1, "value")]
+    assert [len(p["profile"]["by_stage"]) for p in profiles] == [2, 1, 2, 1]
+    # Training logged the greedy error of the same rows in the same metric, sub-vector by sub-vector.
+    key, trained = profiles[0]["profile"], data["metrics"]["distortion"][0]
+    assert key["vectors"] == 6 * 64 // 16
+    assert key["metric_by_stage"] == pytest.approx(trained["relative_mse_by_stage"], rel=1e-4)
 
 
 def test_text_is_the_same_from_both_backends(built: Path) -> None:
@@ -124,7 +131,7 @@ def test_stages_are_not_run_again(built: Path, model_dir: Path, tmp_path: Path) 
     shutil.copytree(built.with_name("artifact.work"), work)
     recipe = write(tmp_path, model_dir)
     again = build(recipe, tmp_path / "again", "--work", work)
-    assert again.stderr.count("done before, kept") == 5
+    assert again.stderr.count("done before, kept") == 6
     same, other = content(built), content(tmp_path / "again")
     assert same.keys() == other.keys()
     assert [name for name in same if same[name] != other[name]] == []
@@ -132,7 +139,8 @@ def test_stages_are_not_run_again(built: Path, model_dir: Path, tmp_path: Path) 
     changed = write(tmp_path, model_dir, {"cache": {"sinks": 3, "window": 8, "block": 4}})
     plan = build(changed, tmp_path / "again", "--work", work, "--dry-run").output
     status = dict(line.split()[:2] for line in plan.splitlines() if str(work) in line)
-    assert status == {"traffic": "done", "capture": "done", "codebooks": "done", "onnx": "to", "evaluate": "to"}
+    done = dict.fromkeys(("traffic", "capture", "codebooks", "profile"), "done")
+    assert status == {**done, "onnx": "to", "evaluate": "to"}
     assert content(tmp_path / "again") == other, "a dry run writes nothing"
 
 

@@ -25,6 +25,7 @@ from gsrq_export.artifact.manifest import (
     with_file,
 )
 from gsrq_export.artifact.publish import publish
+from gsrq_export.build.profile import PROFILE_FILE, load_profiles
 from gsrq_export.build.source import Source
 from gsrq_export.export.function import OPERATOR_VERSION
 from gsrq_export.export.model import CODEBOOKS_FILE, MODEL_FILE, WEIGHTS_FILE
@@ -120,6 +121,7 @@ def _metrics(recipe: Recipe, cache: CacheMetadata, done: Mapping[str, Path]) -> 
         value_bits=nominal_bits(recipe, shapes, ["value"]),
         sizes=sizes,
         distortion=distortion,
+        profile=load_profiles(done["profile"] / PROFILE_FILE),
         **evaluation,
     )
 

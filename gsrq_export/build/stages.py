@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gsrq_export import native
+from gsrq_export.build.profile import profile_stage
 from gsrq_export.build.source import Source
 from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metric, capture, output_projections
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
@@ -49,7 +50,7 @@ def stages(source: Source) -> list[Stage]:
     if not codec["refits"]:
         del codec["beam"]  # without refits training is greedy
     widths = {**captured_widths(source), "weights": recipe.codec.weights}
-    last = "finetune" if finetuning else "codebooks"
+    last = last_training(recipe)
     found = [
         Stage(
             "traffic",
@@ -65,7 +66,13 @@ def stages(source: Source) -> list[Stage]:
     if finetuning:
         material = {"finetune": finetuning, "beam": beam, "cache": recipe.cache.model_dump(mode="json")}
         found.append(Stage("finetune", material, partial(_finetune, source), ("traffic", "codebooks")))
-    found.append(
+    found += [
+        Stage(
+            "profile",
+            {"beam": beam, "model": model, "sequence_length": recipe.traffic.sequence_length},
+            partial(_profile, source),
+            ("capture", last),
+        ),
         Stage(
             "onnx",
             {
@@ -76,8 +83,8 @@ def stages(source: Source) -> list[Stage]:
             },
             partial(_onnx, source),
             (last,),
-        )
-    )
+        ),
+    ]
     if recipe.evaluate is not None:
         library = native.find()
         material = {
@@ -175,6 +182,19 @@ def _finetune(source: Source, context: Context) -> None:
     context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, tuned, {}))
 
 
+def last_training(recipe: Recipe) -> str:
+    """The stage that makes the codebooks of the artifact."""
+    return "finetune" if recipe.codec.finetune else "codebooks"
+
+
+def _trained(source: Source, context: Context) -> Path:
+    return context.inputs[last_training(source.recipe)] / CODEBOOKS_FILE
+
+
+def _profile(source: Source, context: Context) -> None:
+    profile_stage(source, context.inputs["capture"], _trained(source, context), context)
+
+
 def _onnx(source: Source, context: Context) -> None:
     recipe = source.recipe
     settings = ExportSettings(
@@ -184,8 +204,7 @@ def _onnx(source: Source, context: Context) -> None:
         exact_dtype=getattr(torch, recipe.cache.exact_dtype),
     )
     with context.reporter.task("onnx: export", 1) as task:
-        trained = context.inputs["finetune" if recipe.codec.finetune else "codebooks"]
-        books = load_codebooks(trained / CODEBOOKS_FILE)
+        books = load_codebooks(_trained(source, context))
         export_onnx(source.model, source.spec, books, settings, context.directory, {"recipe": recipe.name})
         task.advance(1)
 

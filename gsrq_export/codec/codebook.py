@@ -14,6 +14,7 @@ import torch
 from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.errors import GsrqError
 
+MOST_PASSES = 16  # minima taken one by one; more are sorted
 ENCODE_CHUNK = 4096  # rows encoded at once; codes do not depend on it, memory does
 
 
@@ -148,7 +149,7 @@ def beam_search(target: torch.Tensor, words: torch.Tensor, beam: int) -> torch.T
         words: [G, R, K, D].
         beam: paths kept a stage.
     Returns:
-        int64 [N, G, R]. Ties go to the lower beam entry, then the lower code (with a beam on a GPU to either).
+        int64 [N, G, R]. Ties go to the lower beam entry, then the lower code.
     """
     groups, rows, width = target.shape
     stages, size = words.shape[1], words.shape[2]
@@ -160,15 +161,23 @@ def beam_search(target: torch.Tensor, words: torch.Tensor, beam: int) -> torch.T
         gain = 2 * torch.einsum("gnbd,gkd->gnbk", residual, stage) - (stage**2).sum(-1)[:, None, None]
         candidates = (error[..., None] - gain).flatten(2)  # [G, N, b * K]
         keep = min(beam, candidates.shape[-1])
-        if keep == 1:
-            order = candidates.argmin(-1, keepdim=True)
-        elif candidates.is_cuda or candidates.dtype != torch.float64:
-            order = candidates.topk(keep, largest=False).indices  # many times faster than sorting; ties are lost
-        else:
-            order = candidates.sort(dim=-1, stable=True).indices[..., :keep]
+        order = _least(candidates, keep)
         error = candidates.gather(-1, order)
         parent, code = order // size, order % size
         chosen = torch.stack([stage[g][code[g]] for g in range(groups)])  # [G, N, keep, D]
         residual = residual.gather(2, parent[..., None].expand(-1, -1, -1, width)) - chosen
         path = torch.cat([path.gather(2, parent[..., None].expand(-1, -1, -1, r)), code[..., None]], -1)
     return path[:, :, 0].permute(1, 0, 2)
+
+
+def _least(candidates: torch.Tensor, keep: int) -> torch.Tensor:
+    """Indices of the ``keep`` least along the last axis, in order; of equals the first is the less."""
+    if keep > MOST_PASSES:
+        return candidates.sort(dim=-1, stable=True).indices[..., :keep]
+    found = [candidates.argmin(-1, keepdim=True)]
+    if keep > 1:
+        left = candidates.clone()
+    while len(found) < keep:
+        left.scatter_(-1, found[-1], float("inf"))
+        found.append(left.argmin(-1, keepdim=True))
+    return torch.cat(found, -1)

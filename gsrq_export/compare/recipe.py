@@ -11,7 +11,14 @@ import numpy as np
 
 from gsrq_export.artifact.verify import verify_artifact
 from gsrq_export.build.source import Source
-from gsrq_export.build.stages import SAMPLED_TEXT, SHARD_TOKENS, evaluation_settings, held_out_text, stages
+from gsrq_export.build.stages import (
+    SAMPLED_TEXT,
+    SHARD_TOKENS,
+    evaluation_settings,
+    held_out_text,
+    last_training,
+    stages,
+)
 from gsrq_export.capture import Captured, CaptureSettings, capture
 from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.compare.schema import Model, Rule
@@ -60,10 +67,10 @@ def subject_of_recipe(
         texts: None: the recipe's held-out text, or one sampled from the model, measured by ``settings``.
     """
     recipe = source.recipe
-    done = Pipeline(work, _up_to(stages(source), "codebooks" if train else "traffic"), reporter).run()
+    done = Pipeline(work, _up_to(stages(source), last_training(recipe) if train else "traffic"), reporter).run()
     ours = None
     if train:
-        layers = load_codebooks(done["codebooks"] / CODEBOOKS_FILE)
+        layers = load_codebooks(done[last_training(recipe)] / CODEBOOKS_FILE)
         ours = Ours("ours", f"ours: {recipe.name}", layers, recipe.codec.beam)
     if texts is None:
         texts = [EvaluationText("held-out", _held_out(source, settings), settings)]

@@ -8,14 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from gsrq_export.evaluate.recall import LengthRecall, Rate
-from gsrq_export.evaluate.suite import Evaluation, require_finite
-from gsrq_export.report.schema import BuildMetrics, CacheSize, Distortion
-from gsrq_export.report.svg import Series, bars, heatmap, lines
+from gsrq_export.evaluate.suite import require_finite
+from gsrq_export.report.charts import (
+    codebook_figures,
+    rate_figures,
+    recall_figures,
+    sequence_bits,
+    size,
+    size_figures,
+    tokens,
+)
+from gsrq_export.report.schema import BuildMetrics, RatePoint
+from gsrq_export.report.svg import number
 
-KINDS = ("key", "value")
+FIDELITY = {
+    "top1_agreement": "most likely token the same, share of tokens",
+    "kl": "KL divergence of the next token, nats",
+    "agreed_tokens": "tokens written before the first that differs",
+}
 
 
 def write_report(
@@ -41,85 +53,51 @@ def write_report(
         m=metrics,
         built=built,
         provenance=provenance,
-        tokens=_tokens,
-        size=_size,
+        tokens=tokens,
+        size=size,
+        number=number,
         rate=_rate,
+        interval=_interval,
+        sequence_bits=sequence_bits,
+        rate_figures=rate_figures(metrics.rates),
+        rate_header=(header := _rate_header(metrics.rates)),
+        rate_rows=[_rate_row(point, header) for point in metrics.rates],
+        recall_figures=recall_figures(metrics.exact, metrics.coded),
         recall_rows=_recall_rows(metrics),
-        **_charts(metrics),
+        task_rows=_task_rows(metrics),
+        fidelity_rows=_fidelity_rows(metrics),
+        codebook_figures=codebook_figures(metrics),
+        size_figures=size_figures(metrics.sizes, metrics.nominal_bits),
     )
     path.write_text(page, "utf-8")
 
 
-def _charts(metrics: BuildMetrics) -> dict[str, Any]:
-    charts: dict[str, Any] = {}
-    if metrics.sizes:
-        charts["bits_chart"] = lines(
-            "Bits an element against context length",
-            "tokens in the context",
-            [_tokens(size.context_tokens) for size in metrics.sizes],
-            [
-                Series("effective", "coded", [size.effective_bits for size in metrics.sizes]),
-                Series("without codebooks", "value", [_sequence_bits(size) for size in metrics.sizes]),
-                Series("nominal", "nominal", [metrics.nominal_bits] * len(metrics.sizes)),
-            ],
-            log=True,
-        )
-    if metrics.coded and metrics.coded["recall"]:
-        charts["recall_chart"] = _recall_chart(metrics.exact, metrics.coded)
-    if metrics.distortion:
-        charts |= _codebook_charts(metrics.distortion)
-    return charts
+Header = dict[str, list[str]]  # what the rows of a comparison have, by part
 
 
-def _recall_chart(exact: Evaluation | None, coded: Evaluation) -> Markup:
-    series = []
-    ticks: list[str] = []
-    for label, evaluation in (("exact", exact), ("coded", coded)):
-        if evaluation is None or evaluation["recall"] is None:
-            continue
-        rows = evaluation["recall"]["lengths"]
-        ticks = [_tokens(row["tokens"]) for row in rows]
-        intervals = [row["interval"] or [0.0, 1.0] for row in rows]
-        series.append(
-            Series(
-                label,
-                label,
-                [row["rate"] or 0.0 for row in rows],
-                [interval[0] for interval in intervals],
-                [interval[1] for interval in intervals],
-            )
-        )
-    return bars("Recall by context length", "tokens in the context", ticks, series, top=1.0)
+def _rate_header(rates: list[RatePoint]) -> Header:
+    def seen(names: list[list[str]]) -> list[str]:
+        return list(dict.fromkeys(name for row in names for name in row))
 
-
-def _codebook_charts(distortion: list[Distortion]) -> dict[str, Any]:
-    by_kind = {kind: [d for d in distortion if d.kind == kind] for kind in KINDS}
-    present = [kind for kind in KINDS if by_kind[kind]]
-    stages = max(len(d.relative_mse_by_stage) for d in distortion)
-    layers = sorted({d.layer for d in distortion})
-    by_stage, by_layer = [], []
-    for kind in present:
-        entries = by_kind[kind]
-        # Layers may differ in their number of stages: a stage's mean is over those that have it.
-        columns = [
-            [d.relative_mse_by_stage[r] for d in entries if r < len(d.relative_mse_by_stage)] for r in range(stages)
-        ]
-        by_stage.append(Series(f"{kind}s", kind, [sum(column) / len(column) for column in columns if column]))
-        last = {d.layer: d.relative_mse_by_stage[-1] for d in entries}
-        by_layer.append(Series(f"{kind}s", kind, [last.get(layer, 0.0) for layer in layers]))
     return {
-        "stage_chart": lines("Error after each stage", "stage", [str(r + 1) for r in range(stages)], by_stage),
-        "layer_chart": bars("Error by layer", "layer", [str(layer) for layer in layers], by_layer),
-        "usage_charts": [
-            (
-                kind,
-                heatmap(
-                    f"Codewords used, {kind}s", "stage", [(f"{d.layer}", d.usage_by_stage) for d in by_kind[kind]], kind
-                ),
-            )
-            for kind in present
-        ],
+        "effective": sorted(seen([list(r.effective_bits) for r in rates]), key=int),
+        "perplexity": seen([list(r.perplexity_ratio) for r in rates]),
+        "recall": sorted(seen([[str(row.tokens) for row in r.recall] for r in rates]), key=int),
+        "kl": ["KL"] if any(r.kl is not None for r in rates) else [],
+        "tasks": seen([list(r.tasks or {}) for r in rates]),
     }
+
+
+def _rate_row(point: RatePoint, header: Header) -> list[str]:
+    """The cells after the name, "-" where the row was not measured."""
+    recall = {str(row.tokens): f"{row.rate:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in point.recall}
+    effective = {n: f"{bits:.2f}" for n, bits in point.effective_bits.items()}
+    perplexity = {name: f"{100 * (ratio - 1):+.2f} %" for name, ratio in point.perplexity_ratio.items()}
+    kl = {} if point.kl is None else {"KL": number(point.kl)}
+    tasks = {name: f"{score:.2f}" for name, score in (point.tasks or {}).items()}
+    found = {"effective": effective, "perplexity": perplexity, "recall": recall, "kl": kl, "tasks": tasks}
+    cells = [found[part].get(name, "-") for part, names in header.items() for name in names]
+    return [f"{point.nominal_bits:.3g}", point.prefill, *cells]
 
 
 def _recall_rows(metrics: BuildMetrics) -> list[tuple[str, LengthRecall]]:
@@ -130,22 +108,31 @@ def _recall_rows(metrics: BuildMetrics) -> list[tuple[str, LengthRecall]]:
     return sorted(found, key=lambda item: item[1]["tokens"])
 
 
-def _sequence_bits(size: CacheSize) -> float:
-    return 16 * (size.code_bytes + size.exact_bytes) / size.plain_bytes
+def _task_rows(metrics: BuildMetrics) -> list[dict[str, Any]]:
+    """A row a task and length: exact beside coded and their difference; evaluations made without tasks have none."""
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    parts = {"exact": metrics.exact, "coded": metrics.coded, "change": metrics.comparison}
+    for label, evaluation in parts.items():
+        part: Mapping[str, Any] = evaluation or {}
+        for entry in part.get("tasks") or ():
+            row = rows.setdefault((entry["task"], entry["tokens"]), {"task": entry["task"], "tokens": entry["tokens"]})
+            row[label] = entry
+    return [{**dict.fromkeys(parts), **row} for row in rows.values()]
 
 
-def _tokens(count: int) -> str:
-    return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else str(count)
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
-        size /= 1024
-    return f"{size:.3g} GiB"
+def _fidelity_rows(metrics: BuildMetrics) -> list[tuple[str, float, list[float] | None]]:
+    """(name, mean, interval) of each measure, where the comparison has this part."""
+    part: Mapping[str, Any] = metrics.comparison or {}
+    return [
+        (FIDELITY.get(name, name.replace("_", " ")), float(value["mean"]), value.get("interval"))
+        for name, value in (part.get("fidelity") or {}).items()
+        if isinstance(value, Mapping) and "mean" in value
+    ]
 
 
 def _rate(rate: Rate) -> str:
     return "none" if rate["rate"] is None else f"{rate['rate']:.2f} ({rate['correct']}/{rate['cases']})"
+
+
+def _interval(interval: list[float] | None, digits: int = 2) -> str:
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}" if interval else "none"

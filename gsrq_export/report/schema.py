@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gsrq_export.codec.profile import Profile
 from gsrq_export.errors import ArtifactError
 from gsrq_export.evaluate.suite import Comparison, Evaluation, require_finite
 
 SCHEMA = 1
+
+Kind = Literal["key", "value"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,55 @@ class Distortion:
     """
 
     layer: int
-    kind: Literal["key", "value"]
+    kind: Kind
     relative_mse_by_stage: list[float]
     usage_by_stage: list[float]
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """How the codebook of a layer's keys or values, as it is in the artifact, codes held-out vectors."""
+
+    layer: int
+    kind: Kind
+    profile: Profile
+
+
+@dataclass(frozen=True)
+class RecallPoint:
+    """Recall at one context length with its 95 % interval."""
+
+    tokens: int
+    rate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RatePoint:
+    """One row of a comparison of cache codecs: what it takes and what it loses.
+
+    Attributes:
+        label: as shown.
+        ours: whether it is this project's codec; those are joined by a line.
+        nominal_bits: all that a coded token stores, bits an element.
+        effective_bits: everything counted, bits an element of one sequence, by context length in tokens.
+        prefill: "coded" or "exact": what the tokens of a prompt see of each other.
+        perplexity_ratio: coded / exact, by name of the text.
+        recall: by rising context length.
+        kl: divergence of the coded model's next-token distribution from the exact one's, nats a token.
+        tasks: mean score by name, 0 .. 1.
+    """
+
+    label: str
+    ours: bool
+    nominal_bits: float
+    effective_bits: dict[str, float]
+    prefill: Literal["coded", "exact"]
+    perplexity_ratio: dict[str, float]
+    recall: list[RecallPoint]
+    kl: float | None = None
+    tasks: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +111,8 @@ class BuildMetrics:
         sizes: by rising context length.
         distortion: an entry a codebook.
         exact, coded, comparison: None where the build was not asked to evaluate.
+        profile: an entry a codebook of the artifact; supersedes ``distortion``, which is of training.
+        rates: a comparison with other codecs; empty where none was run.
     """
 
     name: str
@@ -73,6 +124,8 @@ class BuildMetrics:
     exact: Evaluation | None = None
     coded: Evaluation | None = None
     comparison: Comparison | None = None
+    profile: list[LayerProfile] = field(default_factory=list)
+    rates: list[RatePoint] = field(default_factory=list)
     schema: int = field(default=SCHEMA)
 
     def save(self, path: Path) -> None:
@@ -95,6 +148,14 @@ class BuildMetrics:
             fields = dict(data)
             fields["sizes"] = [CacheSize(**size) for size in data["sizes"]]
             fields["distortion"] = [Distortion(**entry) for entry in data["distortion"]]
+            fields["profile"] = [
+                LayerProfile(**{**entry, "profile": Profile.from_dict(entry["profile"])})
+                for entry in data.get("profile", [])
+            ]
+            fields["rates"] = [
+                RatePoint(**{**point, "recall": [RecallPoint(**row) for row in point["recall"]]})
+                for point in data.get("rates", [])
+            ]
             return cls(**fields)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: {error}", "build the artifact again") from error

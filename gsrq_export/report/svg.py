@@ -1,21 +1,63 @@
-"""Small charts as inline SVG. Colours are the page's CSS classes, so that they follow its light or dark mode."""
+"""Small charts as inline SVG. Colours are CSS classes (chart.css), so that they follow the page's light or dark mode.
+
+A chart is as wide as a phone's screen and is scaled up little elsewhere, so that its text stays readable.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 26, 40
+from gsrq_export.report.labels import LETTER, Box, along, place
+
+WIDTH, PLOT, TALL = 340, 170, 250  # of a chart; height of the part inside the axes, and with names in it
+LEFT, RIGHT, BOTTOM = 52, 10, 36
 MIDDLE = (LEFT + WIDTH - RIGHT) / 2
+LINE = 15  # height of a line of text
+
+
+def number(value: float) -> str:
+    """Three digits, never an exponent for what charts show."""
+    return (
+        f"{value:.3g}" if 1e-4 <= abs(value) < 1000 or value == 0 else f"{value:.0f}" if value > 1 else f"{value:.0e}"
+    )
+
+
+@dataclass(frozen=True)
+class Axis:
+    """``ticks`` are (value, text); without them round numbers are chosen. A linear axis begins at 0 where no value is
+    below; ``high`` fixes its end.
+    """
+
+    label: str
+    log: bool = False
+    high: float | None = None
+    ticks: Sequence[tuple[float, str]] | None = None
+    text: Callable[[float], str] = number
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y), joined or not; ``low`` and ``high`` draw intervals. ``names`` are tooltips, and stand beside
+    points that are not joined.
+    """
+
+    label: str
+    style: str
+    points: Sequence[tuple[float, float]]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    joined: bool = True
+    names: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values over the chart's x positions; ``low`` and ``high`` draw intervals, ``style`` is a CSS class."""
+    """Values over a chart's groups of bars; ``low`` and ``high`` draw intervals, ``style`` is a CSS class."""
 
     label: str
     style: str
@@ -24,133 +66,192 @@ class Series:
     high: Sequence[float] | None = None
 
 
-def lines(title: str, x_label: str, ticks: Sequence[str], series: Sequence[Series], log: bool = False) -> Markup:
-    """One line a series over equally spaced positions; with ``log`` all values are above 0."""
-    values = [v for s in series for v in s.values]
-    frame = _Frame(min(values), max(values), log)
-    parts = [frame.axes(), frame.ticks(ticks, _spread(len(ticks))), _text(MIDDLE, HEIGHT - 6, x_label), _legend(series)]
-    for s in series:
-        places = _spread(len(s.values))
-        points = " ".join(f"{x:.1f},{frame.y(v):.1f}" for x, v in zip(places, s.values, strict=True))
-        parts.append(f'<polyline class="line {escape(s.style)}" points="{points}"/>')
-        if len(s.values) <= 16:
-            parts += [
-                f'<circle class="dot {escape(s.style)}" cx="{x:.1f}" cy="{frame.y(v):.1f}" r="3">'
-                f"<title>{escape(s.label)}: {_number(v)}</title></circle>"
-                for x, v in zip(places, s.values, strict=True)
-            ]
-    return _svg(title, HEIGHT, parts)
+def plot(title: str, x_axis: Axis, y_axis: Axis, curves: Sequence[Curve]) -> Markup:
+    """Curves and points over two numeric axes; on a logarithmic axis all values are above 0."""
+    legend, top = _legend([(c.label, c.style) for c in curves])
+    xs = [x for c in curves for x, _ in c.points]
+    ys = [y for c in curves for _, y in c.points] + [v for c in curves for v in (*(c.low or ()), *(c.high or ()))]
+    pad = 0 if x_axis.log else 12
+    bottom = top + (TALL if any(c.names and not c.joined for c in curves) else PLOT)
+    across = _Scale(x_axis, min(xs), max(xs), LEFT + pad, WIDTH - RIGHT - pad, tight=True)
+    up = _Scale(y_axis, min(ys), max(ys), bottom, top)
+    parts = [legend, _y_axis(up, y_axis, top), _x_axis([(across(v), t) for v, t in across.ticks], x_axis.label, bottom)]
+    labels: list[tuple[float, float, str]] = []
+    drawn: list[Box] = []  # lines and whiskers, which names had better not cover
+    for c in curves:
+        places = [(across(x), up(y)) for x, y in c.points]
+        if c.joined and len(places) > 1:
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            parts.append(f'<polyline class="line {escape(c.style)}" points="{line}"/>')
+            drawn += [box for start, end in pairwise(places) for box in along(start, end)]
+        if c.low is not None and c.high is not None:
+            parts += [_whisker(p[0], up(a), up(b)) for p, a, b in zip(places, c.low, c.high, strict=True)]
+            drawn += [(p[0] - 3, up(b), p[0] + 3, up(a)) for p, a, b in zip(places, c.low, c.high, strict=True)]
+        if len(places) <= 24:
+            for i, ((x, y), (_, value)) in enumerate(zip(places, c.points, strict=True)):
+                name = c.names[i] if c.names else c.label
+                parts.append(
+                    f'<circle class="dot {escape(c.style)}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
+                    f"<title>{escape(name)}: {escape(y_axis.text(value))}</title></circle>"
+                )
+        if c.names and not c.joined:
+            labels += [(x, y, name) for (x, y), name in zip(places, c.names, strict=True)]
+    dots = [(across(x) - 4, up(y) - 4, across(x) + 4, up(y) + 4) for c in curves for x, y in c.points]
+    for label in place(labels, dots, drawn, (LEFT, top - 7, WIDTH, bottom + 7)):
+        left, _, _, base = label.box
+        if label.leader:
+            (x, y), (to_x, to_y) = label.leader
+            parts.append(f'<path class="leader" d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}"/>')
+        parts.append(_text(left, base - 2.5, label.text, "start", "tick name"))
+    return _svg(title, bottom + BOTTOM, parts)
 
 
-def bars(title: str, x_label: str, ticks: Sequence[str], series: Sequence[Series], top: float | None = None) -> Markup:
+def bars(title: str, x_label: str, y_axis: Axis, ticks: Sequence[str], series: Sequence[Series]) -> Markup:
     """Groups of bars, one a tick, with intervals where a series has them."""
-    highest = max((v for s in series for v in (s.high or s.values)), default=1.0)
-    frame = _Frame(0.0, top if top is not None else highest)
-    slot = (WIDTH - LEFT - RIGHT) / max(1, len(ticks))
-    width = min(26.0, 0.8 * slot / max(1, len(series)))
+    legend, top = _legend([(s.label, s.style) for s in series])
+    up = _Scale(y_axis, 0.0, max(v for s in series for v in (s.high or s.values)), top + PLOT, top)
+    slot = (WIDTH - LEFT - RIGHT) / len(ticks)
+    width = min(26.0, 0.8 * slot / len(series))
     centres = [LEFT + slot * (i + 0.5) for i in range(len(ticks))]
-    parts = [frame.axes(), frame.ticks(ticks, centres), _text(MIDDLE, HEIGHT - 6, x_label), _legend(series)]
+    parts = [legend, _y_axis(up, y_axis, top), _x_axis(list(zip(centres, ticks, strict=True)), x_label, top + PLOT)]
     for k, s in enumerate(series):
         for i, value in enumerate(s.values):
-            x = centres[i] + (k - len(series) / 2) * width
-            y = frame.y(value)
+            x, y = centres[i] + (k - len(series) / 2) * width, up(value)
             parts.append(
                 f'<rect class="bar {escape(s.style)}" x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(0.5, width - 1):.1f}" '
-                f'height="{frame.y(0) - y:.1f}"><title>{escape(s.label)}, {escape(ticks[i])}: {_number(value)}</title>'
+                f'height="{up(0) - y:.1f}"><title>{escape(s.label)}, {escape(ticks[i])}: {y_axis.text(value)}</title>'
                 "</rect>"
             )
             if s.low is not None and s.high is not None:
-                middle = x + width / 2
-                parts.append(
-                    f'<path class="whisker" d="M{middle:.1f} {frame.y(s.low[i]):.1f}V{frame.y(s.high[i]):.1f}'
-                    f'M{middle - 3:.1f} {frame.y(s.low[i]):.1f}h6M{middle - 3:.1f} {frame.y(s.high[i]):.1f}h6"/>'
-                )
-    return _svg(title, HEIGHT, parts)
+                parts.append(_whisker(x + width / 2, up(s.low[i]), up(s.high[i])))
+    return _svg(title, top + PLOT + BOTTOM, parts)
 
 
-def heatmap(title: str, x_label: str, rows: Sequence[tuple[str, Sequence[float]]], style: str) -> Markup:
-    """A row a label; a cell's opacity is its value in 0 .. 1."""
-    columns = max((len(values) for _, values in rows), default=1)
-    cell = max(6.0, min(18.0, 260 / max(1, len(rows))))
-    wide = (WIDTH - LEFT - RIGHT) / max(1, columns)
+def heatmap(
+    title: str,
+    x_label: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    style: str,
+    full: float | None = None,
+) -> Markup:
+    """A row a label; a cell's opacity is its value over ``full``, or over the largest. None leaves a hole."""
+    top, largest = 8.0, full or max((v for _, row in rows for v in row if v is not None), default=1.0) or 1.0
+    cell = max(6.0, min(22.0, 260 / len(rows)))
+    wide = (WIDTH - LEFT - RIGHT) / len(columns)
     parts = []
     for r, (label, values) in enumerate(rows):
-        y = TOP + r * cell
-        if len(rows) <= 16 or r % math.ceil(len(rows) / 16) == 0:
-            parts.append(_text(LEFT - 6, y + cell * 0.75, label, "end"))
-        parts += [
-            f'<rect class="cell {escape(style)}" x="{LEFT + c * wide:.1f}" y="{y:.1f}" width="{wide - 0.6:.2f}" '
-            f'height="{cell - 0.6:.2f}" fill-opacity="{min(1.0, max(0.0, v)):.3f}">'
-            f"<title>{escape(label)}, stage {c + 1}: {_number(v)}</title></rect>"
-            for c, v in enumerate(values)
-        ]
-    bottom = TOP + len(rows) * cell
-    step = max(1, math.ceil(columns / 12))
-    parts += [_text(LEFT + (c + 0.5) * wide, bottom + 14, str(c + 1)) for c in range(0, columns, step)]
-    parts.append(_text(MIDDLE, bottom + 30, x_label))
+        y = top + r * cell
+        if r % math.ceil(len(rows) / 16) == 0:
+            parts.append(_text(LEFT - 6, y + cell / 2 + 4, label, "end"))
+        for c, value in enumerate(values):
+            if value is None:
+                continue
+            x = LEFT + c * wide
+            parts.append(
+                f'<rect class="cell {escape(style)}" x="{x:.1f}" y="{y:.1f}" width="{wide - 0.6:.2f}" '
+                f'height="{cell - 0.6:.2f}" fill-opacity="{min(1.0, max(0.0, value / largest)):.3f}">'
+                f"<title>{escape(label)}, {escape(columns[c])}: {number(value)}</title></rect>"
+            )
+            if wide >= 34 and cell >= 15:
+                parts.append(_text(x + wide / 2, y + cell / 2 + 4, number(value), style="tick on"))
+    bottom = top + len(rows) * cell
+    centres = [(LEFT + (c + 0.5) * wide, column) for c, column in enumerate(columns)]
+    parts += _thinned(centres, bottom + 14)
+    parts.append(_text(MIDDLE, bottom + 29, x_label))
     return _svg(title, bottom + 36, parts)
 
 
-class _Frame:
-    """The y axis: a range widened to round numbers, from 0 or logarithmic."""
+class _Scale:
+    """Values to pixels between ``start`` and ``end``, over a range widened to its ticks unless ``tight``."""
 
-    def __init__(self, low: float, high: float, log: bool = False) -> None:
-        self._log = log
-        if log:
-            first, last = math.floor(math.log10(low)), math.ceil(math.log10(high) + 1e-9)
-            steps = (1, 2, 5) if last - first <= 2 else (1,)
-            self._marks = [m * 10.0**e for e in range(first, last) for m in steps] + [10.0**last]
+    def __init__(self, axis: Axis, low: float, high: float, start: float, end: float, tight: bool = False) -> None:
+        self._log, self._start, self._end = axis.log, start, end
+        if axis.log:
+            low, high = low / 1.25, high * 1.25
+            marks = _log_marks(low, high)
         else:
-            raw = max(high, 1e-9) / 4
-            power = 10.0 ** math.floor(math.log10(raw))
-            step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999999)
-            self._marks = [step * i for i in range(math.ceil(high / step - 1e-6) + 1)]
+            low, high = (low if tight else min(0.0, low)), (axis.high if axis.high is not None else high)
+            high = high if high > low else low + 1.0
+            step = _round_step((high - low) / 4)
+            marks = [step * i for i in range(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)]
+            if tight:
+                marks = [m for m in marks if low - 1e-9 <= m <= high + 1e-9]
+            else:
+                low, high = marks[0], marks[-1]
+        self._low, self._high = low, high
+        given = axis.ticks if axis.ticks is not None else [(m, axis.text(m)) for m in marks]
+        self.ticks = [(value, text) for value, text in given if low <= value <= high]
 
-    def y(self, value: float) -> float:
-        low, high = self._marks[0], self._marks[-1]
-        share = math.log(value / low) / math.log(high / low) if self._log else (value - low) / (high - low)
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - share)
-
-    def axes(self) -> str:
-        return "".join(
-            f'<path class="grid" d="M{LEFT} {self.y(mark):.1f}H{WIDTH - RIGHT}"/>'
-            + _text(LEFT - 6, self.y(mark) + 4, _number(mark), "end")
-            for mark in self._marks
-        )
-
-    def ticks(self, labels: Sequence[str], places: Sequence[float]) -> str:
-        step = max(1, math.ceil(len(labels) / 9))
-        return "".join(
-            _text(x, HEIGHT - BOTTOM + 16, label)
-            for i, (label, x) in enumerate(zip(labels, places, strict=True))
-            if i % step == 0
-        )
+    def __call__(self, value: float) -> float:
+        if self._log:
+            share = math.log(value / self._low) / math.log(self._high / self._low)
+        else:
+            share = (value - self._low) / (self._high - self._low)
+        return self._start + (self._end - self._start) * min(1.0, max(0.0, share))
 
 
-def _spread(count: int) -> list[float]:
-    inner, width = LEFT + 14, WIDTH - LEFT - RIGHT - 28
-    return [inner + width * (i / (count - 1) if count > 1 else 0.5) for i in range(count)]
+def _log_marks(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)):
+        marks = [m * 10.0**e for e in decades for m in steps if low <= m * 10.0**e <= high]
+        if len(marks) >= 4:
+            return marks
+    return marks
 
 
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _round_step(raw: float) -> float:
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999999)
 
 
-def _legend(series: Sequence[Series]) -> str:
-    parts, x = [], float(LEFT)
-    for s in series:
-        parts.append(f'<rect class="bar {escape(s.style)}" x="{x:.0f}" y="6" width="10" height="10" rx="2"/>')
-        parts.append(_text(x + 14, 15, s.label, "start"))
-        x += 30 + 6.7 * len(s.label)
-    return "".join(parts)
+def _y_axis(up: _Scale, axis: Axis, top: float) -> str:
+    marks = [
+        f'<path class="grid" d="M{LEFT} {up(v):.1f}H{WIDTH - RIGHT}"/>' + _text(LEFT - 5, up(v) + 4, text, "end")
+        for v, text in up.ticks
+    ]
+    return "".join([*marks, _text(2, top - 9, axis.label, "start")])
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+def _x_axis(ticks: Sequence[tuple[float, str]], label: str, bottom: float) -> str:
+    return "".join([*_thinned(ticks, bottom + 15), _text(MIDDLE, bottom + 30, label)])
+
+
+def _thinned(ticks: Sequence[tuple[float, str]], y: float) -> list[str]:
+    """Tick texts in a row: as many as fit, evenly left out."""
+    for step in range(1, len(ticks) + 1):
+        kept = ticks[::step]
+        spans = [(x - len(t) * LETTER / 2, x + len(t) * LETTER / 2) for x, t in kept]
+        if all(left[1] + 4 <= right[0] for left, right in pairwise(spans)):
+            break
+    return [_text(min(x, WIDTH - len(t) * LETTER / 2), y, t) for x, t in kept]
+
+
+def _whisker(x: float, low: float, high: float) -> str:
+    return f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = "tick") -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _legend(entries: Sequence[tuple[str, str]]) -> tuple[str, float]:
+    """The entries in as many rows as they need, and where the plot begins below them and the y axis's label."""
+    parts, x, y = [], 2.0, 4.0
+    for label, style in entries:
+        wide = 18 + LETTER * len(label)
+        if x > 2 and x + wide > WIDTH:
+            x, y = 2.0, y + LINE
+        parts.append(f'<rect class="mark {escape(style)}" x="{x:.0f}" y="{y:.0f}" width="10" height="10" rx="2"/>')
+        parts.append(_text(x + 14, y + 9, label, "start"))
+        x += wide + 10
+    return "".join(parts), y + LINE + 24
 
 
 def _svg(title: str, height: float, parts: Sequence[str]) -> Markup:
     # The parts are ours; every text that came from outside was escaped where it was put in.
+    name = escape(title)
     return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{name}"><title>{name}</title>'
+        f"{''.join(parts)}</svg>"
     )

@@ -5,76 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-import xml.etree.ElementTree as ET
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from report.built_metrics import NASTY, evaluation, long_metrics, metrics, profiles, rates
+from report.page import Page, data_marks, texts, titles
 
 from gsrq_export.errors import ArtifactError, GsrqError
-from gsrq_export.evaluate.recall import DEPTHS, LengthRecall, Rate, RecallMetrics
-from gsrq_export.evaluate.stats import wilson
-from gsrq_export.evaluate.suite import Evaluation, PerplexityMetrics, compare
 from gsrq_export.report.html import write_report
-from gsrq_export.report.schema import BuildMetrics, CacheSize, Distortion
+from gsrq_export.report.schema import BuildMetrics
 
-NASTY = '<script>alert("1")</script>&\'"'
-
-
-def rate(correct: int, cases: int) -> Rate:
-    if not cases:
-        return Rate(rate=None, correct=0, cases=0, interval=None)
-    return Rate(rate=correct / cases, correct=correct, cases=cases, interval=list(wilson(correct, cases)))
-
-
-def evaluation(perplexity: float, hits: dict[int, int]) -> Evaluation:
-    lengths = [
-        LengthRecall(
-            tokens=t, by_depth=dict(zip(DEPTHS, [rate(k, 12), rate(0, 0), rate(0, 0)], strict=True)), **rate(k, 12)
-        )
-        for t, k in hits.items()
-    ]
-    scored = PerplexityMetrics(
-        perplexity=perplexity,
-        interval=[perplexity * 0.9, perplexity * 1.1],
-        nll=math.log(perplexity),
-        windows=7,
-        window_tokens=256,
-        prompt_tokens=1,
-        scored_tokens=7 * 255,
-    )
-    return Evaluation(perplexity=scored, recall=RecallMetrics(facts=4, lengths=lengths), seed=0)
-
-
-def metrics(layers: int = 5) -> BuildMetrics:
-    exact, coded = evaluation(21.5, {512: 12, 2048: 11}), evaluation(22.25, {512: 11, 2048: 9})
-    sizes = [
-        CacheSize(n, 32 * n, 135_168, 3 << 20, 3072 * n, 16 * (32 * n + 135_168 + (3 << 20)) / (3072 * n))
-        for n in (300, 2048)
-    ]
-    distortion = [
-        Distortion(layer, kind, [0.6**r for r in range(1, stages + 1)], [1 - 0.03 * r for r in range(stages)])
-        for layer in range(layers)
-        for kind, stages in (("key", 7), ("value", 3))
-    ]
-    return BuildMetrics("demo", 1.0, 1.4, 0.6, sizes, distortion, exact, coded, compare(exact, coded))
-
-
-class Page(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action")]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+RATE_CHARTS = 5  # two texts, one length of recall, KL, one task
+CODEBOOK_CHARTS = 9  # stages, layers, positions, heads and use of keys and of values, entropy, the most used
 
 
 def render(path: Path, built: BuildMetrics) -> str:
@@ -82,76 +25,126 @@ def render(path: Path, built: BuildMetrics) -> str:
     return path.read_text("utf-8")
 
 
-def test_page_shows_the_numbers_and_is_self_contained(tmp_path: Path) -> None:
-    html = render(tmp_path / "report.html", replace(metrics(), name=NASTY))
+def test_page_is_self_contained_and_escapes_names(tmp_path: Path) -> None:
+    built = replace(metrics(), name=NASTY, rates=rates(NASTY))
+    html = render(tmp_path / "report.html", replace(built, **long_metrics(built)))
     page = Page(html)
-    assert "script" not in page.tags
+    assert page.open == [], "every tag is closed"
+    assert not {"script", "link", "iframe", "object", "embed", "img", "image", "use", "base"} & set(page.tags)
     assert not page.links
-    assert "http" not in re.sub(r'http-equiv="Content-Security-Policy"', "", html)
-    assert page.text.count(NASTY) >= 4, "title, heading, a value and a key, as text"
-    text = " ".join(page.text.split())
+    assert not page.handlers
+    assert "http" not in html.replace("http-equiv", "")
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "default-src 'none'" in html
+    # Title, heading, a fact, a provenance key, the table of rates, tooltips of its charts.
+    assert page.text.count(NASTY) >= 6
+    assert html.count("<script") == 0
+
+
+def test_page_shows_the_numbers(tmp_path: Path) -> None:
+    built = metrics()
+    words = Page(render(tmp_path / "report.html", replace(built, **long_metrics(built)))).words
     for shown in (
-        "21.500",
-        "22.250",
-        "+3.49 %",
-        "0.92 (11/12)",
-        "0.75 (9/12)",
-        "0.47 to 0.91",
-        "none",
-        "f" * 64,
-        "2k",
-        "300",
+        *("21.500", "22.250", "+3.49 %", "0.92 (11/12)", "0.75 (9/12)", "0.47 to 0.91", "none", "f" * 64, "2k", "300"),
+        *("+4.00 %", "0.98 [0.89, 1.00]", "effective, 128k", "9.00", "1.25", "-0.01 %"),  # rates
+        *("0.750 0.65 to 0.85 0.625 0.53 to 0.72 -0.125 -0.25 to 0.00", "0.937 0.91 to 0.96", "0.0123 0.01 to 0.0156"),
+        *("Of 640 calibration tokens", "with beam 2", "keys 7 0.1100 0.0550 0.1650 82 % 6.90 bit"),
     ):
-        assert shown in text, shown
-    charts = re.findall(r"<svg.*?</svg>", html, re.S)
-    assert len(charts) == 6
-    for chart in charts:
-        ET.fromstring(chart)  # well-formed
-        for number in re.findall(r' (?:x|y|cx|cy|width|height)="([^"]*)"', chart):
-            assert -1 <= float(number) <= 430
+        assert shown in words, shown
+
+
+def test_every_chart_has_a_title_and_data_inside_its_frame(tmp_path: Path) -> None:
+    page = Page(render(tmp_path / "report.html", metrics()))
+    assert len(page.charts) == RATE_CHARTS + 3 + CODEBOOK_CHARTS + 2
+    assert page.tags.count("svg") == len(page.charts) == page.tags.count("figcaption")
+    for name, chart in page.charts.items():
+        title = chart.find("title")
+        assert title is not None
+        assert title.text == name
+        assert data_marks(chart), name
+        _, _, width, height = (float(v) for v in chart.attrib["viewBox"].split())
+        for element in chart.iter():
+            for key, limit in (("x", width), ("cx", width), ("y", height), ("cy", height)):
+                assert 0 <= float(element.attrib.get(key, 0)) <= limit, (name, element.attrib)
+            for x, y in re.findall(r"(-?[\d.]+),(-?[\d.]+)", element.attrib.get("points", "")):
+                assert 0 <= float(x) <= width
+                assert 0 <= float(y) <= height
 
 
 def test_charts_place_values(tmp_path: Path) -> None:
-    html = render(tmp_path / "report.html", metrics())
-    recall = next(c for c in re.findall(r"<svg.*?</svg>", html, re.S) if "Recall by context" in c)
-    heights = {
-        title: float(height) for height, title in re.findall(r'height="([\d.]+)"><title>([^<]*)</title>', recall)
-    }
+    charts = Page(render(tmp_path / "report.html", metrics())).charts
+    heights = {t: float(e.attrib["height"]) for t, e in titles(charts["Recall by context length"]).items()}
     full = heights["exact, 512: 1"]
     assert heights["coded, 512: 0.917"] == pytest.approx(full * 11 / 12, abs=0.1)
     assert heights["coded, 2k: 0.75"] == pytest.approx(full * 0.75, abs=0.1)
+    # Log axes: from 0.5 to 1 bit is a quarter of the way from 0.5 to 8.
+    dots = titles(charts["Recall at 2k tokens against bits"])
+    across = {name.split(":")[0]: float(e.attrib["cx"]) for name, e in dots.items()}
+    ours = sorted(float(e.attrib["cx"]) for name, e in dots.items() if name.startswith("GSRQ"))
+    share = math.log(2) / math.log(5)  # 0.5, 1 and 2.5 bits
+    assert ours[1] - ours[0] == pytest.approx((across["KIVI, b=2"] - ours[0]) * share, abs=0.2)
+    up = {name: float(e.attrib["cy"]) for name, e in dots.items()}
+    assert up["GSRQ R32: 0.979"] < up["GSRQ R16: 0.625"] < up["KIVI, b=2: 0.5"]
+    cells = titles(charts["Error by KV head, keys"])
+    assert float(cells["4, 0: 0.165"].attrib["fill-opacity"]) == 1.0
+    assert float(cells["4, 1: 0.055"].attrib["fill-opacity"]) == pytest.approx(1 / 3, abs=2e-3)
+
+
+def test_losses_that_a_log_axis_cannot_show_are_drawn_at_its_end_and_said_so(tmp_path: Path) -> None:
+    page = Page(render(tmp_path / "report.html", metrics()))
+    assert "FP8: 0.1" in titles(page.charts["Perplexity, novels against bits"])
+    assert "FP8: 1e-05" in titles(page.charts["KL against bits"])
+    assert page.words.count("below 0.1 % drawn there") == 1, "of the two texts one has such a loss"
+    assert page.words.count("below 1e-05 nats drawn there") == 1
 
 
 def test_parts_that_were_not_measured_are_left_out(tmp_path: Path) -> None:
-    html = render(tmp_path / "r.html", replace(metrics(), exact=None, coded=None, comparison=None))
-    assert "Perplexity" not in html
-    assert "Recall" not in html
-    bare = replace(metrics(), sizes=[], distortion=[], comparison=None)
-    html = render(tmp_path / "r.html", bare)
-    assert "Codewords" not in html
-    assert "Perplexity" in html
-    one = render(tmp_path / "r.html", replace(metrics(1), sizes=metrics().sizes[:1], exact=None, comparison=None))
-    assert one.count("<svg") == 6
+    def page(**changes: object) -> Page:
+        return Page(render(tmp_path / "r.html", replace(metrics(), **changes)))  # type: ignore[arg-type]
+
+    none = page(exact=None, coded=None, comparison=None, rates=[])
+    assert "Perplexity" not in none.text
+    assert "Recall" not in none.text
+    assert "Loss against bits" not in none.text
+    assert len(none.charts) == CODEBOOK_CHARTS + 2
+    bare = page(sizes=[], distortion=[], profile=[], comparison=None, rates=[])
+    assert "Codebooks" not in bare.text
+    assert "Tasks" not in bare.text
+    assert "Fidelity" not in bare.text
+    assert len(bare.charts) == 3
+    unasked = page(exact={**evaluation(20, {}), "recall": None}, coded={**evaluation(21, {}), "recall": None}, rates=[])
+    assert "by depth" not in unasked.text
+    older = page(profile=[], rates=[])
+    assert len(older.charts) == 3 + 4 + 2, "training's distortion stands in: stages, layers, use of keys and values"
+    one = page(sizes=metrics().sizes[:1], exact=None, comparison=None, profile=profiles(1), rates=rates()[:1])
+    assert len(one.charts) == 4 + 2 + CODEBOOK_CHARTS + 2
 
 
 def test_many_layers_and_stages_stay_readable(tmp_path: Path) -> None:
-    html = render(tmp_path / "r.html", metrics(layers=80))
-    usage = next(c for c in re.findall(r"<svg.*?</svg>", html, re.S) if "Codewords used, keys" in c)
-    assert usage.count('class="cell key"') == 80 * 7
-    assert usage.count("<text") < 40
+    usage = Page(render(tmp_path / "r.html", metrics(layers=80))).charts["Codewords used, keys"]
+    assert sum(e.attrib["class"] == "cell key" for e in data_marks(usage)) == 80 * 7
+    assert len(texts(usage)) < 40
 
 
 def test_metrics_round_trip(tmp_path: Path) -> None:
-    built, path = metrics(), tmp_path / "metrics.json"
+    base = metrics()
+    built, path = replace(base, **long_metrics(base)), tmp_path / "metrics.json"
     built.save(path)
     assert BuildMetrics.load(path) == built
     data = json.loads(path.read_text())
     assert data["schema"] == 1
 
+    older = {name: value for name, value in data.items() if name not in ("profile", "rates")}
+    path.write_text(json.dumps(older))
+    assert BuildMetrics.load(path) == replace(built, profile=[], rates=[])
+
     for change, message in (
         ({"schema": 2}, "schema is not 1"),
         ({"surprise": 1}, "surprise"),
         ({"sizes": [{"context_tokens": 1}]}, "code_bytes"),
+        ({"profile": [{"layer": 0, "kind": "key", "profile": {"by_position": []}}]}, "vectors"),
+        ({"rates": [{"label": "x", "recall": []}]}, "ours"),
     ):
         path.write_text(json.dumps({**data, **change}))
         with pytest.raises(ArtifactError, match=message):

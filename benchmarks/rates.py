@@ -1,0 +1,85 @@
+"""Our codebooks at a ladder of rates, for benchmarks/baselines.py to measure beside the rivals.
+
+    python benchmarks/rates.py --model DIR --calibration TEXT --out DIR --bits 1 0.5 --finetune 100
+    python benchmarks/baselines.py ... $(for f in DIR/*.safetensors; do echo --ours ours-$(basename $f .safetensors)=$f; done)
+
+The setting is the last step of benchmarks/ablation.py: heads jointly, attention metric, beam, a refit, 5/8 of the
+bits to keys, fine-tuning. Greedy codebooks are trained once, at the highest rate: lower ones are their prefixes. Files that
+are there already are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from ablation import RULE, TUNED, Trainer, ladder
+from quality import sequences
+
+from gsrq_export.capture import KINDS, Captured, CaptureSettings, capture
+from gsrq_export.codec.codebook import LayerCodebooks
+from gsrq_export.codec.finetune import Finetuning, finetune
+from gsrq_export.codec.storage import save_codebooks
+from gsrq_export.model.introspect import inspect_model
+from gsrq_export.model.loading import load_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="a directory")
+    parser.add_argument("--bits", type=float, nargs="+", required=True)
+    parser.add_argument("--finetune", type=int, default=100, help="steps; 0: none")
+    parser.add_argument("--finetune-batch", type=int, default=4)
+    parser.add_argument("--refits", type=int, default=1)
+    parser.add_argument("--width", type=int, default=0, help="of sub-vectors; 0: all heads of a token together")
+    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=8)
+    args = parser.parse_args()
+    begin = time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(args.model, device)
+    spec = inspect_model(model, model.config.max_position_embeddings)
+    head_dim = spec.layers[0].head_dim
+    settings = [
+        replace(
+            next(s for s in ladder(bits, head_dim) if s.name == TUNED),
+            name=f"{bits:g}",
+            width=args.width,
+            refits=args.refits,
+            finetune=args.finetune,
+            iterations=args.iterations,
+        )
+        for bits in args.bits
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    todo = [s for s in settings if not (args.out / f"{s.name}.safetensors").exists()]
+    if not todo:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        ids = sequences(args.calibration.read_text(), tokenizer, args.sequences, args.length, 0.5)
+        width = min(args.width or head_dim, head_dim)
+        capture(model, spec, ids, CaptureSettings(width, width, batch=args.batch), Path(folder))
+        trainer = Trainer(model, spec, Captured(Path(folder)), settings)
+        for setting in todo:
+            books = [LayerCodebooks(*(trainer.book(setting, layer, kind) for kind in KINDS)) for layer in spec.layers]
+            log = None
+            if setting.finetune:
+                tuning = Finetuning(setting.finetune, args.finetune_batch, setting.learning_rate, setting.beam)
+                books, log = finetune(model, spec, torch.from_numpy(ids), books, RULE, tuning)
+            facts = {"setting": json.dumps(asdict(setting)), "finetune": json.dumps(log and log.to_dict())}
+            save_codebooks(args.out / f"{setting.name}.safetensors", books, facts)
+            kl = f"KL {log.held_out_kl}" if log else ""
+            print(f"{setting.name} bits: {time.monotonic() - begin:.0f} s {kl}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
