@@ -49,15 +49,20 @@ def to_markdown(comparison: Comparison, point: ServingPoint = POINT) -> str:
 
 
 def _figures(comparison: Comparison, prefill: Prefill, point: ServingPoint) -> list[str]:
-    exact = metrics_of(comparison.unquantized[prefill])
-    points = [known.key for known in comparison.protocol.serving]
-    header = ["method", "nominal", *(f"effective {key}" for key in points), *(metric.name for metric in exact)]
-    rows = [["unquantized", "16", *("16" for _ in points), *map(_cell, exact)]]
     chosen = [row for row in comparison.rows if row.prefill == prefill]
+    every = [metrics_of(metrics) for metrics in (comparison.unquantized[prefill], *(row.metrics for row in chosen))]
+    names = list(dict.fromkeys(metric.name for metrics in every for metric in metrics))
+    points = [known.key for known in comparison.protocol.serving]
+
+    def cells(metrics: Sequence[Metric]) -> list[str]:
+        found = {metric.name: _cell(metric) for metric in metrics}
+        return [found.get(name, "") for name in names]
+
+    rows = [["unquantized", "16", *("16" for _ in points), *cells(every[0])]]
     for row in sorted(chosen, key=lambda row: (-row.effective_bits[point.key], row.id)):
         bits = [f"{row.nominal_bits:.3f}", *(f"{row.effective_bits[key]:.2f}" for key in points)]
-        rows.append([_name(row), *bits, *map(_cell, metrics_of(row.metrics))])
-    return table(header, rows)
+        rows.append([_name(row), *bits, *cells(metrics_of(row.metrics))])
+    return table(["method", "nominal", *(f"effective {key}" for key in points), *names], rows)
 
 
 def _verdicts(found: Sequence[Verdict]) -> list[str]:

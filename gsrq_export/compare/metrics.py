@@ -8,6 +8,10 @@ from typing import Any, Literal
 
 from gsrq_export.compare.schema import Metrics
 
+Better = Literal["lower", "higher"]
+# Of generations against the unquantized model's, where an evaluation has them; the unquantized one has none.
+FIDELITY: dict[str, Better] = {"top1_agreement": "higher", "kl": "lower", "agreed_tokens": "higher"}
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -24,7 +28,7 @@ class Metric:
 
     name: str
     value: float
-    better: Literal["lower", "higher"]
+    better: Better
     units: Sequence[float]
     interval: tuple[float, float] | None = None
 
@@ -56,6 +60,10 @@ def _of_text(text: str, evaluation: Mapping[str, Any]) -> list[Metric]:
     for row in evaluation.get("tasks") or []:
         name = f"{row['task']}@{row['tokens']} {text}"
         found.append(Metric(name, row["score"], "higher", row["case_scores"], _interval(row.get("interval"))))
+    fidelity = evaluation.get("fidelity") or {}
+    for name, better in FIDELITY.items():
+        if row := fidelity.get(name):
+            found.append(Metric(f"{name} {text}", row["mean"], better, row["per_prompt"], _interval(row["interval"])))
     return found
 
 

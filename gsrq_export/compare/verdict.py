@@ -79,11 +79,11 @@ def verdicts(comparison: Comparison, point: ServingPoint = POINT) -> list[Verdic
     for row in (row for row in comparison.rows if row.ours):
         rivals = [other for other in comparison.rows if not other.ours and other.prefill == row.prefill]
         bits = row.effective_bits[point.key]
-        for i, metric in enumerate(metrics_of(row.metrics)):
+        for metric in metrics_of(row.metrics):
             dearer: list[Against] = []
             cheaper: list[Against] = []
             for rival in rivals:
-                against = _against(metric, rival, metrics_of(rival.metrics)[i])
+                against = _against(metric, rival)
                 (dearer if rival.effective_bits[point.key] >= bits else cheaper).append(against)
             found.append(Verdict(row, metric, dearer, cheaper))
     return found
@@ -96,7 +96,10 @@ def require_point(comparison: Comparison, point: ServingPoint) -> None:
         raise GsrqError(f"serving point {point.key} was not counted", f"choose one of {', '.join(keys)}")
 
 
-def _against(ours: Metric, rival: Row, theirs: Metric) -> Against:
+def _against(ours: Metric, rival: Row) -> Against:
+    theirs = next((metric for metric in metrics_of(rival.metrics) if metric.name == ours.name), None)
+    if theirs is None:
+        raise GsrqError(f"row {rival.id} has no {ours.name}", "measure all rows again under one protocol")
     bounds = difference_bounds(ours, theirs)
     statement: Statement = "not distinguishable"
     if bounds is not None and (bounds[0] > 0 or bounds[1] < 0):

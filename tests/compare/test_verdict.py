@@ -121,6 +121,23 @@ def test_tasks_are_compared_by_score() -> None:
     assert verdict.dearer[0].statement == "not distinguishable"
 
 
+def test_fidelity_has_a_direction_and_the_unquantized_model_has_none() -> None:
+    def with_kl(values: list[float]) -> dict[str, object]:
+        kl = {"mean": sum(values) / len(values), "interval": [min(values), max(values)], "per_prompt": values}
+        return {**EXACT, "fidelity": {"prompts": 3, "kl": kl}}
+
+    rows = [row("rival", 2.0, with_kl([0.2, 0.21, 0.22])), row("ours", 1.0, with_kl([0.1, 0.1, 0.11]), ours=True)]
+    made = comparison(rows, EXACT)
+    verdict = of(verdicts(made), "ours", "kl novels")
+    assert verdict.holds
+    assert verdict.dearer[0].statement == "better"
+    unquantized = next(line for line in to_markdown(made).splitlines() if line.startswith("| unquantized"))
+    assert unquantized.endswith("|  |")
+    rows[0] = row("rival", 2.0, EXACT)
+    with pytest.raises(GsrqError, match="row rival has no kl novels"):
+        verdicts(comparison(rows, EXACT))
+
+
 def test_markdown(tmp_path: Path) -> None:
     rows = [
         row("fp8", 8.0, shifted(0.001)),
