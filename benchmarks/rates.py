@@ -1,11 +1,11 @@
 """Our codebooks at a ladder of rates, for benchmarks/baselines.py to measure beside the rivals.
 
     python benchmarks/rates.py --model DIR --calibration TEXT --out DIR --bits 1 0.5 --finetune 100
-    python benchmarks/baselines.py ... $(for f in DIR/*.safetensors; do echo --ours ours-$(basename $f .safetensors)=$f; done)
+    python benchmarks/baselines.py ... --beam 4 --ours ours-1=DIR/1.safetensors --ours ours-0.5=DIR/0.5.safetensors
 
 The setting is the last step of benchmarks/ablation.py: heads jointly, attention metric, beam, a refit, 5/8 of the
-bits to keys, fine-tuning. Greedy codebooks are trained once, at the highest rate: lower ones are their prefixes. Files that
-are there already are kept.
+bits to keys, fine-tuning. Greedy codebooks are trained once, at the highest rate: lower ones are their prefixes. Files
+that are there already are kept.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a directory")
     parser.add_argument("--bits", type=float, nargs="+", required=True)
     parser.add_argument("--finetune", type=int, default=100, help="steps; 0: none")
+    parser.add_argument("--finetune-below", type=float, default=2, help="only rates below so many bits")
     parser.add_argument("--finetune-batch", type=int, default=4)
     parser.add_argument("--refits", type=int, default=1)
     parser.add_argument("--width", type=int, default=0, help="of sub-vectors; 0: all heads of a token together")
@@ -55,7 +56,7 @@ def main() -> None:
             name=f"{bits:g}",
             width=args.width,
             refits=args.refits,
-            finetune=args.finetune,
+            finetune=args.finetune if bits < args.finetune_below else 0,
             iterations=args.iterations,
         )
         for bits in args.bits
