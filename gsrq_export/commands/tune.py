@@ -19,7 +19,7 @@ from gsrq_export.stages.storage import disk_errors, write_atomic
 from gsrq_export.tune.measure import Meter
 from gsrq_export.tune.search import Search, ladder_bits
 from gsrq_export.tune.settings import EFFORTS
-from gsrq_export.tune.stages import Plan, read_book, read_ladders, read_traffic, split, tune_stages
+from gsrq_export.tune.stages import Plan, measures_in, read_book, read_traffic, split, tune_stages
 from gsrq_export.tune.target import make_target, parse_memory
 from gsrq_export.tune.write import Report, page, recipe_text, report_data
 
@@ -62,7 +62,7 @@ def tune(
     done = Pipeline(work, tune_stages(plan), reporter).run()
     measured = time.monotonic()
     ids, answers = read_traffic(done["traffic"], plan.source.tokenizer)
-    parts, ladders = split(answers, plan.effort), read_ladders(done["sensitivity"], plan)
+    parts, ladders = split(answers, plan.effort), measures_in(done["sensitivity"])
     books = {ladder: read_book(done["ladders"], *ladder) for ladder in ladders}
     rows = parts.compared
     meter = Meter(plan.source.model, plan.source.spec, ids[rows], answers[rows], recipe.codec.beam)

@@ -52,12 +52,16 @@ class Result:
 
 
 def ladder_bits(recipe: Recipe, layers: Sequence[LayerShape], target: Target) -> float:
-    """Nominal bits of the longest ladders: HEADROOM times those of the best uniform budget."""
-    found = [1 / max(shape.elements for shape in layers)]
-    for heads in (True, False):
-        budget = best_uniform(recipe, layers, heads, target.context, target.sequences, target.bytes)
-        found += [side.nominal_bits for side in (budget or {}).values()]
-    return HEADROOM * max(found)
+    """Nominal bits of the longest ladders: HEADROOM times the best uniform budget's, enough for all that is tried."""
+    given = recipe.cache
+    least = {"window": round(given.window * min(WINDOWS)), "sinks": round(given.sinks * min(SINKS))}
+    found = [8 / max(shape.elements for shape in layers)]
+    for cache, factor in ((given, HEADROOM), (given.model_copy(update=least), max(CURVE))):
+        of = recipe.model_copy(update={"cache": cache})
+        for heads in (True, False):
+            budget = best_uniform(of, layers, heads, target.context, target.sequences, target.bytes)
+            found += [factor * side.nominal_bits for side in (budget or {}).values()]
+    return max(found)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Search:
             best = _least([_least(tuned), *evens])
             curve = []
             heads, stages = self._even_stages(_least(evens))
-            for count in sorted({max(1, round(stages * factor)) for factor in (*CURVE, 1.0)}):
+            for count in sorted({min(256, max(1, int(stages * factor))) for factor in CURVE}):
                 even = uniform(self.layers, heads, stages=count)
                 (point,) = measured(UNIFORM[heads], even, cache)
                 curve += [(point, c) for c in measured(TUNED, self.allocated(point.size.total, cache), cache)]

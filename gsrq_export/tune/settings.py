@@ -22,8 +22,8 @@ class Effort:
     compared: int
 
 
-EFFORTS = {"quick": Effort(8192, 3, 5, 2, 4), "full": Effort(65536, 10, 7, 8, 16)}
+EFFORTS = {"quick": Effort(8192, 3, 4, 2, 3), "full": Effort(65536, 10, 7, 8, 16)}
 HEADROOM = 3  # a place may get this many times the stages of the uniform budget
 WINDOWS = (0.25, 0.5, 2.0)  # times the recipe's, tried in the place of it
 SINKS = (0.0, 2.0)  # likewise
-CURVE = (0.5, 0.75, 1.5)  # times the stages of the uniform budget: the other points of the rate-quality curve
+CURVE = (0.5, 1.0, 1.5)  # times the stages of the uniform budget: the points of the rate-quality curve

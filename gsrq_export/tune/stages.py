@@ -140,12 +140,13 @@ def read_book(directory: Path, layer: int, kind: str, width: int) -> Codebook:
         return Codebook(file.get_tensor("codewords"), file.get_tensor("transform"))
 
 
-def read_ladders(directory: Path, plan: Plan) -> Ladders:
+def measures_in(directory: Path) -> Ladders:
     """What the sensitivity stage measured."""
     found: Ladders = {}
-    for ladder in plan.ladders():
-        data = json.loads((directory / _measures_name(*ladder)).read_text())
-        found[ladder] = {int(stages): Divergence(**measure) for stages, measure in data.items()}
+    for file in sorted(directory.glob("layer-*.json")):
+        layer, kind, width = file.stem.removeprefix("layer-").split(".")
+        data = json.loads(file.read_text())
+        found[int(layer), kind, int(width)] = {int(stages): Divergence(**m) for stages, m in data.items()}
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -33,4 +35,4 @@ def test_between_rungs_the_loss_is_between_and_never_rises() -> None:
     assert found[1] == pytest.approx(0.5)  # a power law through (1, 1) and (4, 1/4)
     assert found[3] == found[7] == 0.25
     assert found[15] == 0.0625
-    assert all(after <= before for before, after in zip(found, found[1:], strict=False))
+    assert all(after <= before for before, after in pairwise(found))
