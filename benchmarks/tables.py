@@ -1,4 +1,4 @@
-"""Writes the tables of docs/quality.md and docs/speed.md from the JSON in benchmarks/results/.
+"""Writes the tables of docs/quality.md, docs/speed.md and docs/tune.md from the JSON in benchmarks/results/.
 
 python benchmarks/tables.py            # rewrite the tables between the markers
 python benchmarks/tables.py --check    # exit status 1 if a document differs
@@ -113,6 +113,28 @@ def demo(data: dict[str, Any]) -> str:
     return table(["stage", "seconds"], rows)
 
 
+def tune(data: dict[str, Any]) -> str:
+    header = ["budget", "effective bits", "KL", "KL added up", "KL of answers", "added up", "perplexity", "recall"]
+    rows = []
+    for row in data["found"]:
+        low, high = row["perplexity_interval"]
+        figures = [f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}]"]
+        low, high = row["recall_interval"]
+        figures.append(f"{row['recall']:.2f} [{low:.2f}, {high:.2f}]")
+        if "kl" not in row:
+            rows.append([row["budget"], "16", "", "", "", "", *figures])
+            continue
+        pairs = [
+            f"{row[of][part]:.4f}"
+            for part in ("kl", "answer_kl")
+            for of in ("kl", "kl_added_up")
+            if row[of][part] is not None
+        ]
+        pairs += [""] * (4 - len(pairs))
+        rows.append([row["budget"], f"{row['effective_bits']:.3f}", *pairs, *figures])
+    return table(header, rows)
+
+
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew."""
     data = {f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json")}
@@ -122,9 +144,10 @@ def documents() -> dict[Path, str]:
         "depths": ("quality_recall-28m", depths),
         "decode": ("cpu_decode", decode),
         "demo": ("demo_build", demo),
+        "tune": ("tune_demo-6m", tune),
     }
     out = {}
-    for name in ("quality", "speed"):
+    for name in ("quality", "speed", "tune"):
         path = ROOT / f"docs/{name}.md"
 
         def replace(match: re.Match[str]) -> str:

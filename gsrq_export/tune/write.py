@@ -66,7 +66,7 @@ def recipe_text(report: Report) -> str:
     ]
     body = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     if entries:
-        listed = ["  layers:  # where it is not as above; losses of each place coded alone, nats a token"]
+        listed = ["  layers:  # where it is not as below; losses of each place coded alone, nats a token"]
         for entry in entries:
             sides = {kind: entry[f"{kind}s"] for kind in KINDS if entry[f"{kind}s"]}
             shown = ", ".join(
