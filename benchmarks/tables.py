@@ -148,6 +148,28 @@ def gskm_use(data: dict[str, Any]) -> str:
     return table(["D", "slope", *names], rows)
 
 
+def tune(data: dict[str, Any]) -> str:
+    header = ["budget", "effective bits", "KL", "KL added up", "KL of answers", "added up", "perplexity", "recall"]
+    rows = []
+    for row in data["found"]:
+        low, high = row["perplexity_interval"]
+        figures = [f"{row['perplexity']:.2f} [{low:.2f}, {high:.2f}]"]
+        low, high = row["recall_interval"]
+        figures.append(f"{row['recall']:.2f} [{low:.2f}, {high:.2f}]")
+        if "kl" not in row:
+            rows.append([row["budget"], "16", "", "", "", "", *figures])
+            continue
+        pairs = [
+            f"{row[of][part]:.4f}"
+            for part in ("kl", "answer_kl")
+            for of in ("kl", "kl_added_up")
+            if row[of][part] is not None
+        ]
+        pairs += [""] * (4 - len(pairs))
+        rows.append([row["budget"], f"{row['effective_bits']:.3f}", *pairs, *figures])
+    return table(header, rows)
+
+
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew, and the plots."""
     data = {f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json")}
@@ -159,9 +181,10 @@ def documents() -> dict[Path, str]:
         "demo": ("demo_build", demo),
         "gskm": ("gskm_gaussian", gskm),
         "gskm_use": ("gskm_gaussian", gskm_use),
+        "tune": ("tune_demo-6m", tune),
     }
     out = {ROOT / "docs/img" / name: text for name, text in plots(data["gskm_gaussian"]["rows"]).items()}
-    for name in ("method", "quality", "speed"):
+    for name in ("method", "quality", "speed", "tune"):
         path = ROOT / f"docs/{name}.md"
 
         def replace(match: re.Match[str]) -> str:

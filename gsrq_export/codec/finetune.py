@@ -93,18 +93,31 @@ class _Book(torch.nn.Module):
         return Codebook(self.words().detach().half(), self.transform)
 
 
-class _CodedModel:
-    """Handler that attends as the cache rule has it, over what the books make of keys and values."""
+Coder = Callable[[torch.Tensor], torch.Tensor]  # keys or values [B, KV, T, d] to what attention sees in their place
 
-    def __init__(self, spec: ModelSpec, books: Sequence[tuple[_Book, _Book]], rule: CacheRule) -> None:
-        self.spec, self.books, self.rule = spec, books, rule
+
+class CodedModel:
+    """Handler that attends as the cache rule has it, over what the coders make of keys and values.
+
+    Args:
+        coders: of the keys and of the values of each layer; None leaves that side exact.
+    """
+
+    def __init__(self, spec: ModelSpec, coders: Sequence[tuple[Coder | None, Coder | None]], rule: CacheRule) -> None:
+        self.spec, self.coders, self.rule = spec, coders, rule
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         layer = self.spec.layer(call.layer_idx)
-        keys, values = self.books[layer.index]
+        keys, values = self.coders[layer.index]
+        if keys is None and values is None:
+            return attend(call, self.spec)
         length = call.query.shape[2]
         cos, sin = (t[:length].to(call.query.device)[None] for t in self.spec.rope_tables[layer.rope_table])
-        arguments = (call.query, call.key, call.value, keys(call.key), values(call.value), cos, sin, layer, self.rule)
+        coded_key = keys(call.key) if keys else call.key
+        coded_value = values(call.value) if values else call.value
+        arguments = (call.query, call.key, call.value, coded_key, coded_value, cos, sin, layer, self.rule)
+        if not torch.is_grad_enabled():
+            return attend_coded(*arguments)
         found: torch.Tensor = checkpoint(attend_coded, *arguments, use_reentrant=False)
         return found
 
@@ -182,7 +195,7 @@ def finetune(
     trained = [book.delta for pair in books for book in pair]
     optimizer = torch.optim.Adam(trained, lr=settings.learning_rate, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(settings.seed)
-    student = _CodedModel(spec, books, rule)
+    student = CodedModel(spec, books, rule)
     order = torch.empty(0, dtype=torch.int64)
     checks = {round(settings.steps * i / CHECKS) for i in range(1, CHECKS + 1)}
     log = FinetuneLog([0], [_held_out(model, spec, student, test, settings.batch)])
@@ -215,7 +228,7 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _divergence(model: torch.nn.Module, spec: ModelSpec, student: _CodedModel, rows: torch.Tensor) -> torch.Tensor:
+def _divergence(model: torch.nn.Module, spec: ModelSpec, student: CodedModel, rows: torch.Tensor) -> torch.Tensor:
     """Mean KL(model || coded model) in nats over the tokens of the rows."""
     rows = rows.to(next(model.parameters()).device)
     with torch.no_grad(), intercept(model, lambda call: attend(call, spec)):
@@ -226,6 +239,6 @@ def _divergence(model: torch.nn.Module, spec: ModelSpec, student: _CodedModel, r
 
 
 @torch.no_grad()
-def _held_out(model: torch.nn.Module, spec: ModelSpec, student: _CodedModel, rows: torch.Tensor, batch: int) -> float:
+def _held_out(model: torch.nn.Module, spec: ModelSpec, student: CodedModel, rows: torch.Tensor, batch: int) -> float:
     total = sum(float(_divergence(model, spec, student, part)) * len(part) for part in torch.split(rows, max(1, batch)))
     return total / len(rows)

@@ -1,0 +1,196 @@
+"""What a search leaves behind: the recipe, tuned.json and tuned.html."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from markupsafe import Markup, escape
+
+from gsrq_export import __version__
+from gsrq_export.recipe import Recipe, parse_recipe
+from gsrq_export.report.svg import Series, lines
+from gsrq_export.tune.budget import KINDS
+from gsrq_export.tune.ladder import interpolated
+from gsrq_export.tune.search import Candidate, Result
+from gsrq_export.tune.settings import Effort
+from gsrq_export.tune.stages import Ladders, Split
+from gsrq_export.tune.target import Target
+
+STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color-scheme:light dark}"
+    "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #8884}"
+    "td:first-child,th:first-child{text-align:left}svg{width:100%;max-width:44em}"
+    ".tick{font-size:11px;fill:currentColor}.grid{stroke:#8884;fill:none}.line{fill:none;stroke-width:2}"
+    ".line.exact{stroke:#999}.dot.exact,.bar.exact{fill:#999}.line.coded{stroke:#36c}.dot.coded,.bar.coded{fill:#36c}"
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished search and what it was asked."""
+
+    recipe: Recipe
+    target: Target
+    effort_name: str
+    effort: Effort
+    split: Split
+    ladders: Ladders
+    result: Result
+
+
+def recipe_text(report: Report) -> str:
+    """The best budget's recipe in YAML, with what was measured in comments."""
+    best, target = report.result.best, report.target
+    size = best.size
+    data = best.recipe.model_dump(mode="json")
+    entries = data["codec"].pop("layers")
+    head = [
+        f"Tuned by gsrq {__version__} for {target.bytes:,} bytes: "
+        f"{target.sequences} sequences of {target.context} tokens.",
+        f"Takes {size.total:,} bytes, {size.effective_bits:.4f} effective bits an element: codes {size.codes:,}, "
+        f"exact slots {size.exact:,}, codebooks {size.codebooks:,}.",
+        f"Kept: {best.name}. KL(model || coded model) on held-out traffic, nats a token: {_measures(best)}.",
+        *(
+            f"  beside it {other.name} at {_rule(other)}: {_measures(other)}"
+            for other in report.result.uniform
+            if other is not best
+        ),
+        "Measured on quickly trained codebooks; those of a build are trained on all traffic.",
+    ]
+    body = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    if entries:
+        listed = ["  layers:  # where it is not as below; losses of each place coded alone, nats a token"]
+        for entry in entries:
+            sides = {kind: entry[f"{kind}s"] for kind in KINDS if entry[f"{kind}s"]}
+            shown = ", ".join(
+                f"{kind}s: {{width: {side['width']}, stages: {side['stages']}}}" for kind, side in sides.items()
+            )
+            losses = ", ".join(
+                f"{kind}s {_loss(report.ladders, entry['layer'], kind, side):.3g}" for kind, side in sides.items()
+            )
+            listed.append(f"  - {{layer: {entry['layer']}, {shown}}}  # {losses}")
+        body = body.replace("\ncodec:\n", "\ncodec:\n" + "\n".join(listed) + "\n", 1)
+    text = "".join(f"# {line}\n" for line in head) + body
+    if parse_recipe(text, "tuned", Path("/")) != best.recipe:
+        raise AssertionError("the recipe written is not the one that was measured")
+    return text
+
+
+def report_data(report: Report, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Everything as plain data."""
+    result = report.result
+    return {
+        "recipe": report.recipe.model_dump(mode="json"),
+        "target": asdict(report.target),
+        "effort": {"name": report.effort_name, **asdict(report.effort)},
+        "split": asdict(report.split),
+        "ladders": [
+            {"layer": layer, "kind": kind, "width": width, "measures": {str(r): asdict(m) for r, m in rungs.items()}}
+            for (layer, kind, width), rungs in report.ladders.items()
+        ],
+        "best": _candidate(result.best),
+        "uniform": [_candidate(c) for c in result.uniform],
+        "tuned": [_candidate(c) for c in result.tuned],
+        "curve": [{"uniform": _candidate(one), "tuned": _candidate(other)} for one, other in result.curve],
+        "environment": {
+            "gsrq_export": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "seconds": dict(seconds),
+    }
+
+
+def page(report: Report) -> str:
+    """tuned.html: the rate-quality curve and all that was compared. Nothing is fetched."""
+    result = report.result
+    ticks = [f"{one.size.effective_bits:.2f}" for one, _ in result.curve]
+    series = [
+        Series("uniform", "exact", [max(1e-9, one.measured.loss) for one, _ in result.curve]),
+        Series("tuned, at most equal bytes", "coded", [max(1e-9, other.measured.loss) for _, other in result.curve]),
+    ]
+    target = report.target
+    what = f"effective bits, {target.sequences} sequences of {target.context} tokens"
+    chart = lines("Loss against effective bits", what, ticks, series, log=True)
+    compared = [result.best, *(c for c in (*result.uniform, *result.tuned) if c is not result.best)]
+    rows = [["budget", "sinks", "window", "bytes", "effective bits", "KL", "KL of answers", "KL added up"]]
+    rows += [_row(c) for c in compared]
+    budget = [["layer", "keys D", "keys R", "values D", "values R"]]
+    layers = sorted({layer for layer, _, _ in report.ladders})
+    for layer in layers:
+        sides = [result.best.recipe.codec.side(kind, layer) for kind in KINDS]
+        budget.append([str(layer), *(str(n) for side in sides for n in (side.width, side.stages))])
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(report.recipe.name)}: budgets</title>'
+        f"<style>{STYLE}</style><h1>{escape(report.recipe.name)}: budgets by measurement</h1>"
+        f"<p>Target: {target.bytes:,} bytes for {target.sequences} sequences of {target.context} tokens. "
+        "Loss: KL(model || coded model) in nats a token on held-out traffic; where traffic has recall passages, "
+        f"the mean of that over all tokens and over answers.</p>{chart}"
+        f"<h2>Compared; the first is kept</h2>{_table(rows)}<h2>Its budget</h2>{_table(budget)}</html>\n"
+    )
+
+
+def _loss(ladders: Ladders, layer: int, kind: str, side: Mapping[str, int]) -> float:
+    measures = ladders[layer, kind, side["width"]]
+    return interpolated({r: m.loss for r, m in measures.items()})[side["stages"] - 1]
+
+
+def _measures(candidate: Candidate) -> str:
+    found = candidate.measured
+    answers = "" if found.answer_kl is None else f" ({found.answer_kl:.4g} of answers)"
+    return f"{found.kl:.4g}{answers} at {candidate.size.effective_bits:.4f} bits"
+
+
+def _rule(candidate: Candidate) -> str:
+    return f"{candidate.recipe.cache.sinks} sinks and window {candidate.recipe.cache.window}"
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    layers = sorted({budget.layer for budget in candidate.recipe.codec.layers})
+    codec = candidate.recipe.codec
+    return {
+        "name": candidate.name,
+        "sinks": candidate.recipe.cache.sinks,
+        "window": candidate.recipe.cache.window,
+        "keys": codec.keys.model_dump(),
+        "values": codec.values.model_dump(),
+        "layers": [
+            {"layer": i, "keys": codec.side("key", i).model_dump(), "values": codec.side("value", i).model_dump()}
+            for i in layers
+        ],
+        "bytes": {**asdict(candidate.size), "total": candidate.size.total},
+        "effective_bits": candidate.size.effective_bits,
+        "measured": {**asdict(candidate.measured), "loss": candidate.measured.loss},
+        "added_up": {**asdict(candidate.summed), "loss": candidate.summed.loss},
+    }
+
+
+def _row(candidate: Candidate) -> list[str]:
+    cache, found = candidate.recipe.cache, candidate.measured
+    answers = "none" if found.answer_kl is None else f"{found.answer_kl:.4g}"
+    return [
+        candidate.name,
+        str(cache.sinks),
+        str(cache.window),
+        f"{candidate.size.total:,}",
+        f"{candidate.size.effective_bits:.3f}",
+        f"{found.kl:.4g}",
+        answers,
+        f"{candidate.summed.kl:.4g}",
+    ]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Markup:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return Markup(f"<table><tr>{head}</tr>{body}</table>")  # every cell was escaped
