@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--finetune", type=int, default=100, help="steps; 0: none")
     parser.add_argument("--finetune-below", type=float, default=2, help="only rates below so many bits")
     parser.add_argument("--finetune-batch", type=int, default=4)
+    parser.add_argument("--beam", type=int, default=4)
     parser.add_argument("--refits", type=int, default=1)
     parser.add_argument("--width", type=int, default=0, help="of sub-vectors; 0: all heads of a token together")
     parser.add_argument("--iterations", type=int, default=12)
@@ -55,6 +56,7 @@ def main() -> None:
             next(s for s in ladder(bits, head_dim) if s.name == TUNED),
             name=f"{bits:g}",
             width=args.width,
+            beam=args.beam,
             refits=args.refits,
             finetune=args.finetune if bits < args.finetune_below else 0,
             iterations=args.iterations,

@@ -28,6 +28,7 @@ from gsrq_export.compare.schema import (
 from gsrq_export.compare.store import require_same
 from gsrq_export.compare.subject import Ours, Subject, Tokenizer
 from gsrq_export.errors import GsrqError
+from gsrq_export.evaluate.fidelity import Record, fidelity, record
 from gsrq_export.evaluate.runner import Runner
 from gsrq_export.evaluate.suite import evaluate
 from gsrq_export.evaluate.torch_runner import TorchRunner
@@ -72,6 +73,7 @@ class _Run:
         self.path, self.subject, self.prefills = path, subject, prefills
         self.reporter, self.may_start = reporter, may_start
         self.tokenizer = Tokenizer(subject.tokenizer)
+        self._records: dict[str, Record] = {}
         protocol, here = subject.protocol(), {**environment(), "device": _device_name(subject.device)}
         self.found = Comparison(created_by=f"gsrq-export {__version__}", environment=here, protocol=protocol)
         if path.exists():
@@ -129,6 +131,7 @@ class _Run:
         rule, dtype = subject.rule.cache_rule, getattr(torch, subject.rule.exact_dtype)
         points = self.found.protocol.serving
         bits = {p.key: effective_bits(subject.spec, codecs, rule, p.tokens, p.sequences) for p in points}
+        self._record()
         for prefill in self._todo(id):
             started = time.monotonic()
             with baseline(
@@ -140,7 +143,7 @@ class _Run:
                 prefill_once=True,
                 spec=subject.spec,
             ):
-                metrics = self._measure(TorchRunner(subject.model), prefill, id)
+                metrics = self._measure(TorchRunner(subject.model), prefill, id, self._records)
             row = Row(
                 id=id,
                 label=label,
@@ -156,13 +159,35 @@ class _Run:
             self._keep(rows=[*self.found.rows, row], skipped=skipped)
             fit_seconds = 0.0
 
-    def _measure(self, runner: Runner, prefill: Prefill, label: str) -> Metrics:
+    def _record(self) -> None:
+        """Lets the uncoded model continue each text that asks for fidelity, once a run."""
+        for text in self.subject.texts:
+            settings = text.settings
+            if settings.fidelity and text.name not in self._records:
+                ids = self.tokenizer.encode(text.content, add_special_tokens=False, verbose=False)
+                runner = TorchRunner(self.subject.model)
+                with self.reporter.task(f"unquantized, {text.name}: prompts", settings.fidelity.prompts) as task:
+                    self._records[text.name] = record(
+                        runner,
+                        self.tokenizer,
+                        ids,
+                        settings.fidelity,
+                        batch=settings.batch,
+                        seed=settings.seed,
+                        progress=task.advance,
+                    )
+
+    def _measure(
+        self, runner: Runner, prefill: Prefill, label: str, records: Mapping[str, Record] | None = None
+    ) -> Metrics:
         metrics: Metrics = {}
         for text in self.subject.texts:
             settings = text.of(prefill)
             with self.reporter.task(f"{label}, {prefill} prefill, {text.name}: windows and cases", settings.steps) as t:
                 found = evaluate(runner, self.tokenizer, text.content, settings, t.advance)
             metrics[text.name] = dict(found)
+            if records and text.name in records:
+                metrics[text.name]["fidelity"] = fidelity(runner, records[text.name], batch=settings.batch)
         return metrics
 
     def _todo(self, id: str) -> list[Prefill]:

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from gsrq_export import __version__
 from gsrq_export.recipe import Recipe, parse_recipe
-from gsrq_export.report.svg import Series, lines
+from gsrq_export.report.svg import Axis, Curve, plot
 from gsrq_export.tune.budget import KINDS
 from gsrq_export.tune.ladder import interpolated
 from gsrq_export.tune.search import Candidate, Result
@@ -23,6 +23,7 @@ from gsrq_export.tune.settings import Effort
 from gsrq_export.tune.stages import Ladders, Split
 from gsrq_export.tune.target import Target
 
+LEAST_LOSS = 1e-9  # what a logarithmic axis can show
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color-scheme:light dark}"
     "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #8884}"
@@ -114,14 +115,14 @@ def report_data(report: Report, seconds: Mapping[str, float]) -> dict[str, Any]:
 def page(report: Report) -> str:
     """tuned.html: the rate-quality curve and all that was compared. Nothing is fetched."""
     result = report.result
-    ticks = [f"{one.size.effective_bits:.2f}" for one, _ in result.curve]
-    series = [
-        Series("uniform", "exact", [max(1e-9, one.measured.loss) for one, _ in result.curve]),
-        Series("tuned, at most equal bytes", "coded", [max(1e-9, other.measured.loss) for _, other in result.curve]),
-    ]
     target = report.target
     what = f"effective bits, {target.sequences} sequences of {target.context} tokens"
-    chart = lines("Loss against effective bits", what, ticks, series, log=True)
+    uniform, tuned = ([pair[i] for pair in result.curve] for i in (0, 1))
+    curves = [
+        Curve(label, style, [(c.size.effective_bits, max(LEAST_LOSS, c.measured.loss)) for c in side])
+        for label, style, side in (("uniform", "exact", uniform), ("tuned, at most equal bytes", "coded", tuned))
+    ]
+    chart = plot("Loss against effective bits", Axis(what, log=True), Axis("loss, nats a token", log=True), curves)
     compared = [result.best, *(c for c in (*result.uniform, *result.tuned) if c is not result.best)]
     rows = [["budget", "sinks", "window", "bytes", "effective bits", "KL", "KL of answers", "KL added up"]]
     rows += [_row(c) for c in compared]

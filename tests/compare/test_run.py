@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from gsrq_export.compare.run import run_comparison
 from gsrq_export.compare.schema import load_comparison, save_comparison
 from gsrq_export.compare.store import merge
 from gsrq_export.compare.subject import Ours, Tokenizer
+from gsrq_export.evaluate.fidelity import FidelitySettings
 from gsrq_export.evaluate.suite import evaluate
 from gsrq_export.evaluate.torch_runner import TorchRunner
 from gsrq_export.stages.progress import LineReporter
@@ -167,3 +169,19 @@ def test_prefix() -> None:
     for share in (0.0, 1.0):
         with pytest.raises(GsrqError, match="not a share of the stages"):
             ours.prefix(share)
+
+
+def test_fidelity_of_every_row(tmp_path: Path) -> None:
+    made, _ = subject(tmp_path)
+    settings = replace(SETTINGS, fidelity=FidelitySettings(2, 64, 8))
+    made = replace(made, texts=[replace(made.texts[0], settings=settings), made.texts[1]])
+    found = run_comparison(tmp_path / "c.json", made, chosen(["fp8", "turboquant-1"]), [], ["coded", "exact"], QUIET)
+    assert "fidelity" not in found.unquantized["coded"]["operator"]
+    for prefill in ("coded", "exact"):
+        good, bad = (found.row(id, prefill) for id in ("fp8", "turboquant-1"))
+        assert good is not None
+        assert bad is not None
+        near, far = (row.metrics["operator"]["fidelity"]["kl"]["mean"] for row in (good, bad))
+        assert 0 <= near < 0.1 * far
+        assert "fidelity" not in good.metrics["readme"]
+    assert "kl operator" in to_markdown(found)
