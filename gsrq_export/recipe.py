@@ -173,11 +173,26 @@ class FidelityRecipe(_Section):
     new_tokens: Positive = 256
 
 
+class CompareRecipe(_Section):
+    """Rival quantizers (ids of `gsrq compare`) measured beside the artifact's codec, for its report."""
+
+    methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
+        "fp8",
+        "int4",
+        "kivi-2",
+        "turboquant-2",
+    )
+    prefixes: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(_as_tuple)
+    ] = ()  # shares of our stages that are measured too
+
+
 class EvaluateRecipe(_Section):
     perplexity: PerplexityRecipe = PerplexityRecipe()
     recall: RecallRecipe | None = None
     tasks: TasksRecipe | None = None
     fidelity: FidelityRecipe | None = None
+    compare: CompareRecipe | None = None
     text: Source | None = None  # held-out text; none: sampled from the model
 
 

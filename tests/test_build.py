@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from families import ROOT, tiny_model
 from traffic.byte_tokenizer import byte_tokenizer
 
+from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.commands.app import cli
 from gsrq_export.errors import GsrqError
 
@@ -89,6 +90,73 @@ def test_the_artifact_is_complete_and_sound(built: Path) -> None:
     key, trained = profiles[0]["profile"], data["metrics"]["distortion"][0]
     assert key["vectors"] == 6 * 64 // 16
     assert key["metric_by_stage"] == pytest.approx(trained["relative_mse_by_stage"], rel=1e-4)
+
+
+@pytest.fixture(scope="session")
+def refined(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built with everything that a recipe can ask of the codec and its evaluation beyond the defaults."""
+    directory = tmp_path_factory.mktemp("refined")
+    changes = {
+        "codec": {
+            **RECIPE["codec"],
+            "metric": "attention",
+            "beam": 2,
+            "refits": 1,
+            "layers": [{"layer": 1, "keys": {"width": 32, "stages": 3}}],
+            "finetune": {"steps": 3, "batch": 1, "learning_rate": 0.01},
+        },
+        "evaluate": {
+            **RECIPE["evaluate"],
+            "compare": {"methods": ["fp8", "kivi-1", "cq-8c8b"], "prefixes": [0.5]},
+        },
+        "cache": {"sinks": 2, "window": 16, "block": 32},
+    }
+    result = build(write(directory, model_dir, changes), directory / "artifact")
+    assert result.exit_code == 0, (result.output, result.exception)
+    return directory / "artifact"
+
+
+def test_budgets_refits_and_fine_tuning_reach_the_artifact(refined: Path) -> None:
+    assert run("verify", "--artifact", refined).exit_code == 0
+    data = json.loads(run("inspect", "--artifact", refined, "--json").output)
+    keys = [layer["keys"] for layer in data["manifest"]["layers"]]
+    assert keys == [{"width": 64, "stages": 2}, {"width": 32, "stages": 3}]
+    books = load_codebooks(refined / "codebooks.safetensors")
+    assert [tuple(book.keys.codewords.shape) for book in books] == [(1, 2, 256, 64), (2, 3, 256, 32)]
+    # 0.25 and 0.75 bits of keys, 0.25 of values twice.
+    assert data["metrics"]["nominal_bits"] == pytest.approx((0.25 + 0.75 + 2 * 0.25) / 4)
+    work = refined.with_name("artifact.work")
+    (before,), (after,) = (list(work.glob(f"{stage}-*/codebooks.safetensors")) for stage in ("codebooks", "finetune"))
+    log = json.loads((after.parent / "finetune.json").read_text())
+    assert log["steps"][-1] == 3
+    improved = min(log["held_out_kl"]) < log["held_out_kl"][0]
+    assert (before.read_bytes() != after.read_bytes()) is improved
+    for one, other in zip(books, load_codebooks(after), strict=True):
+        assert torch.equal(one.keys.codewords, other.keys.codewords)
+        assert torch.equal(one.values.codewords, other.values.codewords)
+    assert "KL to the model on held-out traffic" in (refined / "report.html").read_text()
+
+
+def test_rivals_stand_in_the_report(refined: Path) -> None:
+    rates = json.loads((refined / "metrics.json").read_text())["rates"]
+    bits = {row["label"]: row["nominal_bits"] for row in rates}
+    assert list(bits) == [
+        "ours: tiny", "ours: tiny, first 0.5 of the stages", "FP8 e4m3", "KIVI 1 bit, groups of 32", "CQ-8c8b",
+    ]  # fmt: skip
+    assert list(bits.values()) == pytest.approx([0.375, 0.28125, 8.0, 2.0, 1.0])
+    assert [row["ours"] for row in rates] == [True, True, False, False, False]
+    assert all(row["perplexity_ratio"]["held-out"] > 0 for row in rates)
+    page = (refined / "report.html").read_text()
+    assert "Loss against bits" in page
+    assert "KIVI 1 bit, groups of 32" in page
+
+
+def test_a_rival_that_there_is_not_is_refused_before_work(model_dir: Path, tmp_path: Path) -> None:
+    changes = {"evaluate": {**RECIPE["evaluate"], "compare": {"methods": ["kivi-3"]}}}
+    result = build(write(tmp_path, model_dir, changes), tmp_path / "artifact")
+    assert isinstance(result.exception, GsrqError)
+    assert "'kivi-3' is unknown" in str(result.exception)
+    assert not (tmp_path / "artifact.work").exists()
 
 
 def test_text_is_the_same_from_both_backends(built: Path) -> None:

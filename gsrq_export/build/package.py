@@ -26,7 +26,10 @@ from gsrq_export.artifact.manifest import (
 )
 from gsrq_export.artifact.publish import publish
 from gsrq_export.build.profile import PROFILE_FILE, load_profiles
+from gsrq_export.build.rivals import COMPARISON
 from gsrq_export.build.source import Source
+from gsrq_export.compare.rates import rate_points
+from gsrq_export.compare.schema import load_comparison
 from gsrq_export.export.function import OPERATOR_VERSION
 from gsrq_export.export.model import CODEBOOKS_FILE, MODEL_FILE, WEIGHTS_FILE
 from gsrq_export.export.triton import TritonSettings, write_triton_repository
@@ -93,7 +96,7 @@ def _assemble(source: Source, done: Mapping[str, Path], building: Path) -> None:
         libraries={library.name: library} if library else {},
     )
     # The report shows the manifest's provenance, and the manifest lists the report.
-    write_report(building / "report.html", metrics, _built(recipe, cache, traffic), _provenance(manifest))
+    write_report(building / "report.html", metrics, _built(recipe, cache, traffic, done), _provenance(manifest))
     save_manifest(building, with_file(manifest, building, "report.html"))
 
 
@@ -114,6 +117,7 @@ def _metrics(recipe: Recipe, cache: CacheMetadata, done: Mapping[str, Path]) -> 
     logs = json.loads((done["codebooks"] / "distortion.json").read_text())
     distortion = [Distortion(log["layer"], log["kind"], log["held_out"], log["usage"]) for log in logs]
     evaluation = json.loads((done["evaluate"] / "evaluation.json").read_text()) if "evaluate" in done else {}
+    rates = rate_points(load_comparison(done["compare"] / COMPARISON)) if "compare" in done else []
     return BuildMetrics(
         name=recipe.name,
         nominal_bits=nominal_bits(recipe, shapes),
@@ -122,21 +126,32 @@ def _metrics(recipe: Recipe, cache: CacheMetadata, done: Mapping[str, Path]) -> 
         sizes=sizes,
         distortion=distortion,
         profile=load_profiles(done["profile"] / PROFILE_FILE),
+        rates=rates,
         **evaluation,
     )
 
 
-def _built(recipe: Recipe, cache: CacheMetadata, traffic: Mapping[str, Any]) -> dict[str, object]:
+def _built(
+    recipe: Recipe, cache: CacheMetadata, traffic: Mapping[str, Any], done: Mapping[str, Path]
+) -> dict[str, object]:
     codec, rule, first = recipe.codec, recipe.cache, cache.layers[0]
     kinds = ", ".join(source["kind"] for source in traffic["stats"]["sources"])
+    tuned: dict[str, object] = {}
+    if "finetune" in done:
+        log = json.loads((done["finetune"] / "finetune.json").read_text())
+        kl = log["held_out_kl"]
+        tuned["Fine-tuning"] = (
+            f"KL to the model on held-out traffic {kl[0]:.4g} before, {min(kl):.4g} nats a token after, "
+            f"{log['steps'][-1]} steps"
+        )
     return {
         "Model": recipe.model.path,
         "Layers with a cache": f"{len(cache.layers)}, {first.num_kv_heads} KV heads of {first.head_dim}",
         "Traffic": f"{traffic['stats']['tokens']:,} tokens ({kinds}), recall passages in "
         f"{traffic['stats']['recall_sequences']} of {recipe.traffic.sequences} sequences",
         "Codec": f"{codec.method}, metric {codec.metric}, weights {codec.weights}, {codec.iterations} iterations, "
-        f"beam {codec.beam}, refits {codec.refits}"
-        + (f", {codec.finetune.steps} steps against the model's logits" if codec.finetune else ""),
+        f"beam {codec.beam}, refits {codec.refits}",
+        **tuned,
         "Keys": budgets(recipe, "key", len(cache.layers)),
         "Values": budgets(recipe, "value", len(cache.layers)),
         "Cache rule": f"{rule.sinks} sinks, window {rule.window}, blocks of {rule.block}, {rule.exact_dtype}, "

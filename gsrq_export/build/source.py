@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gsrq_export.accounting import LayerShape
+from gsrq_export.baselines.methods import chosen
 from gsrq_export.model.introspect import ModelSpec, inspect_model
 from gsrq_export.model.loading import (
     TOKENIZER_FILES,
@@ -79,5 +80,7 @@ class Source:
 
     def check(self) -> None:
         """Everything that can be refused without loading weights."""
+        if self.recipe.evaluate and self.recipe.evaluate.compare:
+            chosen(self.recipe.evaluate.compare.methods)  # refuses ids that there are not
         weight_files(self.directory)
         check_against(self.recipe, [(shape.num_kv_heads, shape.head_dim) for shape in self.shapes()], self._positions)

@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 
 from gsrq_export import native
 from gsrq_export.build.profile import profile_stage
+from gsrq_export.build.rivals import compare_stage
 from gsrq_export.build.source import Source
 from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metric, capture, output_projections
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
 from gsrq_export.codec.finetune import Finetuning, finetune
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.codec.storage import load_codebooks, save_codebooks
+from gsrq_export.compare.subject import EvaluationText
 from gsrq_export.evaluate.fidelity import FidelitySettings
 from gsrq_export.evaluate.ort_runner import OrtRunner
 from gsrq_export.evaluate.suite import EvaluationSettings, evaluate_pair, given_tokens
@@ -88,11 +90,19 @@ def stages(source: Source) -> list[Stage]:
     if recipe.evaluate is not None:
         library = native.find()
         material = {
-            "evaluate": recipe.evaluate.model_dump(mode="json"),
+            "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"compare"}),
             "text": source_material(recipe.evaluate.text or SAMPLED_TEXT),
             "library": file_hash(library) if library else None,
         }
         found.append(Stage("evaluate", material, partial(_evaluate, source), ("onnx",)))
+        if recipe.evaluate.compare is not None:
+            material = {
+                "evaluate": recipe.evaluate.model_dump(mode="json"),
+                "text": material["text"],
+                "cache": recipe.cache.model_dump(mode="json"),
+                "beam": beam,
+            }
+            found.append(Stage("compare", material, partial(_compare, source), ("traffic", "capture", last)))
     return found
 
 
@@ -234,7 +244,8 @@ def held_out_text(text: TextSource, source: Source, tokens: int) -> str:
     return "\n".join(source.tokenizer.batch_decode(drawn.ids, skip_special_tokens=True))
 
 
-def _evaluate(source: Source, context: Context) -> None:
+def _held_out(source: Source) -> tuple[EvaluationSettings, str]:
+    """What the recipe's evaluation measures, and on which text."""
     recipe = source.recipe.evaluate
     assert recipe is not None
     settings = evaluation_settings(recipe, source.recipe)
@@ -242,10 +253,19 @@ def _evaluate(source: Source, context: Context) -> None:
     tokens = settings.window_tokens * settings.windows + 2 * longest
     if settings.fidelity:
         tokens = max(tokens, settings.fidelity.prompts * settings.fidelity.prompt_tokens)
-    text = held_out_text(recipe.text or SAMPLED_TEXT, source, tokens)
+    return settings, held_out_text(recipe.text or SAMPLED_TEXT, source, tokens)
+
+
+def _evaluate(source: Source, context: Context) -> None:
+    settings, text = _held_out(source)
     exact, coded = TorchRunner(source.model), OrtRunner(OrtModel(context.inputs["onnx"]))
     found = evaluate_pair(exact, coded, source.tokenizer, text, settings, context.reporter)
     context.unit("evaluation.json", _writer(found))
+
+
+def _compare(source: Source, context: Context) -> None:
+    settings, text = _held_out(source)
+    compare_stage(source, EvaluationText("held-out", text, settings), _trained(source, context), context)
 
 
 def _writer(data: object) -> Any:

@@ -206,8 +206,10 @@ def finetune(
         rows, order = train[order[: settings.batch]], order[settings.batch :]
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(step, settings.steps)
-        optimizer.zero_grad(set_to_none=True)
-        _divergence(model, spec, student, rows).backward()  # type: ignore[no-untyped-call]
+        # Of the codewords alone, whatever else could be trained.
+        gradients = torch.autograd.grad(_divergence(model, spec, student, rows), trained)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         if step + 1 in checks:

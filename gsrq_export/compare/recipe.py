@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gsrq_export.artifact.verify import verify_artifact
+from gsrq_export.build.rivals import subject_of
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import (
     SAMPLED_TEXT,
@@ -21,7 +22,6 @@ from gsrq_export.build.stages import (
 )
 from gsrq_export.capture import Captured, CaptureSettings, capture
 from gsrq_export.codec.storage import load_codebooks
-from gsrq_export.compare.schema import Model, Rule
 from gsrq_export.compare.subject import EvaluationText, Ours, Subject
 from gsrq_export.errors import GsrqError
 from gsrq_export.evaluate.suite import EvaluationSettings
@@ -75,18 +75,8 @@ def subject_of_recipe(
     if texts is None:
         texts = [EvaluationText("held-out", _held_out(source, settings), settings)]
     ids = np.load(done["traffic"] / "ids.npy", allow_pickle=False)
-    rule = recipe.cache
     source.model.to(device)
-    subject = Subject(
-        model=source.model,
-        tokenizer=source.tokenizer,
-        spec=source.spec,
-        identity=Model(id=Path(recipe.model.path).name, weights_sha256=source.weight_hash),
-        rule=Rule(sinks=rule.sinks, window=rule.window, block=rule.block, exact_dtype=rule.exact_dtype),
-        ids=ids,
-        texts=texts,
-        capture=_capturing(source, work, device, reporter),
-    )
+    subject = subject_of(source, ids, texts, _capturing(source, work, device, reporter))
     return subject, ours
 
 

@@ -60,6 +60,7 @@ def write_report(
         interval=_interval,
         sequence_bits=sequence_bits,
         rate_figures=rate_figures(metrics.rates),
+        serving=serving,
         rate_header=(header := _rate_header(metrics.rates)),
         rate_rows=[_rate_row(point, header) for point in metrics.rates],
         recall_figures=recall_figures(metrics.exact, metrics.coded),
@@ -80,12 +81,24 @@ def _rate_header(rates: list[RatePoint]) -> Header:
         return list(dict.fromkeys(name for row in names for name in row))
 
     return {
-        "effective": sorted(seen([list(r.effective_bits) for r in rates]), key=int),
+        "effective": sorted(seen([list(r.effective_bits) for r in rates]), key=_serving),
         "perplexity": seen([list(r.perplexity_ratio) for r in rates]),
         "recall": sorted(seen([[str(row.tokens) for row in r.recall] for r in rates]), key=int),
         "kl": ["KL"] if any(r.kl is not None for r in rates) else [],
         "tasks": seen([list(r.tasks or {}) for r in rates]),
     }
+
+
+def _serving(point: str) -> tuple[int, int]:
+    """Tokens and sequences of "8192x64"; "8192" is one sequence."""
+    count, _, sequences = point.partition("x")
+    return int(count), int(sequences or 1)
+
+
+def serving(point: str) -> str:
+    """To read: "8k", or "64 x 8k"."""
+    count, sequences = _serving(point)
+    return tokens(count) if sequences == 1 else f"{sequences} x {tokens(count)}"
 
 
 def _rate_row(point: RatePoint, header: Header) -> list[str]:

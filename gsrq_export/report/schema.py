@@ -61,7 +61,8 @@ class RatePoint:
         label: as shown.
         ours: whether it is this project's codec; those are joined by a line.
         nominal_bits: all that a coded token stores, bits an element.
-        effective_bits: everything counted, bits an element of one sequence, by context length in tokens.
+        effective_bits: everything counted, bits an element: of one sequence, by its tokens ("8192"), or of so many
+            that share the codebooks ("8192x64").
         prefill: "coded" or "exact": what the tokens of a prompt see of each other.
         perplexity_ratio: coded / exact, by name of the text.
         recall: by rising context length.

@@ -12,7 +12,7 @@ from torch.nn import functional
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.cache.torch_cache import coded
 from gsrq_export.capture import KINDS, Captured, CaptureSettings, capture
-from gsrq_export.codec.codebook import LayerCodebooks
+from gsrq_export.codec.codebook import Codebook, LayerCodebooks
 from gsrq_export.codec.finetune import Finetuning, finetune
 from gsrq_export.codec.residual import Training, train_codebook
 from gsrq_export.errors import GsrqError
@@ -24,21 +24,19 @@ LENGTH = 160
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSpec, torch.Tensor, list[LayerCodebooks]]:
-    """The demo model's spec, ten sequences, and quickly trained codebooks of 0.125 bits."""
+    """The demo model's spec, ten sequences, and quickly trained codebooks of 0.125 bits, all words too short."""
     model, tokenizer = demo()
     ids = torch.tensor(tokenizer.encode(demo_text(), add_special_tokens=False)[: 10 * LENGTH]).reshape(10, LENGTH)
     spec = inspect_model(model, 256)
     folder = tmp_path_factory.mktemp("captured")
     capture(model, spec, ids.numpy(), CaptureSettings(128, 128, gradients=False), Path(folder))
-    books = [
-        LayerCodebooks(
-            *(
-                train_codebook(Captured(folder).vectors(layer, kind), None, 128, 2, Training(iterations=2))[0]
-                for kind in KINDS
-            )
-        )
-        for layer in spec.layers
-    ]
+    books = []
+    for layer in spec.layers:
+        pair = [
+            train_codebook(Captured(folder).vectors(layer, kind), None, 128, 2, Training(iterations=2))[0]
+            for kind in KINDS
+        ]
+        books.append(LayerCodebooks(*(Codebook(book.codewords * 0.7, book.transform) for book in pair)))
     return spec, ids, books
 
 
