@@ -170,6 +170,39 @@ def tune(data: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def ablation(data: dict[str, Any]) -> str:
+    """A row a setting: losses over the exact cache of the same run."""
+    texts = [k for k in data["runs"][0]["exact"] if k.startswith("perplexity")]
+    lengths = [row["tokens"] for row in data["runs"][0]["exact"]["recall"]]
+    header = ["run", "bits", "means", *(f"{t}, over exact" for t in texts), *(f"recall@{n}" for n in lengths)]
+    rows = []
+    for number, run in enumerate(data["runs"], 1):
+        for row in sorted(run["rows"], key=lambda r: -r["bits"]):
+            ratios = [row[t]["perplexity"] / run["exact"][t]["perplexity"] for t in texts]
+            cells = [f"{100 * (ratio - 1):+.2f} %" for ratio in ratios] + [rate(found) for found in row["recall"]]
+            rows.append([str(number), f"{row['bits']:g}", row["setting"]["name"], *cells])
+    return table(header, rows)
+
+
+def comparison(data: dict[str, Any]) -> str:
+    """A row a method, by effective bits where 64 sequences share the codebooks."""
+    points = ("8192x1", "8192x64", "131072x1")
+    exact = data["unquantized"]["coded"]
+    texts = list(exact)
+    lengths = [row["tokens"] for row in exact[texts[0]]["recall"]["lengths"]]
+    header = ["method", "nominal", *(f"effective {p}" for p in points), *(f"perplexity {t}, over exact" for t in texts)]
+    header += [f"recall@{n}" for n in lengths]
+    rows = []
+    for row in sorted(data["rows"], key=lambda r: -r["effective_bits"]["8192x64"]):
+        ratios = [row["metrics"][t]["perplexity"]["perplexity"] / exact[t]["perplexity"]["perplexity"] for t in texts]
+        label = row["label"].removeprefix("ours: ")
+        name = f"**{label}**" if row["ours"] else label
+        bits = [f"{row['nominal_bits']:.3f}", *(f"{row['effective_bits'][p]:.2f}" for p in points)]
+        recalls = [rate(found) for found in row["metrics"][texts[0]]["recall"]["lengths"]]
+        rows.append([name, *bits, *(f"{100 * (ratio - 1):+.2f} %" for ratio in ratios), *recalls])
+    return table(header, rows)
+
+
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew, and the plots."""
     data = {f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json")}
@@ -182,6 +215,8 @@ def documents() -> dict[Path, str]:
         "gskm": ("gskm_gaussian", gskm),
         "gskm_use": ("gskm_gaussian", gskm_use),
         "tune": ("tune_demo-6m", tune),
+        "ablation": ("ablation_recall-28m", ablation),
+        "compare": ("compare_recall-28m", comparison),
     }
     out = {ROOT / "docs/img" / name: text for name, text in plots(data["gskm_gaussian"]["rows"]).items()}
     for name in ("method", "quality", "speed", "tune"):
