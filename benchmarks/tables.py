@@ -217,6 +217,7 @@ def documents() -> dict[Path, str]:
         "tune": ("tune_demo-6m", tune),
         "ablation": ("ablation_recall-28m", ablation),
         "compare": ("compare_recall-28m", comparison),
+        "compare_demo": ("compare_demo-6m", comparison),
     }
     out = {ROOT / "docs/img" / name: text for name, text in plots(data["gskm_gaussian"]["rows"]).items()}
     for name in ("method", "quality", "speed", "tune"):
