@@ -157,8 +157,7 @@ class Trainer:
         if key not in self.made:
             training = Training(setting.method, setting.iterations)
             self.made[key] = train_codebook(vectors, weights, width, self.most[key], training, transform)[0]
-        full = self.made[key]
-        book = Codebook(full.codewords[:, :stages], full.transform)
+        book = self.made[key].first_stages(stages)
         if setting.refits:
             book = refit_codebook(book, vectors, weights, setting.beam, setting.refits)[0]
         return book

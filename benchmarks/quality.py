@@ -95,9 +95,7 @@ def train(model: Any, spec: ModelSpec, captured: Captured, setting: Setting) -> 
             transform = None
             if setting.metric == "attention":
                 transform = attention_metric(captured, spec, layer, kind, setting.width, outputs)
-            gradients = captured.gradients(layer, kind).to(device)
-            # Norms were taken for each head; a sub-vector over several heads has the root of the summed squares.
-            gradients = (gradients**2).reshape(len(gradients), -1, setting.width // layer.head_dim).sum(2).sqrt()
+            gradients = captured.gradients(layer, kind, setting.width).to(device)
             vectors = captured.vectors(layer, kind).to(device)
             book, log = train_codebook(
                 vectors, gradient_weights(gradients), setting.width, setting.stages, training, transform

@@ -20,19 +20,19 @@ import numpy as np
 import torch
 from environment import environment
 
+from gsrq_export.baselines.residual import ResidualCodec
 from gsrq_export.build.package import budgets
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import held_out_text
-from gsrq_export.capture import attend
+from gsrq_export.capture import KINDS, attend
 from gsrq_export.codec.finetune import CodedModel
 from gsrq_export.evaluate.perplexity import pick_windows
 from gsrq_export.evaluate.recall import make_cases
 from gsrq_export.evaluate.stats import bootstrap_mean, wilson
 from gsrq_export.model.intercept import intercept
 from gsrq_export.recipe import Recipe, SelfSource, load_recipe
-from gsrq_export.tune.budget import KINDS, best_uniform
-from gsrq_export.tune.ladder import prefix
-from gsrq_export.tune.measure import Decoded, Meter
+from gsrq_export.tune.budget import best_uniform
+from gsrq_export.tune.measure import Meter
 from gsrq_export.tune.search import TUNED, UNIFORM, Search
 from gsrq_export.tune.settings import EFFORTS
 from gsrq_export.tune.stages import Ladders, measures_in, read_book, read_traffic, split
@@ -106,7 +106,7 @@ def student(source: Source, recipe: Recipe, books: dict[tuple[int, str, int], An
     for layer in range(len(source.spec.layers)):
         sides = {kind: recipe.codec.side(kind, layer) for kind in KINDS}
         keys, values = (
-            Decoded(prefix(books[layer, kind, side.width], side.stages), recipe.codec.beam)
+            ResidualCodec(books[layer, kind, side.width].first_stages(side.stages), recipe.codec.beam).reconstruct_heads
             for kind, side in sides.items()
         )
         coders.append((keys, values))

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gsrq_export.cache.rule import CODEBOOK_SIZE
+from gsrq_export.codec.storage import SIDES
 from gsrq_export.recipe import CodecSide, Recipe
 
 CONTEXTS = (512, 1024, 2048, 8192, 32768, 131072)  # tokens
-SIDES = ("key", "value")
 EXACT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 

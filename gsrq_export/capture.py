@@ -19,11 +19,18 @@ from safetensors.torch import save_file
 
 from gsrq_export.cache.reference import rotate
 from gsrq_export.codec.metric import key_transform, value_transform
+from gsrq_export.codec.residual import widened
 from gsrq_export.model.intercept import AttentionCall, intercept
 from gsrq_export.model.introspect import LayerSpec, ModelSpec
 from gsrq_export.stages.storage import write_atomic
 
 KINDS = ("key", "value")
+SHARD_TOKENS = 4096  # tokens of a shard; bounds memory and what an interruption loses
+
+
+def shard_batch(length: int) -> int:
+    """Sequences of ``length`` tokens in a shard."""
+    return max(1, SHARD_TOKENS // length)
 
 
 @dataclass(frozen=True)
@@ -166,8 +173,7 @@ class Captured:
         norms = torch.cat(list(self._read(f"{layer.index}.{kind}.gradient")))
         if width is None:
             return norms
-        parts = norms.reshape(len(norms), layer.num_kv_heads * layer.head_dim // width, -1)
-        return (parts**2).sum(2).sqrt()
+        return widened(norms, width * norms.shape[1] // (layer.num_kv_heads * layer.head_dim))
 
     def query_moment(self, layer: LayerSpec) -> torch.Tensor:
         """float32 [KV, head_dim]: mean square of the queries of each KV head's group."""

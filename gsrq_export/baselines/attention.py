@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from gsrq_export.baselines.base import CacheCodec, LayerCodecs
+from gsrq_export.baselines.base import LayerCodecs
 from gsrq_export.cache.reference import QUERY_CHUNK, rotate
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.cache.torch_cache import GsrqLayer, attached
@@ -149,11 +149,11 @@ class BaselineAttention:
         if stop > start:
             codecs, rows = self.codecs[spec.index], slice(start - first, stop - first)
             if codecs.keys.frame == "post-rope":
-                keys = _reconstruct(codecs.keys, tokens.exact_keys[:, :, rows])
+                keys = codecs.keys.reconstruct_heads(tokens.exact_keys[:, :, rows])
             else:
-                keys = self._rotate(_reconstruct(codecs.keys, tokens.raw[:, :, rows]), start, spec)
+                keys = self._rotate(codecs.keys.reconstruct_heads(tokens.raw[:, :, rows]), start, spec)
             tokens.keys[:, :, start:stop] = keys
-            tokens.values[:, :, start:stop] = _reconstruct(codecs.values, tokens.exact_values[:, :, rows])
+            tokens.values[:, :, start:stop] = codecs.values.reconstruct_heads(tokens.exact_values[:, :, rows])
 
     def _attend(self, tokens: Tokens, call: AttentionCall, spec: LayerSpec, past: int) -> torch.Tensor:
         """[B, T, num_heads, head_dim] float32."""
@@ -210,13 +210,6 @@ def _room(x: torch.Tensor, held: int, count: int) -> torch.Tensor:
     grown = x.new_zeros(*x.shape[:2], count if not held else 2 * count, x.shape[3])
     grown[:, :, :held] = x[:, :, :held]
     return grown
-
-
-def _reconstruct(codec: CacheCodec, x: torch.Tensor) -> torch.Tensor:
-    """x: [B, num_kv_heads, n, head_dim]. Rows may follow each other: n is a multiple of the codec's groups."""
-    batch, heads, count, dim = x.shape
-    seen = codec.reconstruct(x.transpose(1, 2).reshape(batch * count, heads, dim))
-    return seen.reshape(batch, count, heads, dim).transpose(1, 2)
 
 
 def _check(call: AttentionCall, past: int, limit: int) -> None:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from gsrq_export.cache.rule import CacheRule
+from gsrq_export.codec.residual import widened
 from gsrq_export.errors import GsrqError
 from gsrq_export.model.introspect import ModelSpec
 
@@ -56,8 +57,7 @@ class Sample:
                 f"gradient norms of {have} elements each do not add up to those of {width}",
                 "capture with key_width and value_width that divide the method's width",
             )
-        parts = self.gradients.reshape(len(self.gradients), -1, width // have)
-        return (parts**2).sum(2).sqrt()
+        return widened(self.gradients, width // have)
 
 
 class CacheCodec(ABC):
@@ -80,6 +80,12 @@ class CacheCodec(ABC):
         Returns:
             float32 of the same shape.
         """
+
+    def reconstruct_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of [B, num_kv_heads, n, head_dim], n tokens in whole groups: sequences may follow each other."""
+        batch, heads, count, dim = x.shape
+        seen = self.reconstruct(x.transpose(1, 2).reshape(batch * count, heads, dim))
+        return seen.reshape(batch, count, heads, dim).transpose(1, 2)
 
     @abstractmethod
     def bits_per_element(self, num_kv_heads: int, head_dim: int) -> float:

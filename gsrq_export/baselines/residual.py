@@ -40,8 +40,7 @@ class ResidualCodec(CacheCodec):
         if self.beam > 1:
             x = flat.float().reshape(-1, book.groups, book.width).transpose(0, 1)
             seen = x if self._plain else x @ book.transform.transpose(1, 2)
-            words = [torch.stack([stage[1][g] for stage in self._stages]) for g in range(book.groups)]
-            codes = [encode_rows(seen[g], words[g], self.beam) for g in range(book.groups)]
+            codes = [encode_rows(seen[g], words, self.beam) for g, words in enumerate(self._seen)]
             return book.decode(torch.cat(codes, 1)).reshape(vectors.shape)
         rows = max(1, SCORES // (book.groups * book.codewords.shape[2]))
         parts = [self._greedy(part.reshape(-1, book.groups, book.width)) for part in torch.split(flat, rows)]
@@ -59,6 +58,11 @@ class ResidualCodec(CacheCodec):
             stages.append((stored, seen, -(seen**2).sum(2)[:, None]))
         return stages
 
+    @cached_property
+    def _seen(self) -> torch.Tensor:
+        """Codewords in the metric's space, [G, R, 256, D]."""
+        return torch.stack([seen for _, seen, _ in self._stages], 1)
+
     def _greedy(self, x: torch.Tensor) -> torch.Tensor:
         """[N, G, D] as decoded."""
         residual = x.float().transpose(0, 1)
@@ -74,8 +78,7 @@ class ResidualCodec(CacheCodec):
 
     def first_stages(self, stages: int) -> ResidualCodec:
         """The codec of the first stages alone; trained greedily, they do not know of those that follow."""
-        book = self.codebook
-        return ResidualCodec(Codebook(book.codewords[:, :stages], book.transform), self.beam)
+        return ResidualCodec(self.codebook.first_stages(stages), self.beam)
 
     def bits_per_element(self, num_kv_heads: int, head_dim: int) -> float:
         return self.codebook.nominal_bits

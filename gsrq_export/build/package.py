@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 
 from gsrq_export import native
-from gsrq_export.accounting import SIDES, LayerShape, contexts, footprint, nominal_bits
+from gsrq_export.accounting import LayerShape, contexts, footprint, nominal_bits
 from gsrq_export.artifact.manifest import (
     CacheEntry,
     LayerEntry,
@@ -28,6 +28,7 @@ from gsrq_export.artifact.publish import publish
 from gsrq_export.build.profile import PROFILE_FILE, load_profiles
 from gsrq_export.build.rivals import COMPARISON
 from gsrq_export.build.source import Source
+from gsrq_export.codec.storage import SIDES
 from gsrq_export.compare.rates import rate_points
 from gsrq_export.compare.schema import load_comparison
 from gsrq_export.export.function import OPERATOR_VERSION

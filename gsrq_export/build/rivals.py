@@ -11,7 +11,7 @@ import numpy as np
 
 from gsrq_export.baselines.methods import chosen
 from gsrq_export.build.source import Source
-from gsrq_export.capture import Captured, CaptureSettings, capture
+from gsrq_export.capture import Captured, CaptureSettings, capture, shard_batch
 from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.compare.run import run_comparison
 from gsrq_export.compare.schema import Model, Rule
@@ -19,7 +19,6 @@ from gsrq_export.compare.subject import EvaluationText, Ours, Subject
 from gsrq_export.stages.engine import Context
 
 COMPARISON = "compare.json"
-BATCH = 4  # sequences of a capture's shard
 
 
 def subject_of(
@@ -64,7 +63,7 @@ def compare_stage(source: Source, text: EvaluationText, codebooks: Path, context
         def captured(width: int | None) -> Captured:
             if width is None:  # vectors alone: the build has them
                 return Captured(context.inputs["capture"])
-            settings = CaptureSettings(width, width, batch=BATCH)
+            settings = CaptureSettings(width, width, batch=shard_batch(ids.shape[1]))
             with context.reporter.task("compare: capture, sequences", len(ids)) as task:
                 capture(source.model, source.spec, ids, settings, Path(folder), task.advance)
             return Captured(Path(folder))

@@ -17,7 +17,15 @@ from gsrq_export import native
 from gsrq_export.build.profile import profile_stage
 from gsrq_export.build.rivals import compare_stage
 from gsrq_export.build.source import Source
-from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metric, capture, output_projections
+from gsrq_export.capture import (
+    KINDS,
+    Captured,
+    CaptureSettings,
+    attention_metric,
+    capture,
+    output_projections,
+    shard_batch,
+)
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
 from gsrq_export.codec.finetune import Finetuning, finetune
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
@@ -30,6 +38,7 @@ from gsrq_export.evaluate.tasks.measure import TaskSettings
 from gsrq_export.evaluate.torch_runner import TorchRunner
 from gsrq_export.export.model import CODEBOOKS_FILE, export_onnx
 from gsrq_export.export.trace import ExportSettings
+from gsrq_export.model.introspect import LayerSpec
 from gsrq_export.recipe import EvaluateRecipe, Recipe, SelfSource, TrafficRecipe
 from gsrq_export.recipe import Source as TextSource
 from gsrq_export.runtime.session import OrtModel
@@ -38,8 +47,8 @@ from gsrq_export.stages.keys import file_hash
 from gsrq_export.traffic.build import build_traffic, source_material, traffic_material
 
 SAMPLED_TEXT = SelfSource(kind="self", seed=1_000_003)  # held out where the recipe names no text
+TEXT_FILE = "held-out.txt"  # of the evaluation, for the comparison
 HELD_OUT_LENGTH = 512  # tokens of a drawn stretch; many short ones sample faster than few long ones
-SHARD_TOKENS = 4096  # tokens of a capture shard; bounds memory and what an interruption loses
 
 
 def stages(source: Source) -> list[Stage]:
@@ -98,11 +107,12 @@ def stages(source: Source) -> list[Stage]:
         if recipe.evaluate.compare is not None:
             material = {
                 "evaluate": recipe.evaluate.model_dump(mode="json"),
-                "text": material["text"],
                 "cache": recipe.cache.model_dump(mode="json"),
                 "beam": beam,
             }
-            found.append(Stage("compare", material, partial(_compare, source), ("traffic", "capture", last)))
+            found.append(
+                Stage("compare", material, partial(_compare, source), ("traffic", "capture", last, "evaluate"))
+            )
     return found
 
 
@@ -130,7 +140,7 @@ def _capture(source: Source, context: Context) -> None:
         widths["key"],
         widths["value"],
         gradients=source.recipe.codec.weights == "gradient",
-        batch=max(1, SHARD_TOKENS // ids.shape[1]),
+        batch=shard_batch(ids.shape[1]),
     )
     with context.reporter.task("capture: sequences", len(ids)) as task:
         capture(source.model, source.spec, ids, settings, context.directory, task.advance)
@@ -139,24 +149,24 @@ def _capture(source: Source, context: Context) -> None:
 def _codebooks(source: Source, context: Context) -> None:
     codec, spec = source.recipe.codec, source.spec
     captured = Captured(context.inputs["capture"])
-    sides = {(layer.index, kind): codec.side(kind, layer.index) for layer in spec.layers for kind in KINDS}
-    steps = {
-        (layer.index, kind): layer.num_kv_heads * layer.head_dim // side.width * side.stages
-        for layer in spec.layers
-        for kind in KINDS
-        if (side := sides[layer.index, kind])
-    }
+
+    def steps(layer: LayerSpec, kind: str) -> int:
+        side = codec.side(kind, layer.index)
+        return layer.num_kv_heads * layer.head_dim // side.width * side.stages
+
     outputs = output_projections(source.model, spec) if codec.metric == "attention" else []
     training = Training(codec.method, codec.iterations, codec.seed, codec.beam, codec.refits)
     layers, logs = [], []
-    with context.reporter.task("codebooks: stages", sum(steps.values())) as task:
+    with context.reporter.task(
+        "codebooks: stages", sum(steps(layer, kind) for layer in spec.layers for kind in KINDS)
+    ) as task:
         for layer in spec.layers:
             books = []
             for kind in KINDS:
-                side = sides[layer.index, kind]
+                side = codec.side(kind, layer.index)
                 name = f"layer-{layer.index:03d}.{kind}.safetensors"
                 if context.has(name):
-                    task.advance(steps[layer.index, kind])
+                    task.advance(steps(layer, kind))
                 else:
                     vectors = captured.vectors(layer, kind)
                     weights = None
@@ -244,8 +254,7 @@ def held_out_text(text: TextSource, source: Source, tokens: int) -> str:
     return "\n".join(source.tokenizer.batch_decode(drawn.ids, skip_special_tokens=True))
 
 
-def _held_out(source: Source) -> tuple[EvaluationSettings, str]:
-    """What the recipe's evaluation measures, and on which text."""
+def _evaluate(source: Source, context: Context) -> None:
     recipe = source.recipe.evaluate
     assert recipe is not None
     settings = evaluation_settings(recipe, source.recipe)
@@ -253,19 +262,18 @@ def _held_out(source: Source) -> tuple[EvaluationSettings, str]:
     tokens = settings.window_tokens * settings.windows + 2 * longest
     if settings.fidelity:
         tokens = max(tokens, settings.fidelity.prompts * settings.fidelity.prompt_tokens)
-    return settings, held_out_text(recipe.text or SAMPLED_TEXT, source, tokens)
-
-
-def _evaluate(source: Source, context: Context) -> None:
-    settings, text = _held_out(source)
+    text = held_out_text(recipe.text or SAMPLED_TEXT, source, tokens)
     exact, coded = TorchRunner(source.model), OrtRunner(OrtModel(context.inputs["onnx"]))
     found = evaluate_pair(exact, coded, source.tokenizer, text, settings, context.reporter)
     context.unit("evaluation.json", _writer(found))
+    context.unit(TEXT_FILE, lambda path: path.write_bytes(text.encode()))
 
 
 def _compare(source: Source, context: Context) -> None:
-    settings, text = _held_out(source)
-    compare_stage(source, EvaluationText("held-out", text, settings), _trained(source, context), context)
+    recipe = source.recipe
+    assert recipe.evaluate is not None
+    settings, text = evaluation_settings(recipe.evaluate, recipe), (context.inputs["evaluate"] / TEXT_FILE).read_bytes()
+    compare_stage(source, EvaluationText("held-out", text.decode(), settings), _trained(source, context), context)
 
 
 def _writer(data: object) -> Any:

@@ -84,6 +84,10 @@ class Codebook:
             return self  # a new one would read every codeword to check it, at each decoding step
         return Codebook(words, transform)
 
+    def first_stages(self, stages: int) -> Codebook:
+        """The codebook of the first stages; after greedy training what a training of so many would have given."""
+        return Codebook(self.codewords[:, :stages].contiguous(), self.transform)
+
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes to vectors.
 

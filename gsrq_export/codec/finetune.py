@@ -8,7 +8,6 @@ Bengio et al., arXiv 1308.3432) and reach the chosen codewords, and by the hidde
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -199,7 +198,7 @@ def finetune(
     order = torch.empty(0, dtype=torch.int64)
     checks = {round(settings.steps * i / CHECKS) for i in range(1, CHECKS + 1)}
     log = FinetuneLog([0], [_held_out(model, spec, student, test, settings.batch)])
-    best = [copy.deepcopy(p.data) for p in trained]
+    best = [p.detach().clone() for p in trained]
     for step in range(settings.steps):
         while len(order) < settings.batch:
             order = torch.cat([order, torch.randperm(len(train), generator=generator)])
@@ -215,7 +214,7 @@ def finetune(
         if step + 1 in checks:
             found = _held_out(model, spec, student, test, settings.batch)
             if found < min(log.held_out_kl):
-                best = [copy.deepcopy(p.data) for p in trained]
+                best = [p.detach().clone() for p in trained]
             log.steps.append(step + 1)
             log.held_out_kl.append(found)
         progress(1)

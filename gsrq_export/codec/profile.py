@@ -10,7 +10,7 @@ import torch
 
 from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.codec.codebook import ENCODE_CHUNK, Codebook
-from gsrq_export.codec.refit import HOLD_OUT
+from gsrq_export.codec.refit import HOLD_OUT, held_out
 from gsrq_export.errors import GsrqError
 
 FIRST_BUCKET = 16  # positions in the first bucket; each further one ends at twice the position
@@ -87,7 +87,7 @@ def profile_codebook(
             f"{rows} vectors: need whole sequences of sequence_length {sequence_length}, {HOLD_OUT} vectors at least",
             "give the captured vectors and the traffic.sequence_length that they were captured with",
         )
-    index = torch.arange(HOLD_OUT - 1, rows, HOLD_OUT, device=vectors.device)
+    index = held_out(rows, vectors.device).nonzero().flatten()
     held = vectors[index]
     if not bool(torch.isfinite(held).all()):
         raise GsrqError("vectors hold NaN or infinity", "check the model's weights and dtype, and capture again")

@@ -59,6 +59,11 @@ def gradient_weights(norms: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
     return torch.where(mean > 0, weights / mean.clamp(min=1e-30), torch.ones_like(weights))
 
 
+def widened(norms: torch.Tensor, parts: int) -> torch.Tensor:
+    """Gradient norms of sub-vectors of ``parts`` measured ones each: float32 [N, groups] to [N, groups / parts]."""
+    return (norms.reshape(len(norms), -1, parts) ** 2).sum(2).sqrt()
+
+
 def train_codebook(
     vectors: torch.Tensor,
     weights: torch.Tensor | None,

@@ -14,13 +14,12 @@ from gsrq_export.build.rivals import subject_of
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import (
     SAMPLED_TEXT,
-    SHARD_TOKENS,
     evaluation_settings,
     held_out_text,
     last_training,
     stages,
 )
-from gsrq_export.capture import Captured, CaptureSettings, capture
+from gsrq_export.capture import Captured, CaptureSettings, capture, shard_batch
 from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.compare.subject import EvaluationText, Ours, Subject
 from gsrq_export.errors import GsrqError
@@ -104,7 +103,7 @@ def _capturing(source: Source, work: Path, device: str, reporter: Reporter) -> C
 
 def _capture(source: Source, width: int | None, context: Context) -> None:
     ids = np.load(context.inputs["traffic"] / "ids.npy", allow_pickle=False)
-    batch = max(1, SHARD_TOKENS // ids.shape[1])
+    batch = shard_batch(ids.shape[1])
     settings = CaptureSettings(width or 1, width or 1, gradients=width is not None, batch=batch)
     with context.reporter.task("capture for the rivals: sequences", len(ids)) as task:
         capture(source.model, source.spec, ids, settings, context.directory, task.advance)

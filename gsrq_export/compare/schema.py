@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gsrq_export.cache.rule import CacheRule
-from gsrq_export.errors import GsrqError
 from gsrq_export.evaluate.suite import require_finite
+from gsrq_export.json_document import read_document
 from gsrq_export.stages.storage import write_atomic
 
 SCHEMA: Final = "1.0"
@@ -216,24 +216,4 @@ def load_comparison(path: Path) -> Comparison:
         GsrqError: not there, too large, truncated, not a comparison, of another schema, or with a field wrong.
     """
     mend = "run `gsrq compare` again with another --out"
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise GsrqError(f"comparison {path} is over {MAX_BYTES >> 20} MiB", mend)
-        data: Any = json.loads(content.decode("utf-8"))
-    except OSError as error:
-        raise GsrqError(f"comparison {path}: {error.strerror}", mend) from None
-    except (ValueError, RecursionError) as error:
-        raise GsrqError(f"comparison {path} is not JSON: {error}", mend) from None
-    if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise GsrqError(f"{path} is not a comparison", mend)
-    if data.get("schema") != SCHEMA:
-        raise GsrqError(f"comparison {path} has schema {data.get('schema')!r}, this version reads {SCHEMA}", mend)
-    try:
-        return Comparison.model_validate(data)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:5]]
-        raise GsrqError(
-            f"comparison {path} has {error.error_count()} wrong fields:\n  " + "\n  ".join(faults), mend
-        ) from None
+    return read_document(path, Comparison, "comparison", KIND, SCHEMA, MAX_BYTES, mend)

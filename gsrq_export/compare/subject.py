@@ -158,7 +158,7 @@ class Ours:
             raise GsrqError(f"prefix {share:g} is not a share of the stages", "give numbers between 0 and 1")
 
         def cut(book: Codebook) -> Codebook:
-            return Codebook(book.codewords[:, : max(1, round(share * book.stages))], book.transform)
+            return book.first_stages(max(1, round(share * book.stages)))
 
         layers = [LayerCodebooks(cut(layer.keys), cut(layer.values)) for layer in self.layers]
         return Ours(f"{self.id}-p{share:g}", f"{self.label}, first {share:g} of the stages", layers, self.beam)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gsrq_export.errors import GsrqError
+from gsrq_export.json_document import read_document
 from gsrq_export.stages.storage import write_atomic
 
 SCHEMA = "1.0"
@@ -158,27 +159,7 @@ def load_baseline(path: Path) -> Baseline:
             not finite.
     """
     mend = "record it again with `gsrq regress record`"
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise GsrqError(f"baseline {path} is over {MAX_BYTES >> 20} MiB", mend)
-        data: Any = json.loads(content.decode("utf-8"))
-    except OSError as error:
-        raise GsrqError(f"baseline {path}: {error.strerror}", mend) from None
-    except (ValueError, RecursionError) as error:
-        raise GsrqError(f"baseline {path} is not JSON: {error}", mend) from None
-    if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise GsrqError(f"baseline {path} is not a regression baseline", mend)
-    if data.get("schema") != SCHEMA:
-        raise GsrqError(f"baseline {path} has schema {data.get('schema')!r}, this version reads {SCHEMA}", mend)
-    try:
-        return Baseline.model_validate(data)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)[:5]]
-        raise GsrqError(
-            f"baseline {path} has {error.error_count()} wrong fields:\n  " + "\n  ".join(faults), mend
-        ) from None
+    return read_document(path, Baseline, "baseline", KIND, SCHEMA, MAX_BYTES, mend)
 
 
 def _sentence(message: str) -> str:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from gsrq_export.accounting import LayerShape, footprint
+from gsrq_export.capture import KINDS
 from gsrq_export.recipe import CacheRecipe, CodecSide, LayerBudget, Recipe
 
-KINDS = ("key", "value")
 Place = tuple[int, str]  # a layer that owns a cache, from 0, and its keys ("key") or values ("value")
 Budget = Mapping[Place, CodecSide]
 

@@ -9,14 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from gsrq_export.codec.codebook import Codebook
-
 TINY = 1e-9  # nats; what is below is not told apart
-
-
-def prefix(book: Codebook, stages: int) -> Codebook:
-    """The codebook's first ``stages`` stages."""
-    return Codebook(book.codewords[:, :stages].contiguous(), book.transform)
 
 
 def rungs(highest: int, count: int) -> list[int]:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from gsrq_export.baselines.residual import ResidualCodec
 from gsrq_export.cache.rule import CacheRule
-from gsrq_export.capture import attend
-from gsrq_export.codec.codebook import ENCODE_CHUNK, Codebook, beam_search
+from gsrq_export.capture import KINDS, attend
+from gsrq_export.codec.codebook import Codebook
 from gsrq_export.codec.finetune import CodedModel
 from gsrq_export.model.intercept import intercept
 from gsrq_export.model.introspect import ModelSpec
-from gsrq_export.tune.budget import KINDS, Place
+from gsrq_export.tune.budget import Place
 
 KEPT_BYTES = 1 << 30  # of the exact model's log-probabilities; more are computed anew each time
 # Tokens decode one by one, and some tokenizers then drop spaces.
@@ -54,26 +55,6 @@ def answer_tokens(ids: np.ndarray[Any, np.dtype[np.int64]], tokenizer: Any) -> t
     return torch.from_numpy(found)
 
 
-class Decoded:
-    """What attention sees of keys or values [B, KV, T, d] that this codebook coded."""
-
-    def __init__(self, book: Codebook, beam: int) -> None:
-        self.words = book.codewords.float()  # [G, R, K, D]
-        self.transform, self.beam = book.transform, beam
-        self.stored = torch.einsum("gij,grkj->grki", self.transform, self.words)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        groups, stages, _, width = self.words.shape
-        rows = x.transpose(1, 2).reshape(-1, groups, width)
-        target = torch.einsum("gij,ngj->gni", self.transform, rows)
-        codes = torch.cat([beam_search(part, self.stored, self.beam) for part in torch.split(target, ENCODE_CHUNK, 1)])
-        out = torch.zeros_like(rows)
-        for g in range(groups):
-            for r in range(stages):
-                out[:, g] += self.words[g, r][codes[:, g, r]]
-        return out.reshape(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
 class Meter:
     """Measures codebooks on the same rows every time.
 
@@ -93,7 +74,7 @@ class Meter:
     @torch.no_grad()
     def measure(self, books: Mapping[Place, Codebook], rule: CacheRule) -> Divergence:
         """The divergence with these places coded under the rule and all others exact."""
-        coders = {place: Decoded(book, self.beam) for place, book in books.items()}
+        coders = {place: ResidualCodec(book, self.beam).reconstruct_heads for place, book in books.items()}
         pairs = [
             (coders.get((layer.index, KINDS[0])), coders.get((layer.index, KINDS[1]))) for layer in self.spec.layers
         ]

@@ -12,7 +12,7 @@ from gsrq_export.recipe import CacheRecipe, CodecSide, Recipe
 from gsrq_export.stages.progress import Reporter
 from gsrq_export.tune.allocate import Option, allocate
 from gsrq_export.tune.budget import Budget, Place, best_uniform, exact_bytes, side_bytes, uniform, with_budget
-from gsrq_export.tune.ladder import interpolated, prefix
+from gsrq_export.tune.ladder import interpolated
 from gsrq_export.tune.measure import Divergence, Meter
 from gsrq_export.tune.settings import CURVE, HEADROOM, SINKS, WINDOWS
 from gsrq_export.tune.stages import Ladders
@@ -149,7 +149,7 @@ class Search:
     def candidate(self, name: str, budget: Budget, cache: CacheRecipe) -> Candidate:
         """Measured, all places coded together."""
         recipe = with_budget(self.recipe, budget, cache)
-        books = {place: prefix(self.books[(*place, side.width)], side.stages) for place, side in budget.items()}
+        books = {place: self.books[(*place, side.width)].first_stages(side.stages) for place, side in budget.items()}
         size = footprint(recipe, self.layers, self.target.context, self.target.sequences)
         return Candidate(name, recipe, size, self.meter.measure(books, cache.rule), self._summed(budget))
 

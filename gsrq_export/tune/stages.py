@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from gsrq_export.accounting import LayerShape
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import stages as build_stages
-from gsrq_export.capture import Captured, attention_metric, output_projections
+from gsrq_export.capture import KINDS, Captured, attention_metric, output_projections
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.recipe import CodecSide, Recipe
 from gsrq_export.stages.engine import Context, Stage
-from gsrq_export.tune.budget import KINDS, candidate_widths, with_budget
-from gsrq_export.tune.ladder import prefix, rungs
+from gsrq_export.tune.budget import candidate_widths, with_budget
+from gsrq_export.tune.ladder import rungs
 from gsrq_export.tune.measure import Divergence, Meter, answer_tokens
 from gsrq_export.tune.settings import Effort
 
@@ -195,7 +195,7 @@ def _sense(plan: Plan, context: Context) -> None:
             index, kind, _ = ladder
             book, found = read_book(context.inputs["ladders"], *ladder), {}
             for count in stages:
-                measure = meter.measure({(index, kind): prefix(book, count)}, plan.recipe.cache.rule)
+                measure = meter.measure({(index, kind): book.first_stages(count)}, plan.recipe.cache.rule)
                 found[count] = asdict(measure)
                 task.advance(1)
             context.unit(name, partial(_save_json, found))

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gsrq_export.accounting import LayerShape, footprint
+from gsrq_export.capture import KINDS
 from gsrq_export.errors import GsrqError
 from gsrq_export.recipe import Recipe
-from gsrq_export.tune.budget import KINDS, candidate_widths, cheapest, with_budget
+from gsrq_export.tune.budget import candidate_widths, cheapest, with_budget
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 UNITS["TIB"] = 2**40

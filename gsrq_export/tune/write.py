@@ -14,9 +14,9 @@ import yaml
 from markupsafe import Markup, escape
 
 from gsrq_export import __version__
+from gsrq_export.capture import KINDS
 from gsrq_export.recipe import Recipe, parse_recipe
 from gsrq_export.report.svg import Axis, Curve, plot
-from gsrq_export.tune.budget import KINDS
 from gsrq_export.tune.ladder import interpolated
 from gsrq_export.tune.search import Candidate, Result
 from gsrq_export.tune.settings import Effort

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gsrq_export.codec.residual import Training, train_codebook
-from gsrq_export.tune.ladder import interpolated, prefix, rungs
+from gsrq_export.tune.ladder import interpolated, rungs
 
 
 def test_the_first_stages_of_a_codebook_are_a_codebook() -> None:
@@ -16,7 +16,7 @@ def test_the_first_stages_of_a_codebook_are_a_codebook() -> None:
     training = Training(iterations=2, seed=3)
     long, _ = train_codebook(vectors, None, 16, 5, training)
     short, _ = train_codebook(vectors, None, 16, 2, training)
-    cut = prefix(long, 2)
+    cut = long.first_stages(2)
     assert torch.equal(cut.codewords, short.codewords)
     assert torch.equal(cut.transform, short.transform)
     assert torch.equal(cut.encode(vectors), long.encode(vectors).reshape(600, 2, 5)[:, :, :2].reshape(600, 4))
