@@ -1,0 +1,86 @@
+// What the files of the CUDA library share: errors, type dispatch, where a token's exact vectors and codes lie.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "gsrq/cuda/gsrq_cuda.h"
+#include "gsrq/layout.h"
+
+namespace gsrq::cuda {
+
+// Sets gsrq_cuda_error() of the thread; returns 1.
+int fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+// 0, or the failure of the last launch under its name.
+int launched(const char* kernel);
+
+// One part's share of a prepared or workspace block: sizes are summed in the same order as pointers are taken.
+struct Arena {
+  char* base = nullptr;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* at = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return at;
+  }
+};
+
+__device__ inline float load(const void* data, int64_t i, int32_t dtype) {
+  if (dtype == GSRQ_F32) return static_cast<const float*>(data)[i];
+  if (dtype == GSRQ_F16) return __half2float(static_cast<const __half*>(data)[i]);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+}
+
+__device__ inline void store(void* data, int64_t i, float x, int32_t dtype) {
+  if (dtype == GSRQ_F32) static_cast<float*>(data)[i] = x;
+  else if (dtype == GSRQ_F16) static_cast<__half*>(data)[i] = __float2half_rn(x);
+  else static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
+}
+
+// x as the cache stores it: what is appended is what every query sees.
+__device__ inline float rounded(float x, int32_t dtype) {
+  if (dtype == GSRQ_F16) return __half2float(__float2half_rn(x));
+  if (dtype == GSRQ_BF16) return __bfloat162float(__float2bfloat16_rn(x));
+  return x;
+}
+
+// Row of the code tensors that holds coded row `row` (token - sinks) of batch row b.
+__device__ inline int64_t code_row(const gsrq_call& call, int32_t b, int64_t row) {
+  if (call.block_table == nullptr) return b * call.capacity + row;
+  return static_cast<int64_t>(call.block_table[b * static_cast<int64_t>(call.table_stride) + row / call.page]) * call.page +
+         row % call.page;
+}
+
+// Elements (first, second) of RoPE pair p of a head; pairs past half_rope do not turn.
+__host__ __device__ inline void pair_elements(const gsrq_layer& layer, int32_t p, int32_t* first, int32_t* second) {
+  const int32_t half = layer.half_rope;
+  if (p < half) {
+    *first = layer.rope_interleaved ? 2 * p : p;
+    *second = layer.rope_interleaved ? 2 * p + 1 : p + half;
+  } else {
+    *first = 2 * p;
+    *second = 2 * p + 1;
+  }
+}
+
+// Parts of the library. Each states its memory with an Arena whose base may be null.
+struct DecodePrepared;
+int decode_prepare(const gsrq_layer& layer, Arena& prepared, cudaStream_t stream, bool launch);
+bool decode_supported(const gsrq_layer& layer, const gsrq_call& call);
+void decode_workspace(const gsrq_layer& layer, const gsrq_call& call, Arena& workspace);
+int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Arena& workspace, cudaStream_t stream);
+
+int encode_prepare(const gsrq_layer& layer, Arena& prepared, cudaStream_t stream, bool launch);
+void encode_workspace(const gsrq_layer& layer, const gsrq_call& call, Arena& workspace);
+int encode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Arena& workspace, cudaStream_t stream);
+
+void prefill_workspace(const gsrq_layer& layer, const gsrq_call& call, Arena& workspace);
+int prefill(const gsrq_layer& layer, const gsrq_call& call, Arena& workspace, cudaStream_t stream);
+
+int append(const gsrq_layer& layer, const gsrq_call& call, cudaStream_t stream);
+
+}  // namespace gsrq::cuda
