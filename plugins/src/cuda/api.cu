@@ -77,6 +77,10 @@ int check_memory(const gsrq_layer& layer, const gsrq_call& call, const void* pre
   if (bytes < need || (need > 0 && workspace == nullptr))
     return fail("the workspace has %lld bytes, %lld are needed", static_cast<long long>(bytes), static_cast<long long>(need));
   if (prepared == nullptr) return fail("prepared is null: call gsrq_cuda_prepare first");
+  const bool has_codes = gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block) > 0;
+  if (has_codes && (call.key_codes == nullptr || call.value_codes == nullptr)) return fail("the code tensors are null");
+  if (reinterpret_cast<uintptr_t>(call.key_codes) % 16 != 0 || reinterpret_cast<uintptr_t>(call.value_codes) % 16 != 0)
+    return fail("the code tensors must be aligned to 16 bytes");
   for (const void* pointer : {call.query, call.key, call.value, static_cast<const void*>(call.past_lengths),
                               static_cast<const void*>(call.new_lengths), static_cast<const void*>(call.output),
                               static_cast<const void*>(call.key_exact), static_cast<const void*>(call.value_exact)})
@@ -138,6 +142,7 @@ __global__ void inspect_rope(gsrq_layer layer, Traits* traits) {
   atomicMax(&traits->deviation, __float_as_int(worst >= 0 ? worst : INFINITY));
 }
 
+constexpr int kExponentSpread = 6;  // stages are multiplied by up to 2^6 in int8
 constexpr float kGeometric = 2e-4f;  // float32 angles near 1e6 are off by as much
 
 }  // namespace
@@ -185,15 +190,23 @@ int gsrq_cuda_inspect(gsrq_layer* layer, void* scratch, void* opaque) {
     const int bits = host.largest[r];
     const float largest = (bits >> 10) == 0 ? std::ldexp(static_cast<float>(bits), -24)
                                             : std::ldexp(static_cast<float>((bits & 0x3ff) | 0x400), (bits >> 10) - 25);
-    const int exponent = host.finest[r] == 64 ? 0 : host.finest[r] - 32;
+    // A stage of zeros may take any exponent.
+    const int exponent = host.finest[r] != 64 ? host.finest[r] - 32 : r > 0 ? layer->exponents[r - 1] : 0;
     layer->exponents[r] = exponent;
     if (std::ldexp(largest, -exponent) > 127) layer->keys.planes = 2;
   }
-  if (layer->keys.planes == 2)  // the exponent of the upper plane: largest <= 127 * 2^e
+  const auto bounds = std::minmax_element(layer->exponents, layer->exponents + layer->keys.stages);
+  if (*bounds.second - *bounds.first > kExponentSpread) layer->keys.planes = 2;
+  if (layer->keys.planes == 2) {  // the exponent of the upper plane: largest <= 127 * 2^e
+    int32_t most = -64;
     for (int32_t r = 0; r < layer->keys.stages; ++r) {
       const int bits = host.largest[r];
-      layer->exponents[r] = bits == 0 ? 0 : std::max(bits >> 10, 1) - 15 - 5;
+      layer->exponents[r] = bits == 0 ? -64 : std::max(bits >> 10, 1) - 15 - 5;
+      most = std::max(most, layer->exponents[r]);
     }
+    for (int32_t r = 0; r < layer->keys.stages; ++r)
+      layer->exponents[r] = std::max(layer->exponents[r], most - kExponentSpread);
+  }
   return 0;
 }
 

@@ -1,0 +1,85 @@
+// How a layer's decode is cut over a thread-block cluster: plain arithmetic, the same on host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "gsrq/cuda/gsrq_cuda.h"
+
+namespace gsrq::cuda {
+
+constexpr int kCodewords = 256;
+constexpr int kTile = 16;                  // tokens of a tensor-core tile
+constexpr int kKeyWarps = 12;              // score tokens, one tile a chunk each
+constexpr int kValueWarps = 4;             // turn scores into weights and add them into bins
+constexpr int kChunk = kKeyWarps * kTile;  // tokens between two cluster barriers
+constexpr int kDecodeThreads = 32 * (kKeyWarps + kValueWarps);
+constexpr int kSliceDims = 32;             // dims of a key slice: 16 RoPE pairs
+constexpr int kBlockStages = 4;            // stages of a slice that lie in one row of 128 bytes
+constexpr int kBlockBytes = kCodewords * kBlockStages * kSliceDims;
+constexpr int kMostBlocks = 6, kMostSlots = 8, kMostCluster = 16, kMostMultiplier = 6;
+constexpr int kSharedLimit = 227 * 1024;
+
+constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
+
+// Cluster rank = (plane * splits + split) * slices + slice. A CTA scores its slice of the dims over its blocks of
+// stages, and bins the weights of its value slots; slot v is byte v of a KV head's value codes.
+struct DecodePlan {
+  int head_dim, slices, planes, splits, cluster;
+  int blocks;                 // of four key stages in a CTA
+  int all_blocks;             // of all key stages
+  int slots, slots_per_cta;   // value code bytes of a head; those of a CTA
+  int width;                  // dims of the head that a slot contributes to
+  int group;                  // query heads a KV head
+  int parts, part_heads;      // query heads are decoded in parts of part_heads
+  int lanes;                  // part_heads rounded up to 1, 4 or 8
+  int stride;                 // floats between a codeword's bins and the next's
+  int shared_bytes;
+
+  int offset_bins() const { return blocks * kBlockBytes; }
+  __host__ __device__ int bins() const { return kCodewords * stride; }
+};
+
+inline int decode_shared_bytes(const DecodePlan& p) {
+  const int scores = 2 * p.cluster * kChunk * p.lanes * 4, weights = kChunk * p.lanes * 4;
+  return p.blocks * kBlockBytes + 2 * p.bins() * 4 + scores + weights + round_up(kChunk * p.slots_per_cta, 16) + 512;
+}
+
+// False where the fast decode does not apply.
+inline bool make_decode_plan(const gsrq_layer& layer, DecodePlan* out) {
+  const int d = layer.head_dim;
+  if (d % kSliceDims != 0 || layer.keys.width % d != 0 || layer.keys.planes < 1 || layer.keys.planes > 2) return false;
+  if (!layer.geometric) return false;
+  DecodePlan p{};
+  p.head_dim = d;
+  p.slices = d / kSliceDims;
+  p.planes = layer.keys.planes;
+  p.width = layer.values.width < d ? layer.values.width : d;
+  if (p.width % 8 != 0) return false;
+  p.slots = layer.values.stages * (d / p.width);
+  p.group = layer.heads / layer.kv_heads;
+  p.all_blocks = (layer.keys.stages + kBlockStages - 1) / kBlockStages;
+  for (p.parts = 1; p.parts <= p.group; ++p.parts) {
+    p.part_heads = (p.group + p.parts - 1) / p.parts;
+    if (p.part_heads > 8) continue;
+    p.lanes = p.part_heads == 1 ? 1 : p.part_heads <= 4 ? 4 : 8;
+    for (p.splits = 1; p.slices * p.planes * p.splits <= kMostCluster; ++p.splits) {
+      p.cluster = p.slices * p.planes * p.splits;
+      p.blocks = (p.all_blocks + p.splits - 1) / p.splits;
+      if (p.blocks == 5) p.blocks = 6;  // kernels exist for 1, 2, 3, 4 and 6
+      p.slots_per_cta = (p.slots + p.cluster - 1) / p.cluster;
+      if (p.blocks > kMostBlocks || p.slots_per_cta > kMostSlots) continue;
+      const int used = p.slots_per_cta * p.lanes;
+      p.stride = 1;
+      while (p.stride < used) p.stride *= 2;
+      if (used > 32) p.stride = round_up(used, 32);
+      p.shared_bytes = decode_shared_bytes(p);
+      if (p.shared_bytes <= kSharedLimit) {
+        *out = p;
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+}  // namespace gsrq::cuda
