@@ -8,10 +8,9 @@
 namespace gsrq::cuda {
 
 constexpr int kCodewords = 256;
-constexpr int kTile = 16;                  // tokens of a tensor-core tile
-constexpr int kKeyWarps = 12;              // score tokens, one tile a chunk each
-constexpr int kValueWarps = 4;             // turn scores into weights and add them into bins
-constexpr int kChunk = kKeyWarps * kTile;  // tokens between two cluster barriers
+constexpr int kTile = 16;       // tokens of a tensor-core tile
+constexpr int kKeyWarps = 8;    // score tokens
+constexpr int kValueWarps = 8;  // turn scores into weights and add them into bins
 constexpr int kDecodeThreads = 32 * (kKeyWarps + kValueWarps);
 constexpr int kSliceDims = 32;             // dims of a key slice: 16 RoPE pairs
 constexpr int kBlockStages = 4;            // stages of a slice that lie in one row of 128 bytes
@@ -19,7 +18,7 @@ constexpr int kBlockBytes = kCodewords * kBlockStages * kSliceDims;
 constexpr int kMostBlocks = 6, kMostSlots = 8, kMostCluster = 16, kMostMultiplier = 6;
 constexpr int kSharedLimit = 227 * 1024;
 
-constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
+__host__ __device__ constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
 // Cluster rank = (plane * splits + split) * slices + slice. A CTA scores its slice of the dims over its blocks of
 // stages, and bins the weights of its value slots; slot v is byte v of a KV head's value codes.
@@ -32,16 +31,16 @@ struct DecodePlan {
   int group;                  // query heads a KV head
   int parts, part_heads;      // query heads are decoded in parts of part_heads
   int lanes;                  // part_heads rounded up to 1, 4 or 8
-  int stride;                 // floats between a codeword's bins and the next's
+  int tiles;                  // of a key warp in a chunk: 2, or 1 where shared memory is short
+  int chunk;                  // tokens between two cluster barriers
+  int stride;                 // bins of a codeword: lanes times a power of two of slots
   int shared_bytes;
 
-  int offset_bins() const { return blocks * kBlockBytes; }
   __host__ __device__ int bins() const { return kCodewords * stride; }
 };
 
 inline int decode_shared_bytes(const DecodePlan& p) {
-  const int scores = 2 * p.cluster * kChunk * p.lanes * 4, weights = kChunk * p.lanes * 4;
-  return p.blocks * kBlockBytes + 2 * p.bins() * 4 + scores + weights + round_up(kChunk * p.slots_per_cta, 16) + 512;
+  return p.blocks * kBlockBytes + 2 * p.bins() * 4 + 2 * p.cluster * p.chunk * p.lanes * 4 + 512;
 }
 
 // False where the fast decode does not apply.
@@ -68,12 +67,12 @@ inline bool make_decode_plan(const gsrq_layer& layer, DecodePlan* out) {
       if (p.blocks == 5) p.blocks = 6;  // kernels exist for 1, 2, 3, 4 and 6
       p.slots_per_cta = (p.slots + p.cluster - 1) / p.cluster;
       if (p.blocks > kMostBlocks || p.slots_per_cta > kMostSlots) continue;
-      const int used = p.slots_per_cta * p.lanes;
-      p.stride = 1;
-      while (p.stride < used) p.stride *= 2;
-      if (used > 32) p.stride = round_up(used, 32);
-      p.shared_bytes = decode_shared_bytes(p);
-      if (p.shared_bytes <= kSharedLimit) {
+      p.stride = p.lanes;
+      while (p.stride < p.slots_per_cta * p.lanes) p.stride *= 2;
+      for (p.tiles = 2; p.tiles > 0; --p.tiles) {
+        p.chunk = p.tiles * kKeyWarps * kTile;
+        p.shared_bytes = decode_shared_bytes(p);
+        if (p.shared_bytes > kSharedLimit) continue;
         *out = p;
         return true;
       }
