@@ -23,7 +23,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kFixedBits = 19;       // weights are integers of 2^-19 of their window's reference
 constexpr float kHeadroom = 2.0f;    // log2 by which a weight may exceed it
 constexpr int kWindowTokens = 2047;  // of that size fit a bin: 2047 * 2^(19 + 2) < 2^32
-constexpr int kAnchorSteps = 32;     // tiles of a warp between two exact turns of the queries
+constexpr int kAnchorChunks = 32;    // between two exact turns of the queries
 constexpr float kNone = -INFINITY;
 static_assert(kWindowTokens * 4LL * (1 << kFixedBits) < (1LL << 32), "bins would overflow");
 
@@ -40,7 +40,9 @@ struct Constants {  // what prepare() derives
 };
 
 struct Memory {  // of a call
-  float* bins;       // [partials][cluster][256][stride]
+  float* bins;       // [partials][ways][256][stride]
+  float* scratch;    // [CTAs][2][256][stride]: of an item, before the owners' are added
+  float2* scratch_state;  // [CTAs][2][lanes]
   float2* state;     // [partials][lanes]: reference (log2) and sum of weights
   float2* combined;  // [vheads][batch][lanes]: the same over all partials
   float* values;     // [vheads][slots][batch][lanes][width], divided by the sum
@@ -76,20 +78,20 @@ struct Line {
   }
 };
 
-__device__ inline int chunks_of(const gsrq_layer& layer, const gsrq_call& call, int chunk, int b) {
-  return (coded_range(layer, call, b).count + chunk - 1) / chunk;
+__device__ inline int chunks_of(const gsrq_layer& layer, const gsrq_call& call, int b) {
+  return (coded_range(layer, call, b).count + kChunk - 1) / kChunk;
 }
 
 // Sum over rows [0, stop) of their chunks; all lanes get it.
-__device__ inline int64_t chunks_before(const gsrq_layer& layer, const gsrq_call& call, int chunk, int stop) {
+__device__ inline int64_t chunks_before(const gsrq_layer& layer, const gsrq_call& call, int stop) {
   int64_t sum = 0;
-  for (int b = threadIdx.x % 32; b < stop; b += 32) sum += chunks_of(layer, call, chunk, b);
+  for (int b = threadIdx.x % 32; b < stop; b += 32) sum += chunks_of(layer, call, b);
   for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
   return sum;
 }
 
-__device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int chunk, int vheads, int clusters) {
-  const int64_t per_head = chunks_before(layer, call, chunk, call.batch);
+__device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int vheads, int clusters) {
+  const int64_t per_head = chunks_before(layer, call, call.batch);
   return {per_head, per_head * vheads, clusters};
 }
 
@@ -97,9 +99,7 @@ __device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, i
 struct Cursor {
   int64_t chunk, end;  // in the line
   int vhead, row, first, stop;  // chunks first .. stop - 1 of the row
-  int tokens;                   // of a chunk
-  __device__ void start(const gsrq_layer& layer, const gsrq_call& call, const Line& line, int chunk_tokens, int cluster) {
-    tokens = chunk_tokens;
+  __device__ void start(const gsrq_layer& layer, const gsrq_call& call, const Line& line, int cluster) {
     chunk = line.begin(cluster);
     end = line.begin(cluster + 1);
     if (chunk >= end) return;
@@ -108,7 +108,7 @@ struct Cursor {
     row = 0;
     for (int at = 0; at < call.batch; at += 32) {  // 32 rows at a time
       const int b = at + threadIdx.x % 32;
-      int64_t sum = b < call.batch ? chunks_of(layer, call, tokens, b) : 0;
+      int64_t sum = b < call.batch ? chunks_of(layer, call, b) : 0;
       const int64_t own = sum;
       for (int o = 1; o < 32; o *= 2) {
         const int64_t up = __shfl_up_sync(~0u, sum, o);
@@ -127,7 +127,7 @@ struct Cursor {
     settle(layer, call);
   }
   __device__ void settle(const gsrq_layer& layer, const gsrq_call& call) {
-    const int64_t all = chunks_of(layer, call, tokens, row), left = end - chunk;
+    const int64_t all = chunks_of(layer, call, row), left = end - chunk;
     stop = static_cast<int>(all < first + left ? all : first + left);
   }
   __device__ bool done() const { return chunk >= end; }
@@ -140,7 +140,7 @@ struct Cursor {
         row = 0;
         ++vhead;
       }
-    } while (chunks_of(layer, call, tokens, row) == 0);
+    } while (chunks_of(layer, call, row) == 0);
     settle(layer, call);
   }
 };
@@ -192,7 +192,8 @@ __device__ inline void sync_warps(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(Threads) : "memory");
 }
 
-// Scoring holds many values in registers, binning few; the pool is split unevenly where the target can.
+// Scoring holds many values in registers, binning few; the pool is split unevenly where the target can. The sum must not
+// exceed what the block is launched with, 168 a thread: 8 * 192 + 4 * 112 <= 12 * 168.
 template <int Registers, bool More>
 __device__ inline void set_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
@@ -254,24 +255,21 @@ __device__ inline void load_codes(uint32_t (&out)[Words], const int8_t* row, int
   }
 }
 
-struct Shared {  // a CTA's shared memory, by the plan
-  signed char* words;
-  uint32_t* bins;   // [256][stride]: of the current window
-  float* totals;    // [256][stride]: of the item
-  float* scores;    // [2][cluster][chunk][lanes]
-  float* maxima;    // [kValueWarps][lanes]
-  uint32_t full, empty;  // addresses of two barriers each
+struct Shared {  // a CTA's shared memory, by the plan; the key slice lies first
+  uint32_t* bins;  // [256][stride]: of the current window
+  float* scores;   // [2][cluster][own tiles][16][lanes]: partial, of the tokens that the CTA weighs
+  float* maxima;   // [kValueWarps][lanes]
+  uint32_t full, empty, done;  // addresses of barriers: two, two, one
 };
 
-__device__ inline Shared shared_of(const DecodePlan& p, char* base) {
+__device__ inline Shared shared_of(const DecodePlan& p) {
   Shared s;
-  s.words = reinterpret_cast<signed char*>(base);
-  s.bins = reinterpret_cast<uint32_t*>(base + p.blocks * kBlockBytes);
-  s.totals = reinterpret_cast<float*>(s.bins + p.bins());
-  s.scores = s.totals + p.bins();
-  s.maxima = s.scores + 2 * p.cluster * p.chunk * p.lanes;
-  s.full = shared_address(s.maxima + kValueWarps * 8);  // 8-byte aligned, as all before it
+  s.bins = reinterpret_cast<uint32_t*>(shared_memory + p.blocks * kBlockBytes);
+  s.scores = reinterpret_cast<float*>(s.bins + p.bins());
+  s.maxima = s.scores + 2 * p.cluster * p.own_tiles * kTile * p.lanes;
+  s.full = shared_address(s.maxima + kValueWarps * 8);
   s.empty = s.full + 16;
+  s.done = s.full + 32;
   return s;
 }
 
@@ -340,7 +338,17 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     keep(low[i]);
     keep(high[i]);
   }
-  const uint32_t scores = shared_address(shared.scores);
+  // Where the scores of the warp's two tiles go, in their owners' memory.
+  uint32_t score_base[2], first_owner[2], buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const int tile = m * kKeyWarps + warp, owner = tile % plan.owners, place = tile / plan.owners;
+    score_base[m] = shared_address(shared.scores) + (((rank * plan.own_tiles + place) * kTile + g) * Lanes + 2 * t) * 4;
+    first_owner[m] = owner;
+    keep(score_base[m]);
+    keep(first_owner[m]);
+  }
+  keep(buffer_bytes);
   int loaded = -1;
   uint32_t chunk_index = 0;
 
@@ -351,7 +359,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       sync_warps<kKeyThreads>(1);
       const uint4* from = reinterpret_cast<const uint4*>(
           constants.words + (static_cast<int64_t>(kv_head) * plan.cluster + rank) * Blocks * kBlockBytes);
-      uint4* to = reinterpret_cast<uint4*>(shared.words);
+      uint4* to = reinterpret_cast<uint4*>(shared_memory);
 #pragma unroll 8
       for (int i = thread; i < Blocks * kBlockBytes / 16; i += kKeyThreads) to[i] = from[i];
       loaded = kv_head;
@@ -368,9 +376,9 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     const int head = kv_head * plan.group + part * plan.part_heads + g;
     const bool real = g < plan.part_heads && part * plan.part_heads + g < plan.group;
     float query_x[2][2], query_y[2][2], query_scale = 0;
-    const auto anchor = [&](int step) {
+    const auto anchor = [&](int chunk) {
       const int64_t position = min(call.past_lengths[cursor.row], static_cast<int64_t>(layer.positions) - 1);
-      const int64_t base = min(range.first + (step * kKeyWarps + warp) * kTile, static_cast<int64_t>(layer.positions) - 1);
+      const int64_t base = min(range.first + chunk * kChunk + warp * kTile, static_cast<int64_t>(layer.positions) - 1);
       float most = 0;
 #pragma unroll
       for (int u = 0; u < 2; ++u)
@@ -409,93 +417,97 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       query_scale = most * unit * layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
     };
 
-    const int tiles = plan.tiles, first_step = cursor.first * tiles, last_step = cursor.stop * tiles;
-    anchor(first_step);
+    anchor(cursor.first);
     // The products' columns of a thread are heads 2 t and 2 t + 1.
     const float scale0 = __shfl_sync(~0u, query_scale, (2 * t) * 4), scale1 = __shfl_sync(~0u, query_scale, (2 * t + 1) * 4);
 
-    uint32_t codes[2][Blocks], coming[2][Blocks];
+    uint32_t codes[2][2][Blocks], coming[2][2][Blocks];  // [tile][octet]
     const int first_row = static_cast<int>(range.first - layer.sinks);
     const int8_t* linear = call.block_table == nullptr ? call.key_codes + (cursor.row * call.capacity + first_row) * bytes : nullptr;
     int last_token = range.count - 1, stride = bytes;
     keep(linear);
     keep(last_token);
     keep(stride);
-    const auto fetch = [&](int step) {  // tile of the warp, counted over its chunks
+    const auto fetch = [&](int chunk) {
 #pragma unroll
-      for (int o = 0; o < 2; ++o) {
-        const int i = min(step * kStride + token_in_chunk + 8 * o, last_token);
-        const int8_t* row = linear != nullptr ? linear + static_cast<int64_t>(i) * stride
-                                              : call.key_codes + paged_row(call, cursor.row, first_row + i) * bytes;
-        load_codes<Blocks>(coming[o], row, first_byte, last_byte, wide);
-      }
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+          const int i = min(chunk * kChunk + token_in_chunk + m * kStride + 8 * o, last_token);
+          const int8_t* row = linear != nullptr ? linear + static_cast<int64_t>(i) * stride
+                                                : call.key_codes + paged_row(call, cursor.row, first_row + i) * bytes;
+          load_codes<Blocks>(coming[m][o], row, first_byte, last_byte, wide);
+        }
     };
-    fetch(first_step);
+    fetch(cursor.first);
 
-    int tile_in_chunk = 0, since_anchor = 0;
-    for (int step = first_step; step < last_step; ++step) {
+    int since_anchor = 0;
+    for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int o = 0; o < 2; ++o)
+#pragma unroll
+          for (int i = 0; i < Blocks; ++i) codes[m][o][i] = coming[m][o][i];
+      if (chunk + 1 < cursor.stop) fetch(chunk + 1);
+
+      int sums[2][2][2][4];  // [tile][octet][half]
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int o = 0; o < 2; ++o)
+#pragma unroll
+          for (int u = 0; u < 2; ++u)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sums[m][o][u][k] = kBias;
 #pragma unroll
       for (int i = 0; i < Blocks; ++i) {
-        codes[0][i] = coming[0][i];
-        codes[1][i] = coming[1][i];
-      }
-      if (step + 1 < last_step) fetch(step + 1);
-
-      int sums[2][2][4];  // [octet][half]
+        uint4 gathered[2][2][2];
 #pragma unroll
-      for (int o = 0; o < 2; ++o)
-#pragma unroll
-        for (int u = 0; u < 2; ++u)
-#pragma unroll
-          for (int k = 0; k < 4; ++k) sums[o][u][k] = kBias;
-      constexpr int kAtOnce = Blocks % 2 == 0 ? 2 : 1;  // blocks whose gathers are in flight together
-#pragma unroll
-      for (int first = 0; first < Blocks; first += kAtOnce) {
-        uint4 gathered[kAtOnce][2][2];
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j)
+        for (int m = 0; m < 2; ++m)
 #pragma unroll
           for (int o = 0; o < 2; ++o) {
-            const int at = (first + j) * kBlockBytes + static_cast<int>(__byte_perm(codes[o][first + j], 0, byte_of_word)) * 128 + words;
-            gathered[j][o][0] = *reinterpret_cast<const uint4*>(shared_memory + at);
-            gathered[j][o][1] = *reinterpret_cast<const uint4*>(shared_memory + (at ^ 16));
+            const int at = i * kBlockBytes + static_cast<int>(__byte_perm(codes[m][o][i], 0, byte_of_word)) * 128 + words;
+            gathered[m][o][0] = *reinterpret_cast<const uint4*>(shared_memory + at);
+            gathered[m][o][1] = *reinterpret_cast<const uint4*>(shared_memory + (at ^ 16));
           }
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j)
+        for (int m = 0; m < 2; ++m)
 #pragma unroll
           for (int o = 0; o < 2; ++o)
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
-              const uint4 v = gathered[j][o][u];
-              mma_int8(sums[o][u], v.x, v.y, v.z, v.w, low[first + j], high[first + j]);
+              const uint4 v = gathered[m][o][u];
+              mma_int8(sums[m][o][u], v.x, v.y, v.z, v.w, low[i], high[i]);
             }
       }
 
-      float products[4] = {0, 0, 0, 0};
-      uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
+      const uint32_t buffer = chunk_index & 1;
+      barrier_wait(shared.empty + 8 * buffer, ((chunk_index >> 1) & 1) ^ 1);
 #pragma unroll
-      for (int o = 0; o < 2; ++o)
+      for (int m = 0; m < 2; ++m) {
+        uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
 #pragma unroll
-        for (int u = 0; u < 2; ++u)
+        for (int o = 0; o < 2; ++o)
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            const float x = __int_as_float(sums[o][u][2 * k]) - kBiasValue, y = __int_as_float(sums[o][u][2 * k + 1]) - kBiasValue;
-            const float c = turn_c[o][u][k], s = turn_s[o][u][k];
-            keys[o][u][k] = pack_half2(x * c - y * s, y * c + x * s);
-          }
+          for (int u = 0; u < 2; ++u)
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const uint32_t b0 = pack_half2(query_x[u][0], query_y[u][0]), b1 = pack_half2(query_x[u][1], query_y[u][1]);
-        const uint32_t a0 = parity ? keys[0][1 - u][0] : keys[0][u][0], a1 = parity ? keys[1][1 - u][0] : keys[1][u][0];
-        const uint32_t a2 = parity ? keys[0][1 - u][1] : keys[0][u][1], a3 = parity ? keys[1][1 - u][1] : keys[1][u][1];
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(products[0]), "+f"(products[1]), "+f"(products[2]), "+f"(products[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-      }
-      if (++since_anchor == kAnchorSteps && step + 1 < last_step) {  // rounding errors of the turns do not add up
-        since_anchor = 0;
-        anchor(step + 1);
-      } else {
+            for (int k = 0; k < 2; ++k) {
+              const float x = __int_as_float(sums[m][o][u][2 * k]) - kBiasValue,
+                          y = __int_as_float(sums[m][o][u][2 * k + 1]) - kBiasValue;
+              const float c = turn_c[o][u][k], s = turn_s[o][u][k];
+              keys[o][u][k] = pack_half2(x * c - y * s, y * c + x * s);
+            }
+        float products[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const uint32_t b0 = pack_half2(query_x[u][0], query_y[u][0]), b1 = pack_half2(query_x[u][1], query_y[u][1]);
+          const uint32_t a0 = parity ? keys[0][1 - u][0] : keys[0][u][0], a1 = parity ? keys[1][1 - u][0] : keys[1][u][0];
+          const uint32_t a2 = parity ? keys[0][1 - u][1] : keys[0][u][1], a3 = parity ? keys[1][1 - u][1] : keys[1][u][1];
+          asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+              : "+f"(products[0]), "+f"(products[1]), "+f"(products[2]), "+f"(products[3])
+              : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        }
 #pragma unroll
         for (int u = 0; u < 2; ++u)
 #pragma unroll
@@ -504,30 +516,25 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
             query_x[u][k] = x * step_c[u][k] + y * step_s[u][k];
             query_y[u][k] = y * step_c[u][k] - x * step_s[u][k];
           }
-      }
-
-      const uint32_t buffer = chunk_index & 1;
-      if (tile_in_chunk == 0) barrier_wait(shared.empty + 8 * buffer, ((chunk_index >> 1) & 1) ^ 1);
-      if (2 * t < Lanes) {
-        const uint32_t to = scores + ((buffer * plan.cluster + rank) * plan.chunk + tile_in_chunk * kStride + token_in_chunk) *
-                                         Lanes * 4 + 2 * t * 4;
-        const float a0 = products[0] * scale0, a1 = products[1] * scale1, b0 = products[2] * scale0, b1 = products[3] * scale1;
-#pragma unroll 2
-        for (uint32_t other = 0; other < static_cast<uint32_t>(plan.cluster); ++other) {
-          const uint32_t address = remote(to, other), below = remote(to + 8 * Lanes * 4, other);
-          const uint32_t barrier = remote(shared.full + 8 * buffer, other);
-          if constexpr (Lanes == 1) {
-            store_remote(address, a0, barrier);
-            store_remote(below, b0, barrier);
-          } else {
-            store_remote(address, a0, a1, barrier);
-            store_remote(below, b0, b1, barrier);
+        if (2 * t < Lanes) {
+#pragma unroll 1
+          for (int way = 0; way < plan.ways; ++way) {
+            const uint32_t other = first_owner[m] + way * plan.owners;
+            const uint32_t to = remote(score_base[m] + buffer * buffer_bytes, other), below = to + 8 * Lanes * 4;
+            const uint32_t barrier = remote(shared.full + 8 * buffer, other);
+            if constexpr (Lanes == 1) {
+              store_remote(to, products[0] * scale0, barrier);
+              store_remote(below, products[2] * scale0, barrier);
+            } else {
+              store_remote(to, products[0] * scale0, products[1] * scale1, barrier);
+              store_remote(below, products[2] * scale0, products[3] * scale1, barrier);
+            }
           }
         }
       }
-      if (++tile_in_chunk == tiles) {
-        tile_in_chunk = 0;
-        ++chunk_index;
+      if (++since_anchor == kAnchorChunks && chunk + 1 < cursor.stop) {  // rounding errors of the turns do not add up
+        since_anchor = 0;
+        anchor(chunk + 1);
       }
     }
   }
@@ -562,181 +569,239 @@ __device__ inline float warp_max(float x) {
   return __int_as_float(most ^ ((most >> 31) & 0x7fffffff));
 }
 
-// One thread a token of the chunk.
-template <int Lanes>
+// A warp weighs 32 of the CTA's tokens, a thread a token, and bins them for up to 32 / Lanes slots.
+template <int Lanes, int Stride>
 __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                            const Shared& shared, Cursor cursor, uint32_t rank, int cluster) {
   int thread = threadIdx.x - kKeyThreads, lane = thread % 32;
   const int warp = thread / 32;
-  constexpr int kWords = kMostSlots / 4;
-  const int slots = plan.slots_per_cta, slot_mask = plan.stride / Lanes - 1;  // stride: a power of two of slots, times lanes
+  // Units of a warp's work: 32 tokens times a part of the slots.
+  constexpr int kPadded = Stride / Lanes, kPartSlots = kPadded < 32 / Lanes ? kPadded : 32 / Lanes;
+  constexpr int kParts = kPadded / kPartSlots, kWords = (kPartSlots + 3) / 4;
+  const int owner = rank % plan.owners, way = rank / plan.owners, own_tokens = plan.tiles_of(owner) * kTile;
   const int bytes = layer.values.groups * layer.values.stages;
-  // In step (a, b) lanes differ in (slot, head), so that they meet in few banks: theirs are a and b, turned by the lane.
-  int head_turn = lane % Lanes, slot_turn = lane / Lanes & slot_mask;
+  const int units = (own_tokens + 31) / 32 * kParts, rounds = (units + kValueWarps - 1) / kValueWarps;
+  const int round_tokens = kParts >= kValueWarps ? 32 : 32 * kValueWarps / kParts;  // no round has more
+  const uint32_t full_bytes = plan.cluster * own_tokens * Lanes * 4;
+  const int64_t cta = static_cast<int64_t>(cluster) * plan.cluster + rank;
+  // In step (a, b) lanes differ in (slot, head), so that they meet in no bank: theirs are a and b, exclusive-or the lane's.
+  const int head_turn = lane % Lanes, slot_turn = lane / Lanes % kPartSlots;
+  int turn = (slot_turn * Lanes + head_turn) * 4;  // in bytes of a codeword's bins
+  uint32_t byte_turn = 0x3210 ^ 0x1111 * (slot_turn & 3);
   keep(thread);
   keep(lane);
-  keep(head_turn);
-  keep(slot_turn);
-  uint32_t chunk_index = 0;
+  keep(turn);
+  keep(byte_turn);
+  uint32_t chunk_index = 0, item = 0;
 
-  for (int i = thread; i < plan.bins(); i += kValueThreads) {
-    shared.bins[i] = 0;
-    shared.totals[i] = 0;
-  }
+  for (int i = thread; i < plan.bins(); i += kValueThreads) shared.bins[i] = 0;
+  sync_warps<kValueThreads>(2);
 
-  for (; !cursor.done(); cursor.next(layer, call)) {
+  for (; !cursor.done(); cursor.next(layer, call), ++item) {
     const int kv_head = cursor.vhead / plan.parts;
     const Range range = coded_range(layer, call, cursor.row);
     const int group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.values.width) *
                            layer.values.stages;
-    const int first_byte = group_byte + static_cast<int>(rank) * slots, last_byte = group_byte + plan.slots;
-    const int wide = bytes % 4 == 0 && first_byte % 4 == 0 && plan.slots % 4 == 0 && slots % 4 == 0 ? 4 : 1;
     const int first_row = static_cast<int>(range.first - layer.sinks);
     const int8_t* linear = call.block_table == nullptr ? call.value_codes + (cursor.row * call.capacity + first_row) * bytes : nullptr;
     int last_token = range.count - 1;
     keep(linear);
     keep(last_token);
 
+    // Token of the chunk that the thread has in a round; past all others if none.
+    const auto offset_of = [&](int round) {
+      const int unit = round * kValueWarps + warp, own = unit / kParts * 32 + lane;
+      return unit < units && own < own_tokens ? (own / kTile * plan.owners + owner) * kTile + own % kTile : 1 << 30;
+    };
+    int first_offset = offset_of(0);
+    keep(first_offset);
     uint32_t coming[kWords];
-    const auto fetch = [&](int chunk) {
-      const int i = min(chunk * plan.chunk + thread, last_token);
+    const auto fetch = [&](int chunk, int round) {
+      const int offset = rounds == 1 ? first_offset : offset_of(round);
+      const int i = min(chunk * kChunk + offset, last_token);
+      const int first_byte = group_byte + way * plan.slots_per_cta + (round * kValueWarps + warp) % kParts * kPartSlots;
+      const int last_byte = group_byte + plan.slots;
+      const int wide = bytes % 4 == 0 && first_byte % 4 == 0 && plan.slots % 4 == 0 ? 4 : 1;
       const int8_t* row = linear != nullptr ? linear + static_cast<int64_t>(i) * bytes
                                             : call.value_codes + paged_row(call, cursor.row, first_row + i) * bytes;
       load_codes<kWords>(coming, row, first_byte, last_byte, wide);
     };
-    fetch(cursor.first);
+    fetch(cursor.first, 0);
 
     // Reference exponents of the item and of the window; of the thread's tokens the sums of weights under each.
     float item_reference[Lanes], reference[Lanes], item_sum[Lanes];
     uint32_t window_sum[Lanes];
     int window_tokens = 0;
+    bool flushed = false;
 #pragma unroll
     for (int h = 0; h < Lanes; ++h) {
       item_reference[h] = reference[h] = kNone;
       item_sum[h] = 0;
       window_sum[h] = 0;
     }
+    float* const scratch = memory.scratch + (2 * cta + (item & 1)) * plan.bins();
 
-    // Moves the window's bins into the item's totals. All value threads call it together.
-    const auto flush = [&](bool last) {
-      float keep_factor = 0, add_factor = 0;  // of the thread's bins: strides are multiples of Lanes
+    // Adds the window's bins to the item's in global memory. All value threads call it together.
+    const auto flush = [&]() {
+      float kept[Lanes], added[Lanes];
 #pragma unroll
       for (int h = 0; h < Lanes; ++h) {
         const float most = fmaxf(item_reference[h], reference[h]);
-        const float kept = item_reference[h] == kNone ? 0.0f : exp2_fast(item_reference[h] - most);
-        const float added = reference[h] == kNone ? 0.0f : exp2_fast(reference[h] - most - kFixedBits);
-        item_sum[h] = item_sum[h] * kept + static_cast<float>(window_sum[h]) * added;
+        kept[h] = item_reference[h] == kNone ? 0.0f : exp2_fast(item_reference[h] - most);
+        added[h] = reference[h] == kNone ? 0.0f : exp2_fast(reference[h] - most - kFixedBits);
+        item_sum[h] = item_sum[h] * kept[h] + static_cast<float>(window_sum[h]) * added[h];
         item_reference[h] = most;
         window_sum[h] = 0;
-        if (h == thread % Lanes) {
-          keep_factor = kept;
-          add_factor = added;
+      }
+      sync_warps<kValueThreads>(2);
+      const bool upper = Lanes == 8 && thread % 2 == 1;  // of a thread's four bins the heads: always the same
+      float4 keep4, add4;
+      if constexpr (Lanes == 1) {
+        keep4 = make_float4(kept[0], kept[0], kept[0], kept[0]);
+        add4 = make_float4(added[0], added[0], added[0], added[0]);
+      } else {
+        keep4 = make_float4(kept[0], kept[1], kept[2], kept[3]);
+        add4 = make_float4(added[0], added[1], added[2], added[3]);
+        if (upper) {
+          keep4 = make_float4(kept[Lanes - 4], kept[Lanes - 3], kept[Lanes - 2], kept[Lanes - 1]);
+          add4 = make_float4(added[Lanes - 4], added[Lanes - 3], added[Lanes - 2], added[Lanes - 1]);
         }
       }
-      sync_warps<kValueThreads>(2);
-      const int64_t partial = static_cast<int64_t>(cursor.vhead) * call.batch + cursor.row + cluster;
-      float* const out = memory.bins + (partial * plan.cluster + rank) * plan.bins();
-#pragma unroll 4
-      for (int i = thread; i < plan.bins(); i += kValueThreads) {
-        const float total = shared.totals[i] * keep_factor + static_cast<float>(shared.bins[i]) * add_factor;
-        shared.bins[i] = 0;
-        shared.totals[i] = last ? 0.0f : total;
-        if (last) out[i] = total;
+      constexpr int kVectors = kCodewords * Stride / 4;
+#pragma unroll 8
+      for (int i = thread; i < kVectors; i += kValueThreads) {
+        uint4* bins = reinterpret_cast<uint4*>(shared.bins) + i;
+        const uint4 u = *bins;
+        *bins = make_uint4(0, 0, 0, 0);
+        float4 total = make_float4(0, 0, 0, 0);
+        if (flushed) total = __ldcg(reinterpret_cast<const float4*>(scratch) + i);
+        total.x = total.x * keep4.x + static_cast<float>(u.x) * add4.x;
+        total.y = total.y * keep4.y + static_cast<float>(u.y) * add4.y;
+        total.z = total.z * keep4.z + static_cast<float>(u.z) * add4.z;
+        total.w = total.w * keep4.w + static_cast<float>(u.w) * add4.w;
+        __stcg(reinterpret_cast<float4*>(scratch) + i, total);
       }
       sync_warps<kValueThreads>(2);
+      flushed = true;
       window_tokens = 0;
     };
 
     for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
       const uint32_t buffer = chunk_index & 1;
-      uint32_t codes[kWords];
+      for (int round = 0; round < rounds; ++round) {
+        uint32_t codes[kWords];
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) codes[w] = coming[w];
-      if (chunk + 1 < cursor.stop) fetch(chunk + 1);
-      barrier_wait(shared.full + 8 * buffer, (chunk_index >> 1) & 1);
+        for (int w = 0; w < kWords; ++w) codes[w] = coming[w];
+        if (round + 1 < rounds) fetch(chunk, round + 1);
+        else if (chunk + 1 < cursor.stop) fetch(chunk + 1, 0);
+        if (round == 0) barrier_wait(shared.full + 8 * buffer, (chunk_index >> 1) & 1);
 
-      const bool valid = thread < plan.chunk && chunk * plan.chunk + thread <= last_token;
-      float score[Lanes];
+        const int unit = round * kValueWarps + warp, offset = rounds == 1 ? first_offset : offset_of(round);
+        const bool valid = chunk * kChunk + offset <= last_token;
+        float score[Lanes];
 #pragma unroll
-      for (int h = 0; h < Lanes; ++h) score[h] = 0;
-      if (valid) {
-        const float* scores = shared.scores + (buffer * plan.cluster * plan.chunk + thread) * Lanes;
-#pragma unroll 4
-        for (int other = 0; other < plan.cluster; ++other, scores += plan.chunk * Lanes) {
+        for (int h = 0; h < Lanes; ++h) score[h] = 0;
+        if (valid) {
+          const int stride = plan.own_tiles * kTile * Lanes;
+          const float* scores = shared.scores + buffer * plan.cluster * stride + (unit / kParts * 32 + lane) * Lanes;
           if constexpr (Lanes == 1) {
-            score[0] += scores[0];
+            for (int other = 0; other < plan.cluster; ++other) score[0] += scores[other * stride];
           } else {
+            for (int first = 0; first < plan.cluster; first += 4) {
+              float4 v[4][Lanes / 4];
 #pragma unroll
-            for (int h = 0; h < Lanes; h += 4) {
-              const float4 v = *reinterpret_cast<const float4*>(scores + h);
-              score[h] += v.x;
-              score[h + 1] += v.y;
-              score[h + 2] += v.z;
-              score[h + 3] += v.w;
+              for (int j = 0; j < 4; ++j)
+#pragma unroll
+                for (int h = 0; h < Lanes / 4; ++h)
+                  v[j][h] = first + j < plan.cluster ? reinterpret_cast<const float4*>(scores + (first + j) * stride)[h]
+                                                     : make_float4(0, 0, 0, 0);
+#pragma unroll
+              for (int j = 0; j < 4; ++j)
+#pragma unroll
+                for (int h = 0; h < Lanes / 4; ++h) {
+                  score[4 * h] += v[j][h].x;
+                  score[4 * h + 1] += v[j][h].y;
+                  score[4 * h + 2] += v[j][h].z;
+                  score[4 * h + 3] += v[j][h].w;
+                }
             }
           }
-        }
-      }
-      bool exceeds = window_tokens + plan.chunk > kWindowTokens || window_tokens == 0;
+          if (layer.softcap > 0)
 #pragma unroll
-      for (int h = 0; h < Lanes; ++h) {
-        if (layer.softcap > 0) score[h] = soft_capped(score[h], layer.softcap);
-        if (!valid) score[h] = kNone;
-        exceeds |= score[h] > reference[h] + kHeadroom;
-      }
-      exceeds = any_value_thread(exceeds);
-      // All have read the scores: the buffer may be filled again, here and in the other CTAs.
-      if (thread == 0) barrier_expect(shared.full + 8 * buffer, plan.cluster * plan.chunk * Lanes * 4);
-      if (thread < plan.cluster) barrier_arrive_remote(remote(shared.empty + 8 * buffer, thread));
-      if (exceeds) {  // a new window, whose reference is this chunk's largest
-        if (window_tokens > 0) flush(false);
+            for (int h = 0; h < Lanes; ++h) score[h] = soft_capped(score[h], layer.softcap);
+        }
+        bool exceeds = window_tokens + round_tokens > kWindowTokens || window_tokens == 0;
 #pragma unroll
         for (int h = 0; h < Lanes; ++h) {
-          const float most = warp_max(score[h]);
-          if (lane == h) shared.maxima[warp * Lanes + h] = most;
+          if (!valid) score[h] = kNone;
+          exceeds |= score[h] > reference[h] + kHeadroom;
         }
-        sync_warps<kValueThreads>(2);
-#pragma unroll
-        for (int h = 0; h < Lanes; ++h) {
-          float most = kNone;
-#pragma unroll
-          for (int w = 0; w < kValueWarps; ++w) most = fmaxf(most, shared.maxima[w * Lanes + h]);
-          reference[h] = most;
+        exceeds = any_value_thread(exceeds);
+        if (round == rounds - 1) {  // all have read the scores: the buffer may be filled again, by all CTAs
+          if (thread == 0) barrier_expect(shared.full + 8 * buffer, full_bytes);
+          if (thread < plan.cluster) barrier_arrive_remote(remote(shared.empty + 8 * buffer, thread));
         }
-        sync_warps<kValueThreads>(2);
-      }
-      window_tokens += plan.chunk;
+        if (exceeds) {  // a new window, whose reference is the largest here
+          if (window_tokens > 0) flush();
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h) {
+            const float most = warp_max(score[h]);
+            if (lane == h) shared.maxima[warp * Lanes + h] = most;
+          }
+          sync_warps<kValueThreads>(2);
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h) {
+            float most = kNone;
+#pragma unroll
+            for (int w = 0; w < kValueWarps; ++w) most = fmaxf(most, shared.maxima[w * Lanes + h]);
+            reference[h] = most;
+          }
+          sync_warps<kValueThreads>(2);
+        }
+        window_tokens += round_tokens;
 
-      uint32_t weight[Lanes];
+        if (valid) {
+          uint32_t weight[Lanes];
 #pragma unroll
-      for (int h = 0; h < Lanes; ++h) {
-        weight[h] = __float2uint_rn(exp2_fast(score[h] - reference[h] + kFixedBits));
-        window_sum[h] += weight[h];
-      }
-      // Turned by the lane, so that step b's is head (b + lane) % Lanes.
+          for (int h = 0; h < Lanes; ++h) {
+            weight[h] = __float2uint_rn(exp2_fast(score[h] - reference[h] + kFixedBits));
+            if (unit % kParts == 0) window_sum[h] += weight[h];
+          }
+          // Step b's is head b ^ head_turn, byte a of the codes that of slot a ^ slot_turn.
 #pragma unroll
-      for (int by = 1; by < Lanes; by *= 2) {
-        uint32_t turned[Lanes];
+          for (int by = 1; by < Lanes; by *= 2)
 #pragma unroll
-        for (int h = 0; h < Lanes; ++h) turned[h] = head_turn & by ? weight[(h + by) % Lanes] : weight[h];
+            for (int h = 0; h < Lanes; ++h)
+              if ((h & by) == 0) {
+                const uint32_t low = weight[h], high = weight[h + by];
+                weight[h] = turn & 4 * by ? high : low;
+                weight[h + by] = turn & 4 * by ? low : high;
+              }
 #pragma unroll
-        for (int h = 0; h < Lanes; ++h) weight[h] = turned[h];
-      }
-      if (valid) {
-#pragma unroll 4
-        for (int a = 0; a <= slot_mask; ++a) {
-          const int slot = (a + slot_turn) & slot_mask;
-          const uint32_t code = __byte_perm(codes[0], codes[1], slot) & 0xff;
-          if (slot < slots) {
-            uint32_t* bins = shared.bins + code * plan.stride + slot * Lanes;
+          for (int w = 0; w < kWords; ++w) codes[w] = __byte_perm(codes[w], 0, byte_turn);
 #pragma unroll
-            for (int b = 0; b < Lanes; ++b) atomicAdd(bins + (b + head_turn) % Lanes, weight[b]);
+          for (int by = 1; by < kWords; by *= 2)
+#pragma unroll
+            for (int w = 0; w < kWords; ++w)
+              if ((w & by) == 0) {
+                const uint32_t low = codes[w], high = codes[w + by];
+                codes[w] = turn & 16 * Lanes * by ? high : low;
+                codes[w + by] = turn & 16 * Lanes * by ? low : high;
+              }
+          char* const part = reinterpret_cast<char*>(shared.bins) + unit % kParts * (kPartSlots * Lanes * 4);
+#pragma unroll
+          for (int a = 0; a < kPartSlots; ++a) {
+            const uint32_t row = (codes[a / 4] >> (8 * (a % 4)) & 0xff) * (Stride * 4);
+#pragma unroll
+            for (int b = 0; b < Lanes; ++b)
+              atomicAdd(reinterpret_cast<uint32_t*>(part + (row | (turn ^ ((a * Lanes + b) * 4)))), weight[b]);
           }
         }
       }
     }
-    flush(true);
-    // The sum of weights over the threads.
+    flush();
+
+    // The sum of weights over the threads, and the references, for the other owners.
 #pragma unroll
     for (int h = 0; h < Lanes; ++h) {
       float sum = item_sum[h];
@@ -744,48 +809,103 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
       if (lane == h) shared.maxima[warp * Lanes + h] = sum;
     }
     sync_warps<kValueThreads>(2);
-    if (rank == 0 && thread < Lanes) {
+    if (thread < Lanes) {
       float total = 0, most = kNone;
       for (int w = 0; w < kValueWarps; ++w) total += shared.maxima[w * Lanes + thread];
 #pragma unroll
       for (int h = 0; h < Lanes; ++h)
         if (h == thread) most = item_reference[h];
-      const int64_t partial = static_cast<int64_t>(cursor.vhead) * call.batch + cursor.row + cluster;
-      memory.state[partial * Lanes + thread] = make_float2(most, total);
+      __stcg(memory.scratch_state + (2 * cta + (item & 1)) * Lanes + thread, make_float2(most, total));
     }
+    __threadfence();
     sync_warps<kValueThreads>(2);
+    if (thread < plan.cluster) barrier_arrive_remote(remote(shared.done, thread));
+    barrier_wait(shared.done, item & 1);
+    __threadfence();
+
+    // Each owner adds an equal share of its way's bins.
+    const int64_t partial = static_cast<int64_t>(cursor.vhead) * call.batch + cursor.row + cluster;
+    const int64_t first_cta = static_cast<int64_t>(cluster) * plan.cluster + way * plan.owners;
+    const int vectors = plan.bins() / 4, share = (vectors + plan.owners - 1) / plan.owners;
+    float most[Lanes];
+#pragma unroll
+    for (int h = 0; h < Lanes; ++h) most[h] = kNone;
+    for (int k = 0; k < plan.owners; ++k)
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h)
+        most[h] = fmaxf(most[h], __ldcg(memory.scratch_state + (2 * (first_cta + k) + (item & 1)) * Lanes + h).x);
+    if (rank == 0 && thread < Lanes) {
+      float total = 0, reference_out = kNone;
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h)
+        if (h == thread) reference_out = most[h];
+      for (int k = 0; k < plan.owners; ++k) {
+        const float2 state = __ldcg(memory.scratch_state + (2 * (first_cta + k) + (item & 1)) * Lanes + thread);
+        if (state.x != kNone) total += state.y * exp2_fast(state.x - reference_out);
+      }
+      memory.state[partial * Lanes + thread] = make_float2(reference_out, total);
+    }
+    float4* const out = reinterpret_cast<float4*>(memory.bins + (partial * plan.ways + way) * plan.bins());
+    const int first_head = Lanes == 8 ? 4 : 0;  // of odd vectors
+#pragma unroll 2
+    for (int i = owner * share + thread; i < min(vectors, (owner + 1) * share); i += kValueThreads) {
+      float4 total = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+      for (int k = 0; k < plan.owners; ++k) {
+        const int64_t other = 2 * (first_cta + k) + (item & 1);
+        const float4 v = __ldcg(reinterpret_cast<const float4*>(memory.scratch + other * plan.bins()) + i);
+        const float2* state = memory.scratch_state + other * Lanes;
+        float factor[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int head = Lanes == 1 ? 0 : j + (i % 2 ? first_head : 0);
+          float reference_out = most[0];
+#pragma unroll
+          for (int h = 1; h < Lanes; ++h) reference_out = h == head ? most[h] : reference_out;
+          const float own = __ldcg(state + head).x;
+          factor[j] = own == kNone ? 0.0f : exp2_fast(own - reference_out);
+        }
+        total.x += v.x * factor[0];
+        total.y += v.y * factor[1];
+        total.z += v.z * factor[2];
+        total.w += v.w * factor[3];
+      }
+      out[i] = total;
+    }
   }
 }
 
-template <int Blocks, int Lanes>
+template <int Blocks, int Lanes, int Stride>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ DecodePlan plan, Constants constants, Memory memory, int vheads) {
-  const Shared shared = shared_of(plan, shared_memory);
+  const Shared shared = shared_of(plan);
   const uint32_t rank = cluster_rank();
   const int cluster = blockIdx.x / plan.cluster, clusters = gridDim.x / plan.cluster;
-  const Line line = line_of(layer, call, plan.chunk, vheads, clusters);
+  const Line line = line_of(layer, call, vheads, clusters);
   Cursor cursor{};
-  cursor.start(layer, call, line, plan.chunk, cluster);
-  if (threadIdx.x == 0)
+  cursor.start(layer, call, line, cluster);
+  if (threadIdx.x == 0) {
     for (int b = 0; b < 2; ++b) {
       barrier_init(shared.full + 8 * b, 1);
       barrier_init(shared.empty + 8 * b, plan.cluster);
-      barrier_expect(shared.full + 8 * b, plan.cluster * plan.chunk * Lanes * 4);
+      barrier_expect(shared.full + 8 * b, plan.cluster * plan.tiles_of(rank % plan.owners) * kTile * Lanes * 4);
     }
+    barrier_init(shared.done, plan.cluster);
+  }
   cluster_sync();  // no CTA may write into another that has not started
   if (threadIdx.x < kKeyThreads) {
-    set_registers<168, true>();
+    set_registers<192, true>();
     score_keys<Blocks, Lanes>(layer, call, plan, constants, shared, cursor, rank);
   } else {
-    set_registers<88, false>();
-    bin_values<Lanes>(layer, call, plan, memory, shared, cursor, rank, cluster);
+    set_registers<112, false>();
+    bin_values<Lanes, Stride>(layer, call, plan, memory, shared, cursor, rank, cluster);
   }
   cluster_sync();  // nor leave while others write into it
 }
 
 #else
-template <int Blocks, int Lanes>
+template <int Blocks, int Lanes, int Stride>
 __global__ void decode_kernel(gsrq_layer, gsrq_call, DecodePlan, Constants, Memory, int) {}
 #endif
 
@@ -820,12 +940,12 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   __shared__ float reference[Rows], inverse[Rows];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
-  const Line line = line_of(layer, call, plan.chunk, vheads, clusters);
+  const Line line = line_of(layer, call, vheads, clusters);
   if (warp == 0) {
-    int64_t before = chunks_before(layer, call, plan.chunk, first_row);
+    int64_t before = chunks_before(layer, call, first_row);
     for (int at = 0; at < rows; at += 32) {
       const int r = at + lane;
-      const int64_t own = r < rows ? chunks_of(layer, call, plan.chunk, first_row + r) : 0;
+      const int64_t own = r < rows ? chunks_of(layer, call, first_row + r) : 0;
       int64_t sum = own;
       for (int o = 1; o < 32; o *= 2) {
         const int64_t up = __shfl_up_sync(~0u, sum, o);
@@ -861,7 +981,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   const __half* from = static_cast<const __half*>(layer.values.codewords) +
                        (group * layer.values.stages + slot % layer.values.stages) * kCodewords * layer.values.width + column;
   const bool aligned = layer.values.width % 8 == 0 && column % 8 == 0;
-  const int vectors = width / 8, rank = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
+  const int vectors = width / 8, way = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
   const int g = lane / 4, t = lane % 4;
   constexpr int kWarps = kCombineThreads / 32, kPieces = 256 / 8 / kWarps;  // pieces of 8 dims of a warp
   float sums[Rows / 16][kPieces][4];
@@ -887,10 +1007,10 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
       float totals[8] = {0, 0, 0, 0, 0, 0, 0, 0};
       if (r < rows) {
         const int64_t base = static_cast<int64_t>(vhead) * call.batch + first_row + r;
-        const float* bins = memory.bins + rank * plan.bins() + (first_code + code) * plan.stride + place * plan.lanes;
+        const float* bins = memory.bins + way * plan.bins() + (first_code + code) * plan.stride + place * plan.lanes;
 #pragma unroll 4
         for (int k = first_owner[r]; k <= last_owner[r]; ++k) {
-          const float* from_bins = bins + (base + k) * plan.cluster * plan.bins();
+          const float* from_bins = bins + (base + k) * plan.ways * plan.bins();
           const float2* state = memory.state + (base + k) * plan.lanes;
           float v[8];
           if (plan.lanes == 1) {
@@ -1226,27 +1346,31 @@ bool multipliers_fit(const gsrq_layer& layer) {
 
 using Kernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Constants, Memory, int);
 
-template <int Lanes>
+template <int Lanes, int Stride>
 Kernel kernel_of(int blocks) {
   switch (blocks) {
 #ifndef GSRQ_DECODE_FEW
-    case 1: return decode_kernel<1, Lanes>;
-    case 2: return decode_kernel<2, Lanes>;
-    case 6: return decode_kernel<6, Lanes>;
+    case 1: return decode_kernel<1, Lanes, Stride>;
+    case 2: return decode_kernel<2, Lanes, Stride>;
+    case 6: return decode_kernel<6, Lanes, Stride>;
 #endif
-    case 3: return decode_kernel<3, Lanes>;
-    case 4: return decode_kernel<4, Lanes>;
+    case 3: return decode_kernel<3, Lanes, Stride>;
+    case 4: return decode_kernel<4, Lanes, Stride>;
     default: return nullptr;
   }
 }
 
 Kernel kernel_of(const DecodePlan& plan) {
-  switch (plan.lanes) {
+  switch (plan.lanes * 1000 + plan.stride) {
 #ifndef GSRQ_DECODE_FEW
-    case 1: return kernel_of<1>(plan.blocks);
-    case 8: return kernel_of<8>(plan.blocks);
+    case 1008: return kernel_of<1, 8>(plan.blocks);
+    case 1016: return kernel_of<1, 16>(plan.blocks);
+    case 1032: return kernel_of<1, 32>(plan.blocks);
+    case 4032: return kernel_of<4, 32>(plan.blocks);
+    case 8032: return kernel_of<8, 32>(plan.blocks);
+    case 8064: return kernel_of<8, 64>(plan.blocks);
 #endif
-    case 4: return kernel_of<4>(plan.blocks);
+    case 4064: return kernel_of<4, 64>(plan.blocks);
     default: return nullptr;
   }
 }
@@ -1305,7 +1429,9 @@ int resident_clusters(const DecodePlan& plan) {
 Memory take_memory(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, int vheads, int clusters, Arena& workspace) {
   const int64_t rows = static_cast<int64_t>(vheads) * call.batch, partials = rows + clusters;
   Memory m{};
-  m.bins = workspace.take<float>(partials * plan.cluster * plan.bins());
+  m.bins = workspace.take<float>(partials * plan.ways * plan.bins());
+  m.scratch = workspace.take<float>(2LL * clusters * plan.cluster * plan.bins());
+  m.scratch_state = workspace.take<float2>(2LL * clusters * plan.cluster * plan.lanes);
   m.state = workspace.take<float2>(partials * plan.lanes);
   m.combined = workspace.take<float2>(rows * plan.lanes);
   m.values = workspace.take<float>(rows * plan.slots * plan.lanes * plan.width);
