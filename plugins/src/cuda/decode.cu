@@ -29,6 +29,12 @@ static_assert(kWindowTokens * 4LL * (1 << kFixedBits) < (1LL << 32), "bins would
 
 extern __shared__ __align__(128) char shared_memory[];
 
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 struct KeyScale {  // of a CTA's stages: codeword sum = integers * unit
   float unit, shrink;
   signed char multipliers[kMostBlocks * kBlockStages];
@@ -193,7 +199,7 @@ __device__ inline void sync_warps(int id) {
 }
 
 // Scoring holds many values in registers, binning few; the pool is split unevenly where the target can. The sum must not
-// exceed what the block is launched with, 168 a thread: 8 * 192 + 4 * 112 <= 12 * 168.
+// exceed what the block is launched with, 128 a thread: 8 * 152 + 8 * 104 = 16 * 128.
 template <int Registers, bool More>
 __device__ inline void set_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
@@ -257,19 +263,19 @@ __device__ inline void load_codes(uint32_t (&out)[Words], const int8_t* row, int
 
 struct Shared {  // a CTA's shared memory, by the plan; the key slice lies first
   uint32_t* bins;  // [256][stride]: of the current window
-  float* scores;   // [2][cluster][own tiles][16][lanes]: partial, of the tokens that the CTA weighs
+  float* scores;   // [kBuffers][cluster][own tiles][16][lanes]: partial, of the tokens that the CTA weighs
   float* maxima;   // [kValueWarps][lanes]
-  uint32_t full, empty, done;  // addresses of barriers: two, two, one
+  uint32_t full, empty, done;  // addresses of barriers: kBuffers, kBuffers, one
 };
 
 __device__ inline Shared shared_of(const DecodePlan& p) {
   Shared s;
   s.bins = reinterpret_cast<uint32_t*>(shared_memory + p.blocks * kBlockBytes);
   s.scores = reinterpret_cast<float*>(s.bins + p.bins());
-  s.maxima = s.scores + 2 * p.cluster * p.own_tiles * kTile * p.lanes;
+  s.maxima = s.scores + kBuffers * p.cluster * p.own_tiles * kTile * p.lanes;
   s.full = shared_address(s.maxima + kValueWarps * 8);
-  s.empty = s.full + 16;
-  s.done = s.full + 32;
+  s.empty = s.full + 8 * kBuffers;
+  s.done = s.empty + 8 * kBuffers;
   return s;
 }
 
@@ -339,14 +345,15 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     keep(high[i]);
   }
   // Where the scores of the warp's two tiles go, in their owners' memory.
-  uint32_t score_base[2], first_owner[2], buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4;
+  uint32_t score_base[2], full_base[2], buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     const int tile = m * kKeyWarps + warp, owner = tile % plan.owners, place = tile / plan.owners;
-    score_base[m] = shared_address(shared.scores) + (((rank * plan.own_tiles + place) * kTile + g) * Lanes + 2 * t) * 4;
-    first_owner[m] = owner;
+    score_base[m] = remote(shared_address(shared.scores) +
+                               (((rank * plan.own_tiles + place) * kTile + g) * Lanes + 2 * t) * 4, owner);
+    full_base[m] = remote(shared.full, owner);
     keep(score_base[m]);
-    keep(first_owner[m]);
+    keep(full_base[m]);
   }
   keep(buffer_bytes);
   int loaded = -1;
@@ -421,36 +428,27 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     // The products' columns of a thread are heads 2 t and 2 t + 1.
     const float scale0 = __shfl_sync(~0u, query_scale, (2 * t) * 4), scale1 = __shfl_sync(~0u, query_scale, (2 * t + 1) * 4);
 
-    uint32_t codes[2][2][Blocks], coming[2][2][Blocks];  // [tile][octet]
+    uint32_t codes[2][2][Blocks];  // [tile][octet]
     const int first_row = static_cast<int>(range.first - layer.sinks);
     const int8_t* linear = call.block_table == nullptr ? call.key_codes + (cursor.row * call.capacity + first_row) * bytes : nullptr;
-    int last_token = range.count - 1, stride = bytes;
+    int last_token = range.count - 1;
     keep(linear);
     keep(last_token);
-    keep(stride);
     const auto fetch = [&](int chunk) {
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int o = 0; o < 2; ++o) {
           const int i = min(chunk * kChunk + token_in_chunk + m * kStride + 8 * o, last_token);
-          const int8_t* row = linear != nullptr ? linear + static_cast<int64_t>(i) * stride
+          const int8_t* row = linear != nullptr ? linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes)
                                                 : call.key_codes + paged_row(call, cursor.row, first_row + i) * bytes;
-          load_codes<Blocks>(coming[m][o], row, first_byte, last_byte, wide);
+          load_codes<Blocks>(codes[m][o], row, first_byte, last_byte, wide);
         }
     };
     fetch(cursor.first);
 
     int since_anchor = 0;
     for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int o = 0; o < 2; ++o)
-#pragma unroll
-          for (int i = 0; i < Blocks; ++i) codes[m][o][i] = coming[m][o][i];
-      if (chunk + 1 < cursor.stop) fetch(chunk + 1);
-
       int sums[2][2][2][4];  // [tile][octet][half]
 #pragma unroll
       for (int m = 0; m < 2; ++m)
@@ -482,8 +480,10 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
             }
       }
 
-      const uint32_t buffer = chunk_index & 1;
-      barrier_wait(shared.empty + 8 * buffer, ((chunk_index >> 1) & 1) ^ 1);
+      if (chunk + 1 < cursor.stop) fetch(chunk + 1);
+
+      const uint32_t buffer = chunk_index % kBuffers;
+      barrier_wait(shared.empty + 8 * buffer, (chunk_index / kBuffers & 1) ^ 1);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
@@ -517,18 +517,21 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
             query_y[u][k] = y * step_c[u][k] - x * step_s[u][k];
           }
         if (2 * t < Lanes) {
+          uint32_t to = score_base[m] + buffer * buffer_bytes, barrier = full_base[m] + 8 * buffer;
 #pragma unroll 1
-          for (int way = 0; way < plan.ways; ++way) {
-            const uint32_t other = first_owner[m] + way * plan.owners;
-            const uint32_t to = remote(score_base[m] + buffer * buffer_bytes, other), below = to + 8 * Lanes * 4;
-            const uint32_t barrier = remote(shared.full + 8 * buffer, other);
+          for (int way = 0;;) {
             if constexpr (Lanes == 1) {
               store_remote(to, products[0] * scale0, barrier);
-              store_remote(below, products[2] * scale0, barrier);
+              store_remote(to + 8 * Lanes * 4, products[2] * scale0, barrier);
             } else {
               store_remote(to, products[0] * scale0, products[1] * scale1, barrier);
-              store_remote(below, products[2] * scale0, products[3] * scale1, barrier);
+              store_remote(to + 8 * Lanes * 4, products[2] * scale0, products[3] * scale1, barrier);
             }
+            if (++way == plan.ways) break;
+            const int tile = m * kKeyWarps + warp, other = tile % plan.owners + way * plan.owners;
+            const int place = (buffer * plan.cluster + rank) * plan.own_tiles + tile / plan.owners;
+            to = remote(shared_address(shared.scores) + ((place * kTile + g) * Lanes + 2 * t) * 4, other);
+            barrier = remote(shared.full + 8 * buffer, other);
           }
         }
       }
@@ -541,12 +544,6 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 }
 
 // -------------------------------------------------------------------------------------------------------------- values
-
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // softcap * tanh(x / softcap) in units of log2, without the slow paths of a division.
 __device__ inline float soft_capped(float x, float cap) {
@@ -569,25 +566,26 @@ __device__ inline float warp_max(float x) {
   return __int_as_float(most ^ ((most >> 31) & 0x7fffffff));
 }
 
-// A warp weighs 32 of the CTA's tokens, a thread a token, and bins them for up to 32 / Lanes slots.
+// A warp weighs a tile of the CTA's and bins it for up to 32 / Lanes slots: each half of the warp has the tile's 16 tokens,
+// a thread a token, and half of the slots.
 template <int Lanes, int Stride>
 __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                            const Shared& shared, Cursor cursor, uint32_t rank, int cluster) {
   int thread = threadIdx.x - kKeyThreads, lane = thread % 32;
   const int warp = thread / 32;
-  // Units of a warp's work: 32 tokens times a part of the slots.
   constexpr int kPadded = Stride / Lanes, kPartSlots = kPadded < 32 / Lanes ? kPadded : 32 / Lanes;
-  constexpr int kParts = kPadded / kPartSlots, kWords = (kPartSlots + 3) / 4;
-  const int owner = rank % plan.owners, way = rank / plan.owners, own_tokens = plan.tiles_of(owner) * kTile;
+  constexpr int kParts = kPadded / kPartSlots, kSlots = kPartSlots / 2, kWords = (kSlots + 3) / 4;
+  const int owner = rank % plan.owners, way = rank / plan.owners, own_tiles = plan.tiles_of(owner);
   const int bytes = layer.values.groups * layer.values.stages;
-  const int units = (own_tokens + 31) / 32 * kParts, rounds = (units + kValueWarps - 1) / kValueWarps;
-  const int round_tokens = kParts >= kValueWarps ? 32 : 32 * kValueWarps / kParts;  // no round has more
-  const uint32_t full_bytes = plan.cluster * own_tokens * Lanes * 4;
+  const int units = own_tiles * kParts, rounds = (units + kValueWarps - 1) / kValueWarps;
+  const int round_tokens = kParts >= kValueWarps ? kTile : kTile * kValueWarps / kParts;  // no round has more
+  const uint32_t full_bytes = plan.cluster * own_tiles * kTile * Lanes * 4;
   const int64_t cta = static_cast<int64_t>(cluster) * plan.cluster + rank;
   // In step (a, b) lanes differ in (slot, head), so that they meet in no bank: theirs are a and b, exclusive-or the lane's.
-  const int head_turn = lane % Lanes, slot_turn = lane / Lanes % kPartSlots;
-  int turn = (slot_turn * Lanes + head_turn) * 4;  // in bytes of a codeword's bins
+  const int half = lane / kTile, head_turn = lane % Lanes, slot_turn = lane % kTile / Lanes % kSlots;
+  int turn = ((half * kSlots + slot_turn) * Lanes + head_turn) * 4;  // in bytes of a codeword's bins
   uint32_t byte_turn = 0x3210 ^ 0x1111 * (slot_turn & 3);
+  if constexpr (kSlots < 4) byte_turn >>= 8 * half;  // the loaded word has both halves' codes
   keep(thread);
   keep(lane);
   keep(turn);
@@ -610,8 +608,8 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
 
     // Token of the chunk that the thread has in a round; past all others if none.
     const auto offset_of = [&](int round) {
-      const int unit = round * kValueWarps + warp, own = unit / kParts * 32 + lane;
-      return unit < units && own < own_tokens ? (own / kTile * plan.owners + owner) * kTile + own % kTile : 1 << 30;
+      const int unit = round * kValueWarps + warp;
+      return unit < units ? (unit / kParts * plan.owners + owner) * kTile + lane % kTile : 1 << 30;
     };
     int first_offset = offset_of(0);
     keep(first_offset);
@@ -619,10 +617,11 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     const auto fetch = [&](int chunk, int round) {
       const int offset = rounds == 1 ? first_offset : offset_of(round);
       const int i = min(chunk * kChunk + offset, last_token);
-      const int first_byte = group_byte + way * plan.slots_per_cta + (round * kValueWarps + warp) % kParts * kPartSlots;
+      const int first_byte = group_byte + way * plan.slots_per_cta +
+                             (round * kValueWarps + warp) % kParts * kPartSlots + (kSlots < 4 ? 0 : lane / kTile * kSlots);
       const int last_byte = group_byte + plan.slots;
       const int wide = bytes % 4 == 0 && first_byte % 4 == 0 && plan.slots % 4 == 0 ? 4 : 1;
-      const int8_t* row = linear != nullptr ? linear + static_cast<int64_t>(i) * bytes
+      const int8_t* row = linear != nullptr ? linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes)
                                             : call.value_codes + paged_row(call, cursor.row, first_row + i) * bytes;
       load_codes<kWords>(coming, row, first_byte, last_byte, wide);
     };
@@ -687,14 +686,14 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     };
 
     for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
-      const uint32_t buffer = chunk_index & 1;
+      const uint32_t buffer = chunk_index % kBuffers;
       for (int round = 0; round < rounds; ++round) {
         uint32_t codes[kWords];
 #pragma unroll
         for (int w = 0; w < kWords; ++w) codes[w] = coming[w];
         if (round + 1 < rounds) fetch(chunk, round + 1);
         else if (chunk + 1 < cursor.stop) fetch(chunk + 1, 0);
-        if (round == 0) barrier_wait(shared.full + 8 * buffer, (chunk_index >> 1) & 1);
+        if (round == 0) barrier_wait(shared.full + 8 * buffer, chunk_index / kBuffers & 1);
 
         const int unit = round * kValueWarps + warp, offset = rounds == 1 ? first_offset : offset_of(round);
         const bool valid = chunk * kChunk + offset <= last_token;
@@ -703,7 +702,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
         for (int h = 0; h < Lanes; ++h) score[h] = 0;
         if (valid) {
           const int stride = plan.own_tiles * kTile * Lanes;
-          const float* scores = shared.scores + buffer * plan.cluster * stride + (unit / kParts * 32 + lane) * Lanes;
+          const float* scores = shared.scores + buffer * plan.cluster * stride + (unit / kParts * kTile + lane % kTile) * Lanes;
           if constexpr (Lanes == 1) {
             for (int other = 0; other < plan.cluster; ++other) score[0] += scores[other * stride];
           } else {
@@ -765,7 +764,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
           for (int h = 0; h < Lanes; ++h) {
             weight[h] = __float2uint_rn(exp2_fast(score[h] - reference[h] + kFixedBits));
-            if (unit % kParts == 0) window_sum[h] += weight[h];
+            if (unit % kParts == 0 && lane < kTile) window_sum[h] += weight[h];
           }
           // Step b's is head b ^ head_turn, byte a of the codes that of slot a ^ slot_turn.
 #pragma unroll
@@ -790,7 +789,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
               }
           char* const part = reinterpret_cast<char*>(shared.bins) + unit % kParts * (kPartSlots * Lanes * 4);
 #pragma unroll
-          for (int a = 0; a < kPartSlots; ++a) {
+          for (int a = 0; a < kSlots; ++a) {
             const uint32_t row = (codes[a / 4] >> (8 * (a % 4)) & 0xff) * (Stride * 4);
 #pragma unroll
             for (int b = 0; b < Lanes; ++b)
@@ -886,7 +885,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   Cursor cursor{};
   cursor.start(layer, call, line, cluster);
   if (threadIdx.x == 0) {
-    for (int b = 0; b < 2; ++b) {
+    for (int b = 0; b < kBuffers; ++b) {
       barrier_init(shared.full + 8 * b, 1);
       barrier_init(shared.empty + 8 * b, plan.cluster);
       barrier_expect(shared.full + 8 * b, plan.cluster * plan.tiles_of(rank % plan.owners) * kTile * Lanes * 4);
@@ -895,10 +894,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   }
   cluster_sync();  // no CTA may write into another that has not started
   if (threadIdx.x < kKeyThreads) {
-    set_registers<192, true>();
+    set_registers<152, true>();
     score_keys<Blocks, Lanes>(layer, call, plan, constants, shared, cursor, rank);
   } else {
-    set_registers<112, false>();
+    set_registers<104, false>();
     bin_values<Lanes, Stride>(layer, call, plan, memory, shared, cursor, rank, cluster);
   }
   cluster_sync();  // nor leave while others write into it
@@ -1002,26 +1001,27 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
         for (int j = 0; j < 8; ++j) words[code * pitch + at + j] = source[j];
     }
     // Bins of all owners, scaled and added in the owners' order; a thread has the heads of one (row, codeword).
+#pragma unroll 4
     for (int i = thread; i < (tiles * 16 + plan.lanes - 1) / plan.lanes * Codes; i += kCombineThreads) {
       const int code = i % Codes, r = i / Codes;
       float totals[8] = {0, 0, 0, 0, 0, 0, 0, 0};
       if (r < rows) {
         const int64_t base = static_cast<int64_t>(vhead) * call.batch + first_row + r;
         const float* bins = memory.bins + way * plan.bins() + (first_code + code) * plan.stride + place * plan.lanes;
-#pragma unroll 4
+#pragma unroll 2
         for (int k = first_owner[r]; k <= last_owner[r]; ++k) {
           const float* from_bins = bins + (base + k) * plan.ways * plan.bins();
           const float2* state = memory.state + (base + k) * plan.lanes;
           float v[8];
           if (plan.lanes == 1) {
-            v[0] = from_bins[0];
+            v[0] = __ldg(from_bins);
           } else {
-            *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(from_bins);
-            if (plan.lanes == 8) *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(from_bins + 4);
+            *reinterpret_cast<float4*>(v) = __ldg(reinterpret_cast<const float4*>(from_bins));
+            if (plan.lanes == 8) *reinterpret_cast<float4*>(v + 4) = __ldg(reinterpret_cast<const float4*>(from_bins) + 1);
           }
 #pragma unroll
           for (int h = 0; h < 8; ++h)
-            if (h < plan.lanes) totals[h] += exp2f(state[h].x - reference[r * plan.lanes + h]) * v[h];
+            if (h < plan.lanes) totals[h] += exp2_fast(__ldg(state + h).x - reference[r * plan.lanes + h]) * v[h];
         }
       }
 #pragma unroll
@@ -1130,10 +1130,10 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
       pair_elements(layer, p, &e0, &e1);
       const int64_t base =
           (static_cast<int64_t>(row) * layer.heads + kv_head * plan.group + part * plan.part_heads + h) * d;
-      x = load(call.query, base + e0, call.dtype) * scale;
-      y = load(call.query, base + e1, call.dtype) * scale;
+      x = load_constant(call.query, base + e0, call.dtype) * scale;
+      y = load_constant(call.query, base + e1, call.dtype) * scale;
     }
-    const float c = p < half ? layer.cos[exact.past * half + p] : 1.0f, s = p < half ? layer.sin[exact.past * half + p] : 0.0f;
+    const float c = p < half ? __ldg(layer.cos + exact.past * half + p) : 1.0f, s = p < half ? __ldg(layer.sin + exact.past * half + p) : 0.0f;
     queries[h * d + 2 * p] = x * c - y * s;
     queries[h * d + 2 * p + 1] = y * c + x * s;
   }
@@ -1148,17 +1148,17 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
     const bool is_new = place[n] < 0;
     float x, y, v0, v1;
     if (is_new) {
-      x = rounded(load(call.key, fresh + e0, call.dtype), call.exact_dtype);
-      y = rounded(load(call.key, fresh + e1, call.dtype), call.exact_dtype);
-      v0 = rounded(load(call.value, fresh + 2 * p, call.dtype), call.exact_dtype);
-      v1 = rounded(load(call.value, fresh + 2 * p + 1, call.dtype), call.exact_dtype);
+      x = rounded(load_constant(call.key, fresh + e0, call.dtype), call.exact_dtype);
+      y = rounded(load_constant(call.key, fresh + e1, call.dtype), call.exact_dtype);
+      v0 = rounded(load_constant(call.value, fresh + 2 * p, call.dtype), call.exact_dtype);
+      v1 = rounded(load_constant(call.value, fresh + 2 * p + 1, call.dtype), call.exact_dtype);
     } else {
-      x = load(call.key_exact, at + e0, call.exact_dtype);
-      y = load(call.key_exact, at + e1, call.exact_dtype);
-      v0 = load(call.value_exact, at + 2 * p, call.exact_dtype);
-      v1 = load(call.value_exact, at + 2 * p + 1, call.exact_dtype);
+      x = load_constant(call.key_exact, at + e0, call.exact_dtype);
+      y = load_constant(call.key_exact, at + e1, call.exact_dtype);
+      v0 = load_constant(call.value_exact, at + 2 * p, call.exact_dtype);
+      v1 = load_constant(call.value_exact, at + 2 * p + 1, call.exact_dtype);
     }
-    const float c = p < half ? layer.cos[token * half + p] : 1.0f, s = p < half ? layer.sin[token * half + p] : 0.0f;
+    const float c = p < half ? __ldg(layer.cos + token * half + p) : 1.0f, s = p < half ? __ldg(layer.sin + token * half + p) : 0.0f;
     keys[n * pitch + 2 * p] = x * c - y * s;
     keys[n * pitch + 2 * p + 1] = y * c + x * s;
     values[n * pitch + 2 * p] = v0;

@@ -10,9 +10,10 @@ namespace gsrq::cuda {
 constexpr int kCodewords = 256;
 constexpr int kTile = 16;       // tokens of a tensor-core tile
 constexpr int kKeyWarps = 8;    // score tokens, two tiles a chunk each
-constexpr int kValueWarps = 4;  // turn scores into weights and add them into bins
+constexpr int kValueWarps = 8;  // turn scores into weights and add them into bins
 constexpr int kChunkTiles = 2 * kKeyWarps;
 constexpr int kChunk = kChunkTiles * kTile;  // tokens that are scored together
+constexpr int kBuffers = 4;     // chunks whose scores may be under way
 constexpr int kDecodeThreads = 32 * (kKeyWarps + kValueWarps);
 constexpr int kSliceDims = 32;             // dims of a key slice: 16 RoPE pairs
 constexpr int kBlockStages = 4;            // stages of a slice that lie in one row of 128 bytes
@@ -45,7 +46,7 @@ struct DecodePlan {
 };
 
 inline int decode_shared_bytes(const DecodePlan& p) {
-  return p.blocks * kBlockBytes + p.bins() * 4 + 2 * p.cluster * p.own_tiles * kTile * p.lanes * 4 + 512;
+  return p.blocks * kBlockBytes + p.bins() * 4 + kBuffers * p.cluster * p.own_tiles * kTile * p.lanes * 4 + 512;
 }
 
 // False where the fast decode does not apply.
