@@ -1,0 +1,505 @@
+// Greedy encoding on tensor cores. All 256 products of a residual and a stage's codewords come from float16 products with
+// float32 sums; where the best two are closer than a bound of the error of that, they are compared again in float32 from
+// the float32 residual, and where that cannot tell either, in float64 from the vector itself. docs/cuda.md has the bounds.
+//
+// A thread block has a tile of vectors of one group, with their residuals, for all stages; the codewords stream by.
+#include "encode.cuh"
+#include "mma.cuh"
+
+namespace gsrq::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = 8;
+constexpr int kWords = 128;  // codewords of a tile
+constexpr int kDepth = 64;   // their elements of a tile
+constexpr int kTileStride = kDepth + 8;
+constexpr int kRing = 3;     // tiles in shared memory
+constexpr int kLanesOfRow = 8;
+
+// The best two candidates, best first, and the value of the third.
+struct Best {
+  float first, second, third;
+  int code, other;
+};
+
+__device__ void merge(Best& a, Best o) {
+  if (o.first > a.first) {
+    const Best swap = a;
+    a = o, o = swap;
+  }
+  if (o.first > a.second) {
+    a.third = fmaxf(a.second, o.second);
+    a.second = o.first, a.other = o.code;
+  } else {
+    a.third = fmaxf(a.third, o.first);
+  }
+}
+
+// What is known of a row's residual r, kept in float32: the products see high = float16(r / scale).
+struct Row {
+  float scale;   // a power of two, at least the norm of r
+  float norm;    // of high, at most
+  float off;     // ||r / scale - high||, at most
+  float error;   // ||r - true residual||, at most
+};
+
+template <int Tiles, int RowWarps>
+struct Shape {
+  static constexpr int kRows = 16 * Tiles * RowWarps, kWordWarps = kWarps / RowWarps;
+  static constexpr int kNear = kWords / kWordWarps / 8;  // 8-codeword tiles of a warp
+  static_assert(kNear % 2 == 0 && 4 * kNear <= 32, "pairs of tiles; an id of a thread's candidates takes five bits");
+};
+
+struct Layout {
+  int rows, word_warps, padded;
+  __host__ __device__ int high_stride() const { return padded + 8; }
+  __host__ __device__ int residual_stride() const { return padded + 4; }
+  __host__ __device__ size_t residual_at() const { return sizeof(__half) * rows * high_stride(); }
+  __host__ __device__ size_t ring_at() const { return residual_at() + sizeof(float) * rows * residual_stride(); }
+  __host__ __device__ size_t norms_at() const { return ring_at() + sizeof(__half) * kRing * kWords * kTileStride; }
+  __host__ __device__ size_t best_at() const { return norms_at() + sizeof(float) * 4 * kWords; }
+  __host__ __device__ size_t row_at() const { return best_at() + sizeof(float4) * rows * word_warps; }
+  __host__ __device__ size_t bytes() const { return row_at() + sizeof(Row) * rows; }
+};
+
+__device__ float row_sum(float x) {
+  for (int offset = kLanesOfRow / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+__device__ double warp_sum(double x) {
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+__device__ float warp_max(float x) {
+  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
+// Four elements of a codeword, in units of its stage's scale.
+__device__ float4 word_elements(const EncodeBook& book, int64_t word, int at) {
+  const uint2 high = *reinterpret_cast<const uint2*>(book.high + word * book.padded + at);
+  const uint2 low = *reinterpret_cast<const uint2*>(book.low + word * book.padded + at);
+  const auto two = [](uint32_t a, uint32_t b) {
+    const float2 x = __half22float2(*reinterpret_cast<const __half2*>(&a));
+    const float2 y = __half22float2(*reinterpret_cast<const __half2*>(&b));
+    return make_float2(x.x + y.x, x.y + y.y);
+  };
+  const float2 front = two(high.x, low.x), back = two(high.y, low.y);
+  return make_float4(front.x, front.y, back.x, back.y);
+}
+
+__device__ float power_of_two_above(float x) {  // of a normal positive x
+  return __int_as_float((__float_as_int(x) & 0x7f800000) + 0x00800000);
+}
+
+// Splits a row's float32 residual for the next products. Called by the 8 lanes of each row of the warp; squares: this
+// lane's share of ||r||^2; stage_scale: that of the next stage.
+__device__ void finish_row(const Layout& layout, float squares, float stage_scale, const float* residual, __half* high,
+                           float error, Row* row) {
+  const int lane = threadIdx.x % kLanesOfRow;
+  const float norm = sqrtf(row_sum(squares)) * 1.00001f;
+  const float scale = power_of_two_above(fmaxf(fmaxf(norm, stage_scale * 0x1p-20f), 0x1p-100f)), inverse = 1.0f / scale;
+  float off = 0;
+  for (int at = lane * 4; at < layout.padded; at += 4 * kLanesOfRow) {
+    const float4 r = *reinterpret_cast<const float4*>(residual + at);
+    const __half2 front = __floats2half2_rn(r.x * inverse, r.y * inverse);
+    const __half2 back = __floats2half2_rn(r.z * inverse, r.w * inverse);
+    *reinterpret_cast<__half2*>(high + at) = front;
+    *reinterpret_cast<__half2*>(high + at + 2) = back;
+    const float2 f = __half22float2(front), k = __half22float2(back);
+    const float a = r.x * inverse - f.x, b = r.y * inverse - f.y, c = r.z * inverse - k.x, d = r.w * inverse - k.y;
+    off += a * a + b * b + c * c + d * d;
+  }
+  off = sqrtf(row_sum(off)) * 1.00001f;
+  if (lane == 0) *row = {scale, norm * inverse + off, off, error};
+}
+
+// Decisions in float64, by a whole warp: does code b (the higher) beat code a after the stages already chosen?
+struct Exact {
+  const gsrq_layer& layer;
+  const gsrq_call& call;
+  const EncodeBook& book;
+  const EncodeSource& source;
+  int64_t batch, row, group;
+  const int8_t* codes;  // of this vector and group
+
+  __device__ bool beats(int stage, int a, int b) const {
+    const int64_t width = book.book.width, first = group * book.book.stages;
+    const __half* words = static_cast<const __half*>(book.book.codewords);
+    const __half* of_a = words + ((first + stage) * 256 + a) * width;
+    const __half* of_b = words + ((first + stage) * 256 + b) * width;
+    const double* metric = book.metric + group * width * width;
+    const bool diagonal = book.diagonal[group] != 0;
+    const auto difference = [&](int64_t j) {
+      return static_cast<double>(__half2float(of_b[j])) - static_cast<double>(__half2float(of_a[j]));
+    };
+    double sum = 0;
+    for (int64_t i = threadIdx.x % 32; i < width; i += 32) {
+      double r = source.element(layer, call, batch, row, group * width + i);
+      for (int s = 0; s < stage; ++s) {
+        const int64_t code = static_cast<uint8_t>(codes[s]);
+        r -= static_cast<double>(__half2float(words[((first + s) * 256 + code) * width + i]));
+      }
+      double turned = 0;
+      if (diagonal) turned = metric[i * width + i] * difference(i);
+      else
+        for (int64_t j = 0; j < width; ++j) turned += metric[j * width + i] * difference(j);
+      sum += r * turned;
+    }
+    const double* norms = book.norms + (first + stage) * 256;
+    return 2 * warp_sum(sum) - (norms[b] - norms[a]) > 0;
+  }
+};
+
+// Where three or more are close: all codewords in float32 by a whole warp (codes lane + 32 t), then the close ones exactly.
+__device__ int among_all(const Exact& exact, int stage, const Layout& layout, const float* residual, float error,
+                         float norm) {
+  const EncodeBook& book = exact.book;
+  const int64_t at_stage = exact.group * book.book.stages + stage;
+  const StageBounds bounds = book.bounds[at_stage];
+  const int lane = threadIdx.x % 32;
+  float score[8], best = -INFINITY;
+#pragma unroll
+  for (int t = 0; t < 8; ++t) {
+    const int64_t word = at_stage * 256 + lane + 32 * t;
+    float sum = 0;
+    for (int at = 0; at < layout.padded; at += 4) {
+      const float4 r = *reinterpret_cast<const float4*>(residual + at), w = word_elements(book, word, at);
+      sum += r.x * w.x + r.y * w.y + r.z * w.z + r.w * w.w;
+    }
+    score[t] = sum - book.half_norms[word];
+    best = fmaxf(best, score[t]);
+  }
+  best = warp_max(best);
+  // A close candidate's half norm is its product less its score.
+  const float reach = norm * bounds.largest;
+  const float bound = 1.02f * (error * bounds.largest + norm * bounds.low_off + (layout.padded + 8) * 0x1p-23f * reach +
+                               0x1p-22f * (fabsf(best) + reach));
+  int chosen = -1;
+#pragma unroll 1
+  for (int t = 0; t < 8; ++t) {
+    float mine = score[0];
+#pragma unroll
+    for (int u = 1; u < 8; ++u)
+      if (u == t) mine = score[u];
+    unsigned close = __ballot_sync(0xffffffffu, !(mine < best - 2 * bound));
+    while (close != 0) {
+      const int code = 32 * t + __ffs(close) - 1;
+      close &= close - 1;
+      if (chosen < 0 || exact.beats(stage, chosen, code)) chosen = code;
+    }
+  }
+  return chosen;
+}
+
+template <int Tiles, int RowWarps>
+__global__ void __launch_bounds__(kThreads, 1) encode_tiles(gsrq_layer layer, gsrq_call call, EncodeBook book,
+                                                         EncodeSource source, int64_t tiles, int64_t batches) {
+  using S = Shape<Tiles, RowWarps>;
+  extern __shared__ __align__(16) char memory[];
+  const Layout layout{S::kRows, S::kWordWarps, book.padded};
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, sub = lane % kLanesOfRow;
+  const int64_t tile = blockIdx.x % tiles, b = blockIdx.x / tiles % batches, g = blockIdx.x / tiles / batches;
+  int64_t start;
+  const int64_t left = source.rows(layer, call, b, &start) - tile * S::kRows;
+  if (left <= 0) return;
+  const int64_t first_row = start + tile * S::kRows;
+  const int count = static_cast<int>(left < S::kRows ? left : S::kRows);
+  const int width = book.book.width, padded = book.padded, stages = book.book.stages;
+  const StageBounds* all_bounds = book.bounds + g * stages;
+
+  __half* high = reinterpret_cast<__half*>(memory);
+  float* residual = reinterpret_cast<float*>(memory + layout.residual_at());
+  __half* ring = reinterpret_cast<__half*>(memory + layout.ring_at());
+  float* norms = reinterpret_cast<float*>(memory + layout.norms_at());
+  float4* bests = reinterpret_cast<float4*>(memory + layout.best_at());
+  Row* state = reinterpret_cast<Row*>(memory + layout.row_at());
+  const int high_stride = layout.high_stride(), residual_stride = layout.residual_stride();
+
+  // The vectors, transformed. A warp has the rows 32 i + 4 warp .. + 3, as when it chooses their codes.
+  {
+    constexpr int kScratch = sizeof(__half) * kRing * kWords * kTileStride / sizeof(float) / kWarps;
+    float* scratch = reinterpret_cast<float*>(ring) + warp * kScratch;
+    const bool diagonal = book.diagonal[g] != 0;
+    const float* turned = book.turned + g * static_cast<int64_t>(width) * width;
+    const int at_once = diagonal ? 1 : min(4, kScratch / padded);
+    for (int i = 0; i * 32 < S::kRows; ++i)
+      for (int q = 0; q < 4; q += at_once) {
+        const int top = 32 * i + 4 * warp + q, rows = min(at_once, 4 - q);
+        if (top >= S::kRows) continue;
+        if (diagonal) {
+          for (int e = lane; e < padded; e += 32) {
+            double y = 0;
+            if (top < count && e < width)
+              y = static_cast<double>(turned[static_cast<int64_t>(e) * width + e]) *
+                  static_cast<double>(source.element(layer, call, b, first_row + top, g * width + e));
+            residual[top * residual_stride + e] = static_cast<float>(y);
+          }
+          continue;
+        }
+        __syncwarp();
+        for (int r = 0; r < rows; ++r)
+          for (int e = lane; e < width; e += 32)
+            scratch[r * padded + e] =
+                top + r < count ? source.element(layer, call, b, first_row + top + r, g * width + e) : 0.0f;
+        __syncwarp();
+        for (int e = lane; e < padded; e += 32) {
+          double y[4] = {};
+          if (e < width)
+            for (int j = 0; j < width; ++j) {
+              const double a = turned[static_cast<int64_t>(j) * width + e];
+#pragma unroll
+              for (int r = 0; r < 4; ++r)
+                if (r < rows) y[r] += a * static_cast<double>(scratch[r * padded + j]);
+            }
+#pragma unroll
+          for (int r = 0; r < 4; ++r)
+            if (r < rows) residual[(top + r) * residual_stride + e] = static_cast<float>(y[r]);
+        }
+      }
+    __syncwarp();
+    for (int i = 0; i * 32 < S::kRows; ++i) {
+      const int row = 32 * i + 4 * warp + lane / kLanesOfRow;
+      if (32 * i + 4 * warp >= S::kRows) break;
+      const float* mine = residual + row * residual_stride;
+      float squares = 0;
+      for (int at = sub * 4; at < padded; at += 4 * kLanesOfRow) {
+        const float4 r = *reinterpret_cast<const float4*>(mine + at);
+        squares += r.x * r.x + r.y * r.y + r.z * r.z + r.w * r.w;
+      }
+      const float norm = sqrtf(row_sum(squares)) * 1.00001f;
+      finish_row(layout, squares, all_bounds[0].scale, mine, high + row * high_stride, norm * 0x1.1p-24f, state + row);
+    }
+  }
+  __syncthreads();
+
+  const int depth_tiles = (padded + kDepth - 1) / kDepth, per_stage = 2 * depth_tiles, total = stages * per_stage;
+  const auto start_load = [&](int t) {
+    if (t < total) {
+      const int chunk = t / depth_tiles, from = t % depth_tiles * kDepth;  // chunk: 2 stage + half
+      const int64_t word0 = (g * stages * 2 + chunk) * static_cast<int64_t>(kWords);
+      __half* to = ring + t % kRing * (kWords * kTileStride);
+      const __half* words = book.high + word0 * padded + from;
+#pragma unroll
+      for (int n = 0; n < kWords * kDepth / 8 / kThreads; ++n) {
+        const int i = n * kThreads + threadIdx.x, word = i / (kDepth / 8), e = i % (kDepth / 8) * 8;
+        const bool real = from + e < padded;
+        copy_async(to + word * kTileStride + e, real ? words + static_cast<int64_t>(word) * padded + e : book.high, real);
+      }
+      if (from == 0 && threadIdx.x < kWords / 4)
+        copy_async(norms + chunk % 4 * kWords + threadIdx.x * 4, book.half_norms + word0 + threadIdx.x * 4, true);
+    }
+    commit_async();
+  };
+  start_load(0);
+  start_load(1);
+
+  const int row_warp = warp / S::kWordWarps, word_warp = warp % S::kWordWarps;
+  const __half* my_high = high + (row_warp * Tiles * 16 + lane % 16) * high_stride + lane / 16 * 8;
+  const int my_words = (word_warp * S::kNear * 8 + lane % 8 + lane / 16 * 8) * kTileStride + lane / 8 % 2 * 8;
+  const float accumulated = padded / 16 * 24 * 0x1p-23f;  // rounding of the tensor cores' sums, relative to the norms
+
+  int t = 0;
+  for (int stage = 0; stage < stages; ++stage) {
+    float best[Tiles][2][3];
+#pragma unroll
+    for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) best[m][h][0] = best[m][h][1] = best[m][h][2] = -3e38f;
+
+    for (int half = 0; half < 2; ++half) {
+      float sum[Tiles][S::kNear][4];
+#pragma unroll
+      for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+        for (int n = 0; n < S::kNear; ++n)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[m][n][j] = 0;
+      for (int depth = 0; depth < depth_tiles; ++depth, ++t) {
+        wait_async<1>();
+        __syncthreads();
+        start_load(t + 2);
+        const __half* words = ring + t % kRing * (kWords * kTileStride) + my_words;
+        const int from = depth * kDepth, steps = min(kDepth, padded - from) / 16;
+#pragma unroll 4
+        for (int s = 0; s < steps; ++s) {
+          uint32_t a[Tiles][4];
+#pragma unroll
+          for (int m = 0; m < Tiles; ++m) load_matrices(a[m], my_high + m * 16 * high_stride + from + s * 16);
+#pragma unroll
+          for (int n = 0; n < S::kNear; n += 2) {
+            uint32_t w[4];
+            load_matrices(w, words + n * 8 * kTileStride + s * 16);
+#pragma unroll
+            for (int m = 0; m < Tiles; ++m) {
+              multiply(sum[m][n], a[m], w[0], w[1]);
+              multiply(sum[m][n + 1], a[m], w[2], w[3]);
+            }
+          }
+        }
+      }
+      // Scores <high, w> - half norm / scale; their low five bits become the number of the thread's candidate.
+      const float* half_norms = norms + (2 * stage + half) % 4 * kWords + word_warp * S::kNear * 8 + lane % 4 * 2;
+#pragma unroll
+      for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float inverse = -1.0f / state[(row_warp * Tiles + m) * 16 + lane / 4 + 8 * h].scale;
+          const int offset = half * 2 * S::kNear;
+#pragma unroll
+          for (int n = 0; n < S::kNear; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const float score = fmaf(half_norms[n * 8 + j], inverse, sum[m][n][2 * h + j]);
+              const float x = __int_as_float((__float_as_int(score) & ~31) | (offset + 2 * n + j));
+              float* top = best[m][h];
+              const float below = fminf(top[0], x);
+              top[0] = fmaxf(top[0], x);
+              const float lower = fminf(top[1], below);
+              top[1] = fmaxf(top[1], below);
+              top[2] = fmaxf(top[2], lower);
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const auto code = [&](float x) {
+          const int id = __float_as_int(x) & 31;
+          return id / (2 * S::kNear) * kWords + (word_warp * S::kNear + id / 2 % S::kNear) * 8 + lane % 4 * 2 + id % 2;
+        };
+        Best mine{best[m][h][0], best[m][h][1], best[m][h][2], code(best[m][h][0]), code(best[m][h][1])};
+#pragma unroll
+        for (int offset = 1; offset < 4; offset *= 2) {
+          Best other;
+          other.first = __shfl_xor_sync(0xffffffffu, mine.first, offset);
+          other.second = __shfl_xor_sync(0xffffffffu, mine.second, offset);
+          other.third = __shfl_xor_sync(0xffffffffu, mine.third, offset);
+          other.code = __shfl_xor_sync(0xffffffffu, mine.code, offset);
+          other.other = __shfl_xor_sync(0xffffffffu, mine.other, offset);
+          merge(mine, other);
+        }
+        if (lane % 4 == 0)
+          bests[word_warp * S::kRows + (row_warp * Tiles + m) * 16 + lane / 4 + 8 * h] =
+              make_float4(mine.first, mine.second, mine.third, __int_as_float(mine.code | mine.other << 8));
+      }
+    __syncthreads();
+
+    // The choice and the next residual, 8 lanes a row.
+    const StageBounds bounds = all_bounds[stage];
+    const int64_t word0 = (g * stages + stage) * 256;
+    for (int i = 0; i * 32 < S::kRows; ++i) {
+      if (32 * i + 4 * warp >= S::kRows) break;
+      const int row = 32 * i + 4 * warp + lane / kLanesOfRow;
+      const bool real = row < count;
+      float* mine = residual + row * residual_stride;
+      const Row known = state[row];
+      Best top;
+#pragma unroll
+      for (int w = 0; w < S::kWordWarps; ++w) {
+        const float4 x = bests[w * S::kRows + row];
+        const int codes = __float_as_int(x.w);
+        const Best part{x.x, x.y, x.z, codes & 255, codes >> 8};
+        if (w == 0) top = part;
+        else merge(top, part);
+      }
+      const float inverse = 1.0f / known.scale, reach = known.norm * bounds.largest;
+      const float bound = 1.02f * (bounds.largest * (known.error * inverse + known.off + accumulated * known.norm) +
+                                   known.norm * bounds.high_off + 0x1p-17f * (fabsf(top.first) + 2 * reach));
+      const bool close = real && !(top.first - top.second > 2 * bound);
+      const bool many = real && !(top.first - top.third > 2 * bound);
+      int code = top.code, rival = -1;  // rival: the higher of two codes that only float64 can tell apart
+      const float norm = known.scale * known.norm;  // of r, at most: norm includes off
+      if (__any_sync(0xffffffffu, close && !many)) {
+        const int lower = min(top.code, top.other), upper = max(top.code, top.other);
+        float sum = 0;
+        for (int at = sub * 4; at < padded; at += 4 * kLanesOfRow) {
+          const float4 r = *reinterpret_cast<const float4*>(mine + at);
+          const float4 x = word_elements(book, word0 + lower, at), y = word_elements(book, word0 + upper, at);
+          sum += r.x * (x.x - y.x) + r.y * (x.y - y.y) + r.z * (x.z - y.z) + r.w * (x.w - y.w);
+        }
+        const float h_lower = book.half_norms[word0 + lower], h_upper = book.half_norms[word0 + upper];
+        const float lead = row_sum(sum) - (h_lower - h_upper);
+        const float doubt = 1.02f * (2 * (known.error * bounds.largest + norm * bounds.low_off) +
+                                     (padded / kLanesOfRow + 12) * 0x1p-23f * norm * bounds.largest +
+                                     0x1p-22f * (h_lower + h_upper));
+        if (close && !many) {
+          code = lead > 0 ? lower : upper;
+          if (!(fabsf(lead) > doubt)) code = lower, rival = upper;
+        }
+      }
+      unsigned open = __ballot_sync(0xffffffffu, sub == 0 && (many || rival >= 0));
+      while (open != 0) {
+        const int leader = __ffs(open) - 1;
+        open &= open - 1;
+        const int at_row = __shfl_sync(0xffffffffu, row, leader), a = __shfl_sync(0xffffffffu, code, leader);
+        const int other = __shfl_sync(0xffffffffu, rival, leader);
+        const float error = __shfl_sync(0xffffffffu, known.error, leader);
+        const float its_norm = __shfl_sync(0xffffffffu, norm, leader);
+        __syncwarp();  // the stages before were written by another lane
+        const Exact exact{layer, call, book, source, b, first_row + at_row, g,
+                          source.target(book.book, call, b, first_row + at_row, g)};
+        const int chosen = other < 0 ? among_all(exact, stage, layout, residual + at_row * residual_stride, error, its_norm)
+                                     : (exact.beats(stage, a, other) ? other : a);
+        if (row == at_row) code = chosen;
+      }
+      if (real && sub == 0) source.target(book.book, call, b, first_row + row, g)[stage] = static_cast<int8_t>(code);
+      if (stage + 1 == stages) continue;
+      float squares = 0;
+      for (int at = sub * 4; at < padded; at += 4 * kLanesOfRow) {
+        float4 r = *reinterpret_cast<const float4*>(mine + at);
+        const float4 w = word_elements(book, word0 + code, at);
+        r.x -= bounds.scale * w.x, r.y -= bounds.scale * w.y, r.z -= bounds.scale * w.z, r.w -= bounds.scale * w.w;
+        *reinterpret_cast<float4*>(mine + at) = r;
+        squares += r.x * r.x + r.y * r.y + r.z * r.z + r.w * r.w;
+      }
+      const float after = sqrtf(row_sum(squares)) * 1.00001f;
+      const float error = 1.0001f * (known.error + bounds.scale * (bounds.low_off + 0x1p-23f * bounds.largest) + 0x1p-23f * after);
+      finish_row(layout, squares, all_bounds[stage + 1].scale, mine, high + row * high_stride, error, state + row);
+    }
+  }
+  wait_async<0>();
+}
+
+template <int Tiles, int RowWarps>
+int launch(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book, const EncodeSource& source,
+           cudaStream_t stream) {
+  using S = Shape<Tiles, RowWarps>;
+  const int64_t batches = encode_batch(call, source);
+  const int64_t tiles = (encode_rows(layer, call, source) + S::kRows - 1) / S::kRows;
+  const int64_t grid = tiles * batches * book.book.groups;
+  if (grid > INT32_MAX) return fail("encode: %lld blocks are too many", static_cast<long long>(grid));
+  const size_t bytes = Layout{S::kRows, S::kWordWarps, book.padded}.bytes();
+  const auto kernel = encode_tiles<Tiles, RowWarps>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) != cudaSuccess)
+    return launched("encode_greedy");
+  kernel<<<static_cast<unsigned>(grid), kThreads, bytes, stream>>>(layer, call, book, source, tiles, batches);
+  return launched("encode_greedy");
+}
+
+}  // namespace
+
+int encode_greedy(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book, const EncodeSource& source,
+                  cudaStream_t stream) {
+  constexpr int64_t kFill = 128;  // thread blocks below which smaller tiles serve better
+  int device = 0, most = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return launched("encode_greedy");
+  const int64_t rows = encode_rows(layer, call, source), others = encode_batch(call, source) * book.book.groups;
+  const auto suits = [&](int tile, int word_warps, int least) {
+    if (Layout{tile, word_warps, book.padded}.bytes() > static_cast<size_t>(most)) return false;
+    return tile == least || (rows + tile - 1) / tile * others >= kFill;
+  };
+  if (suits(128, 2, 0)) return launch<2, 4>(layer, call, book, source, stream);
+  if (suits(64, 4, 0)) return launch<2, 2>(layer, call, book, source, stream);
+  if (suits(32, 8, 32)) return launch<2, 1>(layer, call, book, source, stream);
+  if (suits(16, 8, 16)) return launch<1, 1>(layer, call, book, source, stream);
+  return fail("encode: width %d needs %zu bytes of shared memory a block, the device has %d", book.book.width,
+              Layout{16, 8, book.padded}.bytes(), most);
+}
+
+}  // namespace gsrq::cuda
