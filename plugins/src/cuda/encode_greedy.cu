@@ -9,12 +9,12 @@
 namespace gsrq::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = 8;
 constexpr int kWords = 128;  // codewords of a tile
 constexpr int kDepth = 64;   // their elements of a tile
 constexpr int kTileStride = kDepth + 8;
 constexpr int kRing = 3;     // tiles in shared memory
 constexpr int kLanesOfRow = 8;
+constexpr int kFetched = 4;  // of a codeword, pieces of 32 elements that are fetched ahead
 
 // The best two candidates, best first, and the value of the third.
 struct Best {
@@ -43,10 +43,12 @@ struct Row {
   float error;   // ||r - true residual||, at most
 };
 
-template <int Tiles, int RowWarps>
+// A warp multiplies Tiles * 16 rows with 1 / WordWarps of a tile's codewords, and chooses the codes of 4 rows at once.
+template <int Tiles, int RowWarps, int WordWarps>
 struct Shape {
-  static constexpr int kRows = 16 * Tiles * RowWarps, kWordWarps = kWarps / RowWarps;
-  static constexpr int kNear = kWords / kWordWarps / 8;  // 8-codeword tiles of a warp
+  static constexpr int kRows = 16 * Tiles * RowWarps, kWarps = RowWarps * WordWarps, kThreads = 32 * kWarps;
+  static constexpr int kNear = kWords / WordWarps / 8;  // 8-codeword tiles of a warp
+  static constexpr int kTurns = (kRows + 4 * kWarps - 1) / (4 * kWarps);
   static_assert(kNear % 2 == 0 && 4 * kNear <= 32, "pairs of tiles; an id of a thread's candidates takes five bits");
 };
 
@@ -77,10 +79,18 @@ __device__ float warp_max(float x) {
   return x;
 }
 
-// Four elements of a codeword, in units of its stage's scale.
-__device__ float4 word_elements(const EncodeBook& book, int64_t word, int at) {
-  const uint2 high = *reinterpret_cast<const uint2*>(book.high + word * book.padded + at);
-  const uint2 low = *reinterpret_cast<const uint2*>(book.low + word * book.padded + at);
+// Four elements of a codeword as stored, and in units of its stage's scale.
+struct Halves {
+  uint2 high, low;
+};
+
+__device__ Halves word_halves(const EncodeBook& book, int64_t word, int at) {
+  return {*reinterpret_cast<const uint2*>(book.high + word * book.padded + at),
+          *reinterpret_cast<const uint2*>(book.low + word * book.padded + at)};
+}
+
+__device__ float4 whole(const Halves& halves) {
+  const uint2 high = halves.high, low = halves.low;
   const auto two = [](uint32_t a, uint32_t b) {
     const float2 x = __half22float2(*reinterpret_cast<const __half2*>(&a));
     const float2 y = __half22float2(*reinterpret_cast<const __half2*>(&b));
@@ -89,6 +99,8 @@ __device__ float4 word_elements(const EncodeBook& book, int64_t word, int at) {
   const float2 front = two(high.x, low.x), back = two(high.y, low.y);
   return make_float4(front.x, front.y, back.x, back.y);
 }
+
+__device__ float4 word_elements(const EncodeBook& book, int64_t word, int at) { return whole(word_halves(book, word, at)); }
 
 __device__ float power_of_two_above(float x) {  // of a normal positive x
   return __int_as_float((__float_as_int(x) & 0x7f800000) + 0x00800000);
@@ -125,7 +137,7 @@ struct Exact {
   int64_t batch, row, group;
   const int8_t* codes;  // of this vector and group
 
-  __device__ bool beats(int stage, int a, int b) const {
+  __device__ __noinline__ bool beats(int stage, int a, int b) const {
     const int64_t width = book.book.width, first = group * book.book.stages;
     const __half* words = static_cast<const __half*>(book.book.codewords);
     const __half* of_a = words + ((first + stage) * 256 + a) * width;
@@ -154,7 +166,7 @@ struct Exact {
 };
 
 // Where three or more are close: all codewords in float32 by a whole warp (codes lane + 32 t), then the close ones exactly.
-__device__ int among_all(const Exact& exact, int stage, const Layout& layout, const float* residual, float error,
+__device__ __noinline__ int among_all(const Exact& exact, int stage, const Layout& layout, const float* residual, float error,
                          float norm) {
   const EncodeBook& book = exact.book;
   const int64_t at_stage = exact.group * book.book.stages + stage;
@@ -194,12 +206,81 @@ __device__ int among_all(const Exact& exact, int stage, const Layout& layout, co
   return chosen;
 }
 
-template <int Tiles, int RowWarps>
-__global__ void __launch_bounds__(kThreads, 1) encode_tiles(gsrq_layer layer, gsrq_call call, EncodeBook book,
-                                                         EncodeSource source, int64_t tiles, int64_t batches) {
-  using S = Shape<Tiles, RowWarps>;
+struct Tile {
+  int64_t batch, group, first_row;
+  int count;
+};
+
+// The vectors, transformed. A warp has the rows 4 (warp + warps * turn) .. + 3, as when it chooses their codes.
+template <int Rows, int Warps>
+__device__ __noinline__ void load_vectors(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book,
+                                          const EncodeSource& source, Layout layout, Tile tile, char* memory) {
+  constexpr int kScratch = sizeof(__half) * kRing * kWords * kTileStride / sizeof(float) / Warps;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = book.book.width, padded = book.padded;
+  const int residual_stride = layout.residual_stride();
+  float* residual = reinterpret_cast<float*>(memory + layout.residual_at());
+  float* scratch = reinterpret_cast<float*>(memory + layout.ring_at()) + warp * kScratch;
+  const bool diagonal = book.diagonal[tile.group] != 0;
+  const float* turned = book.turned + tile.group * width * width;
+  const int at_once = diagonal ? 1 : min(4, kScratch / padded);
+  const auto element = [&](int row, int e) {
+    return row < tile.count && e < width
+               ? source.element(layer, call, tile.batch, tile.first_row + row, tile.group * width + e)
+               : 0.0f;
+  };
+  for (int top = 4 * warp; top < Rows; top += 4 * Warps) {
+    for (int q = 0; q < 4; q += at_once) {
+      const int first = top + q, rows = min(at_once, 4 - q);
+      if (diagonal) {
+        for (int e = lane; e < padded; e += 32) {
+          const double a = e < width ? turned[static_cast<int64_t>(e) * width + e] : 0.0f;
+          residual[first * residual_stride + e] = static_cast<float>(a * static_cast<double>(element(first, e)));
+        }
+        continue;
+      }
+      __syncwarp();
+      for (int r = 0; r < rows; ++r)
+        for (int e = lane; e < padded; e += 32) scratch[r * padded + e] = element(first + r, e);
+      __syncwarp();
+      for (int e = lane; e < padded; e += 32) {
+        double y[4] = {};
+        if (e < width)
+#pragma unroll 4
+          for (int j = 0; j < width; ++j) {
+            const double a = turned[static_cast<int64_t>(j) * width + e];
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+              if (r < rows) y[r] += a * static_cast<double>(scratch[r * padded + j]);
+          }
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          if (r < rows) residual[(first + r) * residual_stride + e] = static_cast<float>(y[r]);
+      }
+    }
+    __syncwarp();
+    const int row = top + lane / kLanesOfRow;
+    const float* mine = residual + row * residual_stride;
+    float squares = 0;
+    for (int at = lane % kLanesOfRow * 4; at < padded; at += 4 * kLanesOfRow) {
+      const float4 r = *reinterpret_cast<const float4*>(mine + at);
+      squares += r.x * r.x + r.y * r.y + r.z * r.z + r.w * r.w;
+    }
+    const float norm = sqrtf(row_sum(squares)) * 1.00001f;
+    finish_row(layout, squares, book.bounds[tile.group * book.book.stages].scale, mine,
+               reinterpret_cast<__half*>(memory) + row * layout.high_stride(), norm * 0x1.1p-24f,
+               reinterpret_cast<Row*>(memory + layout.row_at()) + row);
+  }
+}
+
+template <int Tiles, int RowWarps, int WordWarps>
+__global__ void __launch_bounds__(32 * RowWarps * WordWarps, RowWarps* WordWarps <= 8 && RowWarps > 1 ? 2 : 1)
+    encode_tiles(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
+                 const __grid_constant__ EncodeBook book, const __grid_constant__ EncodeSource source, int64_t tiles,
+                 int64_t batches) {
+  using S = Shape<Tiles, RowWarps, WordWarps>;
+  constexpr int kThreads = S::kThreads, kWarps = S::kWarps, kTurnRows = 4 * kWarps;
   extern __shared__ __align__(16) char memory[];
-  const Layout layout{S::kRows, S::kWordWarps, book.padded};
+  const Layout layout{S::kRows, WordWarps, book.padded};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, sub = lane % kLanesOfRow;
   const int64_t tile = blockIdx.x % tiles, b = blockIdx.x / tiles % batches, g = blockIdx.x / tiles / batches;
   int64_t start;
@@ -207,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode_tiles(gsrq_layer layer, gs
   if (left <= 0) return;
   const int64_t first_row = start + tile * S::kRows;
   const int count = static_cast<int>(left < S::kRows ? left : S::kRows);
-  const int width = book.book.width, padded = book.padded, stages = book.book.stages;
+  const int padded = book.padded, stages = book.book.stages;
   const StageBounds* all_bounds = book.bounds + g * stages;
 
   __half* high = reinterpret_cast<__half*>(memory);
@@ -218,61 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode_tiles(gsrq_layer layer, gs
   Row* state = reinterpret_cast<Row*>(memory + layout.row_at());
   const int high_stride = layout.high_stride(), residual_stride = layout.residual_stride();
 
-  // The vectors, transformed. A warp has the rows 32 i + 4 warp .. + 3, as when it chooses their codes.
-  {
-    constexpr int kScratch = sizeof(__half) * kRing * kWords * kTileStride / sizeof(float) / kWarps;
-    float* scratch = reinterpret_cast<float*>(ring) + warp * kScratch;
-    const bool diagonal = book.diagonal[g] != 0;
-    const float* turned = book.turned + g * static_cast<int64_t>(width) * width;
-    const int at_once = diagonal ? 1 : min(4, kScratch / padded);
-    for (int i = 0; i * 32 < S::kRows; ++i)
-      for (int q = 0; q < 4; q += at_once) {
-        const int top = 32 * i + 4 * warp + q, rows = min(at_once, 4 - q);
-        if (top >= S::kRows) continue;
-        if (diagonal) {
-          for (int e = lane; e < padded; e += 32) {
-            double y = 0;
-            if (top < count && e < width)
-              y = static_cast<double>(turned[static_cast<int64_t>(e) * width + e]) *
-                  static_cast<double>(source.element(layer, call, b, first_row + top, g * width + e));
-            residual[top * residual_stride + e] = static_cast<float>(y);
-          }
-          continue;
-        }
-        __syncwarp();
-        for (int r = 0; r < rows; ++r)
-          for (int e = lane; e < width; e += 32)
-            scratch[r * padded + e] =
-                top + r < count ? source.element(layer, call, b, first_row + top + r, g * width + e) : 0.0f;
-        __syncwarp();
-        for (int e = lane; e < padded; e += 32) {
-          double y[4] = {};
-          if (e < width)
-            for (int j = 0; j < width; ++j) {
-              const double a = turned[static_cast<int64_t>(j) * width + e];
-#pragma unroll
-              for (int r = 0; r < 4; ++r)
-                if (r < rows) y[r] += a * static_cast<double>(scratch[r * padded + j]);
-            }
-#pragma unroll
-          for (int r = 0; r < 4; ++r)
-            if (r < rows) residual[(top + r) * residual_stride + e] = static_cast<float>(y[r]);
-        }
-      }
-    __syncwarp();
-    for (int i = 0; i * 32 < S::kRows; ++i) {
-      const int row = 32 * i + 4 * warp + lane / kLanesOfRow;
-      if (32 * i + 4 * warp >= S::kRows) break;
-      const float* mine = residual + row * residual_stride;
-      float squares = 0;
-      for (int at = sub * 4; at < padded; at += 4 * kLanesOfRow) {
-        const float4 r = *reinterpret_cast<const float4*>(mine + at);
-        squares += r.x * r.x + r.y * r.y + r.z * r.z + r.w * r.w;
-      }
-      const float norm = sqrtf(row_sum(squares)) * 1.00001f;
-      finish_row(layout, squares, all_bounds[0].scale, mine, high + row * high_stride, norm * 0x1.1p-24f, state + row);
-    }
-  }
+  load_vectors<S::kRows, kWarps>(layer, call, book, source, layout, {b, g, first_row, count}, memory);
   __syncthreads();
 
   const int depth_tiles = (padded + kDepth - 1) / kDepth, per_stage = 2 * depth_tiles, total = stages * per_stage;
@@ -296,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode_tiles(gsrq_layer layer, gs
   start_load(0);
   start_load(1);
 
-  const int row_warp = warp / S::kWordWarps, word_warp = warp % S::kWordWarps;
+  const int row_warp = warp / WordWarps, word_warp = warp % WordWarps;
   const __half* my_high = high + (row_warp * Tiles * 16 + lane % 16) * high_stride + lane / 16 * 8;
   const int my_words = (word_warp * S::kNear * 8 + lane % 8 + lane / 16 * 8) * kTileStride + lane / 8 % 2 * 8;
   const float accumulated = padded / 16 * 24 * 0x1p-23f;  // rounding of the tensor cores' sums, relative to the norms
@@ -388,18 +415,20 @@ __global__ void __launch_bounds__(kThreads, 1) encode_tiles(gsrq_layer layer, gs
       }
     __syncthreads();
 
-    // The choice and the next residual, 8 lanes a row.
+    // The choice, 8 lanes a row.
     const StageBounds bounds = all_bounds[stage];
     const int64_t word0 = (g * stages + stage) * 256;
-    for (int i = 0; i * 32 < S::kRows; ++i) {
-      if (32 * i + 4 * warp >= S::kRows) break;
-      const int row = 32 * i + 4 * warp + lane / kLanesOfRow;
+    int chosen[S::kTurns];
+#pragma unroll
+    for (int turn = 0; turn < S::kTurns; ++turn) {
+      if (kTurnRows * turn + 4 * warp >= S::kRows) continue;
+      const int row = kTurnRows * turn + 4 * warp + lane / kLanesOfRow;
       const bool real = row < count;
-      float* mine = residual + row * residual_stride;
+      const float* mine = residual + row * residual_stride;
       const Row known = state[row];
       Best top;
 #pragma unroll
-      for (int w = 0; w < S::kWordWarps; ++w) {
+      for (int w = 0; w < WordWarps; ++w) {
         const float4 x = bests[w * S::kRows + row];
         const int codes = __float_as_int(x.w);
         const Best part{x.x, x.y, x.z, codes & 255, codes >> 8};
@@ -442,41 +471,67 @@ __global__ void __launch_bounds__(kThreads, 1) encode_tiles(gsrq_layer layer, gs
         __syncwarp();  // the stages before were written by another lane
         const Exact exact{layer, call, book, source, b, first_row + at_row, g,
                           source.target(book.book, call, b, first_row + at_row, g)};
-        const int chosen = other < 0 ? among_all(exact, stage, layout, residual + at_row * residual_stride, error, its_norm)
+        const int better = other < 0 ? among_all(exact, stage, layout, residual + at_row * residual_stride, error, its_norm)
                                      : (exact.beats(stage, a, other) ? other : a);
-        if (row == at_row) code = chosen;
+        if (row == at_row) code = better;
       }
       if (real && sub == 0) source.target(book.book, call, b, first_row + row, g)[stage] = static_cast<int8_t>(code);
-      if (stage + 1 == stages) continue;
+      chosen[turn] = code;
+    }
+    if (stage + 1 == stages) break;
+
+    // The next residuals. The codewords of all turns are fetched at once: the latency is paid once.
+    Halves fetched[S::kTurns][kFetched];
+#pragma unroll
+    for (int turn = 0; turn < S::kTurns; ++turn)
+#pragma unroll
+      for (int n = 0; n < kFetched; ++n) {
+        const int at = (n * kLanesOfRow + sub) * 4;
+        if (kTurnRows * turn + 4 * warp < S::kRows && at < padded)
+          fetched[turn][n] = word_halves(book, word0 + chosen[turn], at);
+      }
+#pragma unroll
+    for (int turn = 0; turn < S::kTurns; ++turn) {
+      if (kTurnRows * turn + 4 * warp >= S::kRows) continue;
+      const int row = kTurnRows * turn + 4 * warp + lane / kLanesOfRow;
+      float* mine = residual + row * residual_stride;
       float squares = 0;
-      for (int at = sub * 4; at < padded; at += 4 * kLanesOfRow) {
+      const auto subtract = [&](int at, const Halves& halves) {
         float4 r = *reinterpret_cast<const float4*>(mine + at);
-        const float4 w = word_elements(book, word0 + code, at);
+        const float4 w = whole(halves);
         r.x -= bounds.scale * w.x, r.y -= bounds.scale * w.y, r.z -= bounds.scale * w.z, r.w -= bounds.scale * w.w;
         *reinterpret_cast<float4*>(mine + at) = r;
         squares += r.x * r.x + r.y * r.y + r.z * r.z + r.w * r.w;
+      };
+#pragma unroll
+      for (int n = 0; n < kFetched; ++n) {
+        const int at = (n * kLanesOfRow + sub) * 4;
+        if (at < padded) subtract(at, fetched[turn][n]);
       }
+      for (int at = (kFetched * kLanesOfRow + sub) * 4; at < padded; at += 4 * kLanesOfRow)
+        subtract(at, word_halves(book, word0 + chosen[turn], at));
       const float after = sqrtf(row_sum(squares)) * 1.00001f;
-      const float error = 1.0001f * (known.error + bounds.scale * (bounds.low_off + 0x1p-23f * bounds.largest) + 0x1p-23f * after);
+      const float error = 1.0001f * (state[row].error + bounds.scale * (bounds.low_off + 0x1p-23f * bounds.largest) + 0x1p-23f * after);
+      __syncwarp();
       finish_row(layout, squares, all_bounds[stage + 1].scale, mine, high + row * high_stride, error, state + row);
     }
   }
   wait_async<0>();
 }
 
-template <int Tiles, int RowWarps>
+template <int Tiles, int RowWarps, int WordWarps>
 int launch(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book, const EncodeSource& source,
            cudaStream_t stream) {
-  using S = Shape<Tiles, RowWarps>;
+  using S = Shape<Tiles, RowWarps, WordWarps>;
   const int64_t batches = encode_batch(call, source);
   const int64_t tiles = (encode_rows(layer, call, source) + S::kRows - 1) / S::kRows;
   const int64_t grid = tiles * batches * book.book.groups;
   if (grid > INT32_MAX) return fail("encode: %lld blocks are too many", static_cast<long long>(grid));
-  const size_t bytes = Layout{S::kRows, S::kWordWarps, book.padded}.bytes();
-  const auto kernel = encode_tiles<Tiles, RowWarps>;
+  const size_t bytes = Layout{S::kRows, WordWarps, book.padded}.bytes();
+  const auto kernel = encode_tiles<Tiles, RowWarps, WordWarps>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) != cudaSuccess)
     return launched("encode_greedy");
-  kernel<<<static_cast<unsigned>(grid), kThreads, bytes, stream>>>(layer, call, book, source, tiles, batches);
+  kernel<<<static_cast<unsigned>(grid), S::kThreads, bytes, stream>>>(layer, call, book, source, tiles, batches);
   return launched("encode_greedy");
 }
 
@@ -494,10 +549,10 @@ int encode_greedy(const gsrq_layer& layer, const gsrq_call& call, const EncodeBo
     if (Layout{tile, word_warps, book.padded}.bytes() > static_cast<size_t>(most)) return false;
     return tile == least || (rows + tile - 1) / tile * others >= kFill;
   };
-  if (suits(128, 2, 0)) return launch<2, 4>(layer, call, book, source, stream);
-  if (suits(64, 4, 0)) return launch<2, 2>(layer, call, book, source, stream);
-  if (suits(32, 8, 32)) return launch<2, 1>(layer, call, book, source, stream);
-  if (suits(16, 8, 16)) return launch<1, 1>(layer, call, book, source, stream);
+  if (suits(128, 4, 0)) return launch<2, 4, 4>(layer, call, book, source, stream);
+  if (suits(64, 4, 0)) return launch<2, 2, 4>(layer, call, book, source, stream);
+  if (suits(32, 8, 32)) return launch<2, 1, 8>(layer, call, book, source, stream);
+  if (suits(16, 8, 16)) return launch<1, 1, 8>(layer, call, book, source, stream);
   return fail("encode: width %d needs %zu bytes of shared memory a block, the device has %d", book.book.width,
               Layout{16, 8, book.padded}.bytes(), most);
 }
