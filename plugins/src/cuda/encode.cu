@@ -43,11 +43,11 @@ __device__ double block_sum(double x, double* shared) {
 // w = A c of the block's codeword, one element a call. `word` is the codeword in shared memory.
 __device__ double transformed(const EncodeBook& book, int64_t g, const float* word, int64_t i) {
   const int64_t width = book.book.width;
-  const float* turned = book.turned + g * width * width;
-  if (book.diagonal[g]) return static_cast<double>(turned[i * width + i]) * static_cast<double>(word[i]);
+  const double* turned = book.turned + g * width * width;
+  if (book.diagonal[g]) return turned[i * width + i] * static_cast<double>(word[i]);
   double sum = 0;
   for (int64_t j = 0; j < width; ++j)
-    sum += static_cast<double>(turned[j * width + i]) * static_cast<double>(word[j]);
+    sum += turned[j * width + i] * static_cast<double>(word[j]);
   return sum;
 }
 

@@ -22,7 +22,7 @@ struct EncodeBook {
   int32_t padded;
   bool greedy;         // the members after `diagonal` exist
   double* metric;      // [G, D, D]: A^T A
-  float* turned;       // [G, D, D]: A^T
+  double* turned;      // [G, D, D]: A^T
   double* norms;       // [G, R, 256]: ||A c||^2
   int32_t* diagonal;   // [G]: A is diagonal
   __half *high, *low;  // [G, R, 256, padded]: w / scale = high + low
@@ -37,7 +37,7 @@ inline EncodeBook encode_book(const gsrq_layer& layer, const gsrq_codebook& book
   out.padded = (book.width + 15) / 16 * 16;
   out.greedy = layer.beam == 1 && book.width <= kGreedyWidth;
   out.metric = prepared.take<double>(groups * width * width);
-  out.turned = prepared.take<float>(groups * width * width);
+  out.turned = prepared.take<double>(groups * width * width);
   out.norms = prepared.take<double>(words);
   out.diagonal = prepared.take<int32_t>(groups);
   if (out.greedy) {

@@ -106,13 +106,18 @@ __device__ float power_of_two_above(float x) {  // of a normal positive x
   return __int_as_float((__float_as_int(x) & 0x7f800000) + 0x00800000);
 }
 
+__device__ float reciprocal(float power_of_two) { return __int_as_float(0x7f000000 - __float_as_int(power_of_two)); }
+
+// At least the root of x >= 0.
+__device__ float root_above(float x) { return x > 1e-37f ? x * rsqrtf(x) * 1.00001f : 3.2e-19f; }
+
 // Splits a row's float32 residual for the next products. Called by the 8 lanes of each row of the warp; squares: this
 // lane's share of ||r||^2; stage_scale: that of the next stage.
 __device__ void finish_row(const Layout& layout, float squares, float stage_scale, const float* residual, __half* high,
                            float error, Row* row) {
   const int lane = threadIdx.x % kLanesOfRow;
-  const float norm = sqrtf(row_sum(squares)) * 1.00001f;
-  const float scale = power_of_two_above(fmaxf(fmaxf(norm, stage_scale * 0x1p-20f), 0x1p-100f)), inverse = 1.0f / scale;
+  const float norm = root_above(row_sum(squares));
+  const float scale = power_of_two_above(fmaxf(fmaxf(norm, stage_scale * 0x1p-20f), 0x1p-100f)), inverse = reciprocal(scale);
   float off = 0;
   for (int at = lane * 4; at < layout.padded; at += 4 * kLanesOfRow) {
     const float4 r = *reinterpret_cast<const float4*>(residual + at);
@@ -124,7 +129,7 @@ __device__ void finish_row(const Layout& layout, float squares, float stage_scal
     const float a = r.x * inverse - f.x, b = r.y * inverse - f.y, c = r.z * inverse - k.x, d = r.w * inverse - k.y;
     off += a * a + b * b + c * c + d * d;
   }
-  off = sqrtf(row_sum(off)) * 1.00001f;
+  off = root_above(row_sum(off));
   if (lane == 0) *row = {scale, norm * inverse + off, off, error};
 }
 
@@ -211,53 +216,67 @@ struct Tile {
   int count;
 };
 
-// The vectors, transformed. A warp has the rows 4 (warp + warps * turn) .. + 3, as when it chooses their codes.
+// The vectors, transformed. A warp has the rows 4 (warp + warps * turn) .. + 3, as when it chooses their codes; with a full
+// transform those of two turns are multiplied at once, on the tensor cores' float64.
 template <int Rows, int Warps>
 __device__ __noinline__ void load_vectors(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book,
                                           const EncodeSource& source, Layout layout, Tile tile, char* memory) {
   constexpr int kScratch = sizeof(__half) * kRing * kWords * kTileStride / sizeof(float) / Warps;
+  constexpr int kPiece = 64, kPieceStride = kPiece + 4, kColumns = 16;
+  static_assert(kScratch >= 8 * kPieceStride, "the ring is the scratch memory of all warps");
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = book.book.width, padded = book.padded;
   const int residual_stride = layout.residual_stride();
   float* residual = reinterpret_cast<float*>(memory + layout.residual_at());
   float* scratch = reinterpret_cast<float*>(memory + layout.ring_at()) + warp * kScratch;
-  const bool diagonal = book.diagonal[tile.group] != 0;
-  const float* turned = book.turned + tile.group * width * width;
-  const int at_once = diagonal ? 1 : min(4, kScratch / padded);
+  const double* turned = book.turned + tile.group * width * width;
   const auto element = [&](int row, int e) {
     return row < tile.count && e < width
                ? source.element(layer, call, tile.batch, tile.first_row + row, tile.group * width + e)
                : 0.0f;
   };
-  for (int top = 4 * warp; top < Rows; top += 4 * Warps) {
-    for (int q = 0; q < 4; q += at_once) {
-      const int first = top + q, rows = min(at_once, 4 - q);
-      if (diagonal) {
+  if (book.diagonal[tile.group] != 0) {
+    for (int top = 4 * warp; top < Rows; top += 4 * Warps)
+      for (int row = top; row < top + 4; ++row)
         for (int e = lane; e < padded; e += 32) {
-          const double a = e < width ? turned[static_cast<int64_t>(e) * width + e] : 0.0f;
-          residual[first * residual_stride + e] = static_cast<float>(a * static_cast<double>(element(first, e)));
+          const double a = e < width ? turned[static_cast<int64_t>(e) * width + e] : 0.0;
+          residual[row * residual_stride + e] = static_cast<float>(a * static_cast<double>(element(row, e)));
         }
-        continue;
-      }
-      __syncwarp();
-      for (int r = 0; r < rows; ++r)
-        for (int e = lane; e < padded; e += 32) scratch[r * padded + e] = element(first + r, e);
-      __syncwarp();
-      for (int e = lane; e < padded; e += 32) {
-        double y[4] = {};
-        if (e < width)
-#pragma unroll 4
-          for (int j = 0; j < width; ++j) {
-            const double a = turned[static_cast<int64_t>(j) * width + e];
+  } else {
+    for (int top = 4 * warp; top < Rows; top += 8 * Warps) {
+      const auto row_of = [&](int r) { return top + r / 4 * (4 * Warps) + r % 4; };
+      for (int column0 = 0; column0 < padded; column0 += 8 * kColumns) {
+        double sum[kColumns][2] = {};
+        for (int from = 0; from < width; from += kPiece) {
+          __syncwarp();
+          for (int i = lane; i < 8 * kPiece; i += 32)
+            scratch[i / kPiece * kPieceStride + i % kPiece] = element(row_of(i / kPiece), from + i % kPiece);
+          __syncwarp();
+          for (int k = 0; k < kPiece && from + k < width; k += 4) {
+            const double x = scratch[lane / 4 * kPieceStride + k + lane % 4];
+            const int j = from + k + lane % 4;
 #pragma unroll
-            for (int r = 0; r < 4; ++r)
-              if (r < rows) y[r] += a * static_cast<double>(scratch[r * padded + j]);
+            for (int n = 0; n < kColumns; ++n) {
+              if (column0 + 8 * n >= padded) break;
+              const int e = column0 + 8 * n + lane / 4;
+              multiply(sum[n], x, j < width && e < width ? turned[static_cast<int64_t>(j) * width + e] : 0.0);
+            }
           }
+        }
+        const int row = row_of(lane / 4);
+        if (row < Rows) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
-          if (r < rows) residual[(first + r) * residual_stride + e] = static_cast<float>(y[r]);
+          for (int n = 0; n < kColumns; ++n) {
+            const int e = column0 + 8 * n + lane % 4 * 2;
+            if (e >= padded) break;
+            residual[row * residual_stride + e] = static_cast<float>(sum[n][0]);
+            residual[row * residual_stride + e + 1] = static_cast<float>(sum[n][1]);
+          }
+        }
       }
     }
-    __syncwarp();
+  }
+  __syncwarp();
+  for (int top = 4 * warp; top < Rows; top += 4 * Warps) {
     const int row = top + lane / kLanesOfRow;
     const float* mine = residual + row * residual_stride;
     float squares = 0;
@@ -265,7 +284,7 @@ __device__ __noinline__ void load_vectors(const gsrq_layer& layer, const gsrq_ca
       const float4 r = *reinterpret_cast<const float4*>(mine + at);
       squares += r.x * r.x + r.y * r.y + r.z * r.z + r.w * r.w;
     }
-    const float norm = sqrtf(row_sum(squares)) * 1.00001f;
+    const float norm = root_above(row_sum(squares));
     finish_row(layout, squares, book.bounds[tile.group * book.book.stages].scale, mine,
                reinterpret_cast<__half*>(memory) + row * layout.high_stride(), norm * 0x1.1p-24f,
                reinterpret_cast<Row*>(memory + layout.row_at()) + row);
@@ -373,7 +392,7 @@ __global__ void __launch_bounds__(32 * RowWarps * WordWarps, RowWarps* WordWarps
       for (int m = 0; m < Tiles; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float inverse = -1.0f / state[(row_warp * Tiles + m) * 16 + lane / 4 + 8 * h].scale;
+          const float inverse = -reciprocal(state[(row_warp * Tiles + m) * 16 + lane / 4 + 8 * h].scale);
           const int offset = half * 2 * S::kNear;
 #pragma unroll
           for (int n = 0; n < S::kNear; ++n)
@@ -419,7 +438,7 @@ __global__ void __launch_bounds__(32 * RowWarps * WordWarps, RowWarps* WordWarps
     const StageBounds bounds = all_bounds[stage];
     const int64_t word0 = (g * stages + stage) * 256;
     int chosen[S::kTurns];
-#pragma unroll
+#pragma unroll 1
     for (int turn = 0; turn < S::kTurns; ++turn) {
       if (kTurnRows * turn + 4 * warp >= S::kRows) continue;
       const int row = kTurnRows * turn + 4 * warp + lane / kLanesOfRow;
@@ -435,7 +454,7 @@ __global__ void __launch_bounds__(32 * RowWarps * WordWarps, RowWarps* WordWarps
         if (w == 0) top = part;
         else merge(top, part);
       }
-      const float inverse = 1.0f / known.scale, reach = known.norm * bounds.largest;
+      const float inverse = reciprocal(known.scale), reach = known.norm * bounds.largest;
       const float bound = 1.02f * (bounds.largest * (known.error * inverse + known.off + accumulated * known.norm) +
                                    known.norm * bounds.high_off + 0x1p-17f * (fabsf(top.first) + 2 * reach));
       const bool close = real && !(top.first - top.second > 2 * bound);
@@ -476,7 +495,9 @@ __global__ void __launch_bounds__(32 * RowWarps * WordWarps, RowWarps* WordWarps
         if (row == at_row) code = better;
       }
       if (real && sub == 0) source.target(book.book, call, b, first_row + row, g)[stage] = static_cast<int8_t>(code);
-      chosen[turn] = code;
+#pragma unroll
+      for (int same = 0; same < S::kTurns; ++same)  // not indexed by what is known only at run time: stays in registers
+        if (same == turn) chosen[same] = code;
     }
     if (stage + 1 == stages) break;
 
@@ -510,7 +531,7 @@ __global__ void __launch_bounds__(32 * RowWarps * WordWarps, RowWarps* WordWarps
       }
       for (int at = (kFetched * kLanesOfRow + sub) * 4; at < padded; at += 4 * kLanesOfRow)
         subtract(at, word_halves(book, word0 + chosen[turn], at));
-      const float after = sqrtf(row_sum(squares)) * 1.00001f;
+      const float after = root_above(row_sum(squares));
       const float error = 1.0001f * (state[row].error + bounds.scale * (bounds.low_off + 0x1p-23f * bounds.largest) + 0x1p-23f * after);
       __syncwarp();
       finish_row(layout, squares, all_bounds[stage + 1].scale, mine, high + row * high_stride, error, state + row);

@@ -30,6 +30,14 @@ __device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same in float64: sum [8 x 8] += a [8 x 4] b [4 x 8]. a: row lane / 4, column lane % 4; b: row lane % 4, column
+// lane / 4; sum: row lane / 4, columns 2 (lane % 4) and + 1.
+__device__ inline void multiply(double (&sum)[2], double a, double b) {
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+               : "+d"(sum[0]), "+d"(sum[1])
+               : "d"(a), "d"(b));
+}
+
 // 16 bytes from global to shared memory; zeros where not real. `from` must be a valid address of the array all the same.
 __device__ inline void copy_async(void* to, const void* from, bool real) {
   const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
