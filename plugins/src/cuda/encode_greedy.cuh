@@ -167,42 +167,46 @@ struct Exact {
   }
 };
 
-// Where three or more are close: all codewords in float32 by a whole warp (codes lane + 32 t), then the close ones exactly.
-__device__ __noinline__ static int among_all(const Exact& exact, int stage, const Layout& layout, const float* residual, float error,
-                         float norm) {
+// Where three or more are close: all codewords in float32 by a whole warp, 8 lanes a codeword, then the close ones exactly.
+// Lane l keeps the scores of the codes 32 t + l % 8 * 4 + l / 8.
+__device__ __noinline__ static int among_all(const Exact& exact, int stage, const Layout& layout, const float* residual,
+                                             float error, float norm) {
   const EncodeBook& book = exact.book;
   const int64_t at_stage = exact.group * book.book.stages + stage;
   const StageBounds bounds = book.bounds[at_stage];
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, sub = lane % kLanesOfRow, quarter = lane / kLanesOfRow;
   float score[8], best = -INFINITY;
 #pragma unroll
   for (int t = 0; t < 8; ++t) {
-    const int64_t word = at_stage * 256 + lane + 32 * t;
-    float sum = 0;
-    for (int at = 0; at < layout.padded; at += 4) {
-      const float4 r = *reinterpret_cast<const float4*>(residual + at), w = word_elements(book, word, at);
-      sum += r.x * w.x + r.y * w.y + r.z * w.z + r.w * w.w;
+    score[t] = 0;
+#pragma unroll 4
+    for (int u = 0; u < kLanesOfRow; ++u) {
+      const int64_t word = at_stage * 256 + 32 * t + 4 * u + quarter;
+      float sum = 0;
+      for (int at = sub * 4; at < layout.padded; at += 4 * kLanesOfRow) {
+        const float4 r = *reinterpret_cast<const float4*>(residual + at), w = word_elements(book, word, at);
+        sum += r.x * w.x + r.y * w.y + r.z * w.z + r.w * w.w;
+      }
+      sum = row_sum(sum);
+      if (u == sub) score[t] = sum - book.half_norms[word];
     }
-    score[t] = sum - book.half_norms[word];
     best = fmaxf(best, score[t]);
   }
   best = warp_max(best);
   // A close candidate's half norm is its product less its score.
   const float reach = norm * bounds.largest;
-  const float bound = 1.02f * (error * bounds.largest + norm * bounds.low_off + (layout.padded + 8) * 0x1p-23f * reach +
-                               0x1p-22f * (fabsf(best) + reach));
+  const float bound = 1.02f * (error * bounds.largest + norm * bounds.low_off +
+                               (layout.padded / kLanesOfRow + 12) * 0x1p-23f * reach + 0x1p-22f * (fabsf(best) + reach));
   int chosen = -1;
-#pragma unroll 1
-  for (int t = 0; t < 8; ++t) {
-    float mine = score[0];
 #pragma unroll
-    for (int u = 1; u < 8; ++u)
-      if (u == t) mine = score[u];
-    unsigned close = __ballot_sync(0xffffffffu, !(mine < best - 2 * bound));
+  for (int t = 0; t < 8; ++t) {
+    unsigned close = __ballot_sync(0xffffffffu, !(score[t] < best - 2 * bound));
     while (close != 0) {
-      const int code = 32 * t + __ffs(close) - 1;
+      const int at = __ffs(static_cast<int>(close)) - 1, code = 32 * t + at % kLanesOfRow * 4 + at / kLanesOfRow;
       close &= close - 1;
-      if (chosen < 0 || exact.beats(stage, chosen, code)) chosen = code;
+      const int lower = min(chosen, code), upper = max(chosen, code);
+      if (chosen < 0) chosen = code;
+      else chosen = exact.beats(stage, lower, upper) ? upper : lower;
     }
   }
   return chosen;
