@@ -31,9 +31,14 @@ def snap(book: Codebook, spread: int | None = None) -> Codebook:
     return Codebook(words.to(torch.float16), book.transform)
 
 
+def snap_side(book: Codebook, kind: str) -> Codebook:
+    """The codebook of a layer's keys (kind "key") or values ("value") snapped; keys within ``KEY_SPREAD``."""
+    return snap(book, KEY_SPREAD if kind == "key" else None)
+
+
 def snap_layers(layers: Sequence[LayerCodebooks]) -> list[LayerCodebooks]:
-    """All codebooks of a model snapped, keys within ``KEY_SPREAD``."""
-    return [LayerCodebooks(snap(pair.keys, KEY_SPREAD), snap(pair.values)) for pair in layers]
+    """All codebooks of a model snapped."""
+    return [LayerCodebooks(snap_side(pair.keys, "key"), snap_side(pair.values, "value")) for pair in layers]
 
 
 def stage_integers(book: Codebook, spread: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
