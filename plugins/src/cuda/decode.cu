@@ -199,7 +199,7 @@ __device__ inline void sync_warps(int id) {
 }
 
 // Scoring holds many values in registers, binning few; the pool is split unevenly where the target can. The sum must not
-// exceed what the block is launched with, 128 a thread: 8 * 152 + 8 * 104 = 16 * 128.
+// exceed what the block is launched with, 128 a thread: 8 * 168 + 8 * 88 = 16 * 128.
 template <int Registers, bool More>
 __device__ inline void set_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
@@ -894,10 +894,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   }
   cluster_sync();  // no CTA may write into another that has not started
   if (threadIdx.x < kKeyThreads) {
-    set_registers<152, true>();
+    set_registers<168, true>();
     score_keys<Blocks, Lanes>(layer, call, plan, constants, shared, cursor, rank);
   } else {
-    set_registers<104, false>();
+    set_registers<88, false>();
     bin_values<Lanes, Stride>(layer, call, plan, memory, shared, cursor, rank, cluster);
   }
   cluster_sync();  // nor leave while others write into it
