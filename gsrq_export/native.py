@@ -1,6 +1,6 @@
-"""Builds and finds the native library: the ONNX Runtime custom op compiled from plugins/.
+"""Builds and finds the native libraries compiled from plugins/: the ONNX Runtime custom op and the CUDA kernels.
 
-The library lies in a cache directory whose name holds a hash of the sources and of the compiler, so an old build is
+A library lies in a cache directory whose name holds a hash of its sources and of the compilers, so an old build is
 never taken for a new one. Nothing here needs ONNX Runtime's headers.
 """
 
@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -20,11 +21,41 @@ from filelock import FileLock
 
 from gsrq_export.errors import GsrqError
 
-LIBRARY = "libgsrq_ort.so"
-LIBRARY_VARIABLE = "GSRQ_ORT_LIBRARY"
 CACHE_VARIABLE = "GSRQ_CACHE"
-SOURCE_SUFFIXES = {".cpp", ".hpp", ".h", ".cu", ".cuh", ".txt"}
+SOURCE_SUFFIXES = {".cpp", ".hpp", ".h", ".cu", ".cuh", ".map", ".txt"}
 LOG_TAIL = 30  # lines of a failed build that the error shows
+
+
+@dataclass(frozen=True)
+class Target:
+    """A library that plugins/ makes.
+
+    Attributes:
+        library: its file name.
+        variable: the environment variable that names one to use instead.
+        cmake: its CMake target.
+        sets: its exported function that names the instruction sets or compute capabilities it has kernels for.
+        others: folders of plugins/ it is not made from; changes there leave it valid.
+        cuda: nvcc compiles it.
+    """
+
+    library: str
+    variable: str
+    cmake: str
+    sets: str
+    others: frozenset[str]
+    cuda: bool = False
+
+
+ORT = Target("libgsrq_ort.so", "GSRQ_ORT_LIBRARY", "gsrq_ort", "GsrqInstructionSets", frozenset({"cuda"}))
+CUDA = Target(
+    "libgsrq_cuda.so",
+    "GSRQ_CUDA_LIBRARY",
+    "gsrq_cuda_shared",
+    "gsrq_cuda_architectures",
+    frozenset({"cpu", "ort"}),
+    cuda=True,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +64,8 @@ class NativeLibrary:
 
     Attributes:
         sha256: of the file, hexadecimal.
-        instruction_sets: kernels in the library; the best that the processor has is chosen at run time.
+        instruction_sets: kernels in the library; the best that the processor has is chosen at run time. Of a CUDA
+            library the compute capabilities, "90" for 9.0.
     """
 
     path: Path
@@ -60,12 +92,15 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "gsrq") / "plugins"
 
 
-def build(build_dir: Path | None = None, jobs: int = 2) -> Path:
-    """Compile the library and put it into the cache, replacing what is there in one step.
+def build(
+    build_dir: Path | None = None, jobs: int = 2, target: Target = ORT, architectures: tuple[str, ...] = ()
+) -> Path:
+    """Compile a library and put it into the cache, replacing what is there in one step.
 
     Args:
         build_dir: where CMake works, kept for incremental builds; None: a temporary directory.
         jobs: compilations at a time.
+        architectures: of a CUDA library, compute capabilities as "90"; none: those that CMakeLists.txt names.
     Returns:
         the library's path in the cache.
     Raises:
@@ -73,75 +108,110 @@ def build(build_dir: Path | None = None, jobs: int = 2) -> Path:
     """
     if jobs < 1:
         raise GsrqError(f"jobs is {jobs}", "give 1 or more")
+    bad = [name for name in architectures if not re.fullmatch(r"\d{2,3}[af]?", name)]
+    if bad or (architectures and not target.cuda):
+        raise GsrqError(f"architectures: {bad or architectures}", 'name compute capabilities as "90", for CUDA only')
     compiler = _compiler()
     if compiler is None:
         raise GsrqError("no C++ compiler found ($CXX, c++, g++ or clang++)", "install g++ (9 or later) or set CXX")
+    if target.cuda and nvcc() is None:
+        raise GsrqError("no CUDA compiler found ($CUDACXX, nvcc)", "install the CUDA toolkit (12 or later)")
     cmake, ninja = _tool("cmake", "CMAKE_BIN_DIR"), _tool("ninja", "BIN_DIR")
-    target = cache_dir() / _key(compiler)
-    target.mkdir(parents=True, exist_ok=True)
-    with FileLock(target / ".lock"), tempfile.TemporaryDirectory(prefix="gsrq-build-") as temporary:
+    kept = cache_dir() / _key(compiler, target)
+    if architectures:
+        kept = kept.with_name(f"{kept.name}-{'.'.join(architectures)}")
+    kept.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept / ".lock"), tempfile.TemporaryDirectory(prefix="gsrq-build-") as temporary:
         work = (build_dir or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         configure = [cmake, "-S", str(source_dir()), "-B", str(work), "-G", "Ninja"]
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=Release"]
+        if target.cuda:
+            configure += ["-DGSRQ_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
+            chosen = "-DGSRQ_CUDA_ARCHITECTURES=" + ";".join(architectures)
+            configure += [chosen if architectures else "-UGSRQ_CUDA_ARCHITECTURES"]
         _run(configure, "CMake could not configure the native library")
-        _run([ninja, "-C", str(work), "-j", str(jobs), "gsrq_ort"], "the native library did not compile")
-        fresh = target / f".{LIBRARY}.{os.getpid()}"
-        shutil.copy2(work / LIBRARY, fresh)
-        fresh.replace(target / LIBRARY)
-    return target / LIBRARY
+        _run([ninja, "-C", str(work), "-j", str(jobs), target.cmake], "the native library did not compile")
+        fresh = kept / f".{target.library}.{os.getpid()}"
+        shutil.copy2(work / target.library, fresh)
+        fresh.replace(kept / target.library)
+    return kept / target.library
 
 
-def find() -> Path | None:
-    """The library to load: $GSRQ_ORT_LIBRARY, else one in the cache built from the current sources, else None.
+def find(target: Target = ORT) -> Path | None:
+    """The library to load: the one its variable names, else one in the cache built from the current sources, else None.
 
     Raises:
-        GsrqError: $GSRQ_ORT_LIBRARY names no file.
+        GsrqError: the variable (GSRQ_ORT_LIBRARY, GSRQ_CUDA_LIBRARY) names no file.
     """
-    named = os.environ.get(LIBRARY_VARIABLE)
+    named = os.environ.get(target.variable)
     if named:
         if not Path(named).is_file():
-            raise GsrqError(f"{LIBRARY_VARIABLE} is {named}, which is no file", "unset it or name the built library")
+            raise GsrqError(f"{target.variable} is {named}, which is no file", "unset it or name the built library")
         return Path(named)
     compiler = _compiler()
-    if compiler is not None and (cache_dir() / _key(compiler) / LIBRARY).is_file():
-        return cache_dir() / _key(compiler) / LIBRARY
-    # Built elsewhere or with another compiler; the sources are the same.
-    return next(iter(sorted(cache_dir().glob(f"{_source_hash()}-*/{LIBRARY}"))), None)
+    if compiler is not None:
+        exact = cache_dir() / _key(compiler, target) / target.library
+        if exact.is_file():
+            return exact
+    # Built elsewhere, with another compiler or for chosen architectures; the sources are the same.
+    return next(iter(sorted(cache_dir().glob(f"{_source_hash(target)}-*/{target.library}"))), None)
 
 
-def ensure(jobs: int = 2) -> Path:
+def ensure(jobs: int = 2, target: Target = ORT) -> Path:
     """find(), or build() where nothing is found."""
-    return find() or build(jobs=jobs)
+    return find(target) or build(jobs=jobs, target=target)
 
 
-def describe(library: Path) -> NativeLibrary:
+def describe(library: Path, target: Target = ORT) -> NativeLibrary:
     """What the manifest records of a library.
 
     Raises:
         GsrqError: the file cannot be loaded or is no GSRQ library.
     """
     try:
-        sets = ctypes.CDLL(str(library.resolve())).GsrqInstructionSets
+        sets = getattr(ctypes.CDLL(str(library.resolve())), target.sets)
     except (OSError, AttributeError) as error:
-        raise GsrqError(f"{library} is no GSRQ library: {error}", "build it again: gsrq plugins build") from error
+        again = "gsrq plugins build" + (" --cuda" if target.cuda else "")
+        raise GsrqError(f"{library} is no GSRQ library: {error}", f"build it again: {again}") from error
     sets.restype = ctypes.c_char_p
     return NativeLibrary(library, hashlib.sha256(library.read_bytes()).hexdigest(), tuple(sets().decode().split(",")))
 
 
-def _source_hash() -> str:
+def nvcc() -> str | None:
+    """The CUDA compiler: $CUDACXX, else nvcc on PATH, else the toolkit's usual place."""
+    named = os.environ.get("CUDACXX")
+    found = [shutil.which(name) for name in ([named] if named else ["nvcc", "/usr/local/cuda/bin/nvcc"])]
+    return next((path for path in found if path), None)
+
+
+def cuda_devices() -> int:
+    """GPUs that the driver shows this process; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _source_hash(target: Target) -> str:
     """Of every source file's name and content; the ONNX Runtime ABI version is one of them (ort_abi.h)."""
     root, digest = source_dir(), hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in SOURCE_SUFFIXES):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+        name, content = path.relative_to(root), path.read_bytes()
+        if not target.others & set(name.parts):
+            digest.update(f"{name.as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
 
 
-def _key(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    build = hashlib.sha256(f"{version}\0{platform.system()}\0{platform.machine()}".encode()).hexdigest()
-    return f"{_source_hash()}-{build[:8]}"
+def _key(compiler: str, target: Target = ORT) -> str:
+    compilers = [compiler] + ([path] if target.cuda and (path := nvcc()) else [])
+    versions = [subprocess.run([c, "--version"], capture_output=True, text=True, check=False).stdout for c in compilers]
+    build = hashlib.sha256("\0".join([*versions, platform.system(), platform.machine()]).encode()).hexdigest()
+    return f"{_source_hash(target)}-{build[:8]}"
 
 
 def _compiler() -> str | None:

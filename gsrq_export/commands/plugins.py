@@ -17,16 +17,25 @@ def plugins() -> None:
 @plugins.command("build")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Compilers at once.")
 @click.option("--build-dir", type=click.Path(path_type=Path, file_okay=False), help="Keep the build tree here.")
-def build_plugins(jobs: int, build_dir: Path | None) -> None:
-    """Compile plugins/ with CMake; needs a C++17 compiler. The result is found by all other commands."""
+@click.option("--cuda/--no-cuda", default=None, help="Also the CUDA kernels; default: if there are nvcc and a GPU.")
+@click.option("--cuda-arch", multiple=True, metavar="90", help="Compute capability; repeat for more.  [80, 90, 100]")
+def build_plugins(jobs: int, build_dir: Path | None, cuda: bool | None, cuda_arch: tuple[str, ...]) -> None:
+    """Compile plugins/ with CMake; needs a C++17 compiler. The results are found by all other commands."""
+    if cuda_arch and cuda is False:
+        raise click.UsageError("--cuda-arch goes with --cuda")
     click.echo(native.build(build_dir, jobs))
+    if cuda is None:
+        cuda = bool(cuda_arch) or (native.nvcc() is not None and native.cuda_devices() > 0)
+    if cuda:
+        click.echo(native.build(build_dir, jobs, native.CUDA, cuda_arch))
 
 
 @plugins.command("path")
-def path() -> None:
+@click.option("--cuda", is_flag=True, help="Of the CUDA kernels.")
+def path(cuda: bool) -> None:
     """Print the library's path; exit status 1 if none is built for this version."""
-    found = native.find()
+    found = native.find(native.CUDA if cuda else native.ORT)
     if found is None:
-        click.echo("no library is built; run `gsrq plugins build`", err=True)
+        click.echo(f"no library is built; run `gsrq plugins build{' --cuda' if cuda else ''}`", err=True)
         raise SystemExit(1)
     click.echo(found)

@@ -65,14 +65,14 @@ def test_abi_declarations_equal_onnxruntimes_header(tmp_path: Path) -> None:
 def test_only_a_library_of_the_current_sources_is_found(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(native.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.delenv(native.ORT.variable, raising=False)
     sources = tmp_path / "plugins"
     shutil.copytree(native.source_dir(), sources)
     monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(native, "source_dir", lambda: sources)
     assert native.find() is None
     key = native._key(COMPILER)
-    kept = native.cache_dir() / key / native.LIBRARY
+    kept = native.cache_dir() / key / native.ORT.library
     kept.parent.mkdir(parents=True)
     shutil.copy2(library, kept)
     assert native.find() == kept
@@ -84,10 +84,10 @@ def test_only_a_library_of_the_current_sources_is_found(
 
 
 def test_a_named_library_comes_first(library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(native.LIBRARY_VARIABLE, str(library))
+    monkeypatch.setenv(native.ORT.variable, str(library))
     assert native.find() == library
     assert native.ensure() == library
-    monkeypatch.setenv(native.LIBRARY_VARIABLE, str(tmp_path / "gone.so"))
+    monkeypatch.setenv(native.ORT.variable, str(tmp_path / "gone.so"))
     with pytest.raises(GsrqError, match=r"GSRQ_ORT_LIBRARY is .*gone\.so, which is no file"):
         native.find()
 
@@ -97,7 +97,7 @@ def test_a_failed_build_shows_the_log_and_leaves_nothing(tmp_path: Path, monkeyp
     shutil.copytree(native.source_dir(), sources)
     (sources / "src/cpu/select.cpp").write_text("#error broken on purpose\n")
     monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.delenv(native.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.delenv(native.ORT.variable, raising=False)
     monkeypatch.setattr(native, "source_dir", lambda: sources)
     with pytest.raises(GsrqError, match=r"(?s)did not compile.*broken on purpose"):
         native.build(jobs=1)

@@ -57,6 +57,8 @@ typedef struct {
 
 GSRQ_CUDA_API int32_t gsrq_cuda_abi(void);
 GSRQ_CUDA_API const char* gsrq_cuda_error(void);
+/* Compute capabilities that the library was compiled for, "80,90,100"; later ones run the last by way of PTX. */
+GSRQ_CUDA_API const char* gsrq_cuda_architectures(void);
 
 /* Reads the codebooks and tables once and completes `layer` (planes, geometric, exponents). Synchronises the stream.
  * scratch: 4096 bytes. */

@@ -1,0 +1,148 @@
+"""What a call of the operator must look like, said before anything is launched."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from gsrq_export.cache.rule import CacheRule
+from gsrq_export.errors import GsrqError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ALIGNMENT = 16  # bytes, of the cache tensors
+
+
+class LayerShape(NamedTuple):
+    """What a layer's calls have in common."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    positions: int  # of the rotary table
+    key_bytes: int  # a token's codes
+    value_bytes: int
+    rule: CacheRule
+    device: torch.device
+
+
+class CallTensors(NamedTuple):
+    """The tensors of one call; docs/operator.md has their meaning.
+
+    Attributes:
+        query: float32, float16 or bfloat16 [B, heads, T, head_dim], before RoPE.
+        key, value: of query's type [B, KV heads, T, head_dim].
+        past_lengths, new_lengths: int64 [B].
+        key_codes, value_codes: int8 [B, capacity, code bytes]; with a block table [pages, page, code bytes].
+        key_exact, value_exact: float32, float16 or bfloat16 [B, KV heads, exact slots, head_dim].
+        block_table: int32 [B, pages of a row]: entry i is the page of coded rows page * i .. page * i + page - 1.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    past_lengths: torch.Tensor
+    new_lengths: torch.Tensor
+    key_codes: torch.Tensor
+    value_codes: torch.Tensor
+    key_exact: torch.Tensor
+    value_exact: torch.Tensor
+    block_table: torch.Tensor | None
+
+    @property
+    def capacity(self) -> int:
+        """Coded tokens that a row has room for."""
+        rows = int(self.key_codes.shape[1])
+        return rows if self.block_table is None else rows * int(self.block_table.shape[1])
+
+
+def check_call(layer: LayerShape, call: CallTensors, max_total: int | None) -> int:
+    """Check all but what lies in the tensors.
+
+    Args:
+        max_total: the most tokens a row has after the call; None: as many as the cache and the rotary table hold.
+    Returns:
+        max_total.
+    Raises:
+        GsrqError: naming the tensor, what it is and what it must be.
+    """
+    if call.query.ndim != 4:
+        raise GsrqError(f"query has shape {list(call.query.shape)}", "give [batch, heads, tokens, head_dim]")
+    batch, steps = int(call.query.shape[0]), int(call.query.shape[2])
+    floats = (call.query.dtype,)
+    exact = (layer.kv_heads, layer.rule.exact_slots, layer.head_dim)
+    _check("query", call.query, FLOATS, (batch, layer.heads, steps, layer.head_dim), layer)
+    _check("key", call.key, floats, (batch, layer.kv_heads, steps, layer.head_dim), layer)
+    _check("value", call.value, floats, (batch, layer.kv_heads, steps, layer.head_dim), layer)
+    _check("past_lengths", call.past_lengths, (torch.int64,), (batch,), layer)
+    _check("new_lengths", call.new_lengths, (torch.int64,), (batch,), layer)
+    _check("key_exact", call.key_exact, FLOATS, (batch, *exact), layer, ALIGNMENT)
+    _check("value_exact", call.value_exact, (call.key_exact.dtype,), (batch, *exact), layer, ALIGNMENT)
+    rows: tuple[int | None, int | None] = (batch, None)
+    if call.block_table is not None:
+        _check("block_table", call.block_table, (torch.int32,), (batch, None), layer)
+        rows = (None, None)
+    _check("key_codes", call.key_codes, (torch.int8,), (*rows, layer.key_bytes), layer, ALIGNMENT)
+    same = (int(call.key_codes.shape[0]), int(call.key_codes.shape[1]), layer.value_bytes)
+    _check("value_codes", call.value_codes, (torch.int8,), same, layer, ALIGNMENT)
+    if call.block_table is not None and call.key_codes.shape[1] < 1:
+        raise GsrqError("key_codes has pages of no rows", "give [pages, rows a page, code bytes]")
+    rule, capacity = layer.rule, call.capacity
+    fits = min(layer.positions, capacity // rule.block * rule.block + rule.sinks + rule.window + rule.block - 1)
+    if max_total is None:
+        return fits
+    if not 0 <= max_total <= fits:
+        raise GsrqError(
+            f"max_total is {max_total}; a cache with room for {capacity} coded tokens a row and a rotary table of "
+            f"{layer.positions} positions hold {fits} tokens",
+            "enlarge the cache or the table, or shorten the sequence",
+        )
+    return max_total
+
+
+def check_lengths(layer: LayerShape, call: CallTensors, max_total: int) -> None:
+    """Check what lies in the lengths and the block table. Waits for the GPU where they lie there.
+
+    Raises:
+        GsrqError: a negative length, more new tokens than the call has, more tokens than max_total, or an entry
+            of the block table that is used and names no page.
+    """
+    past, new = call.past_lengths.tolist(), call.new_lengths.tolist()
+    steps, pages, page = int(call.query.shape[2]), int(call.key_codes.shape[0]), int(call.key_codes.shape[1])
+    table = None if call.block_table is None else call.block_table.tolist()
+    for b, (before, more) in enumerate(zip(past, new, strict=True)):
+        if before < 0 or not 0 <= more <= steps:
+            raise GsrqError(
+                f"row {b}: past_lengths is {before} and new_lengths {more} of {steps} new tokens",
+                "past_lengths must not be negative, new_lengths lie in 0 .. the new tokens",
+            )
+        if before + more > max_total:
+            raise GsrqError(f"row {b}: {before} + {more} tokens exceed {max_total}", "enlarge the cache or max_total")
+        if table is not None:
+            used = table[b][: -(-layer.rule.coded(before + more) // page)]
+            bad = next((entry for entry in used if not 0 <= entry < pages), None)
+            if bad is not None:
+                raise GsrqError(f"row {b}: block_table names page {bad}", f"pages are 0 .. {pages - 1}")
+
+
+def _check(
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    layer: LayerShape,
+    alignment: int = 0,
+) -> None:
+    """shape: None where any size will do."""
+    if tensor.dtype not in dtypes:
+        raise GsrqError(f"{name} is {tensor.dtype}", f"give {' or '.join(str(t) for t in dtypes)}")
+    have = tuple(tensor.shape)
+    if len(have) != len(shape) or any(w is not None and h != w for h, w in zip(have, shape, strict=True)):
+        want = ", ".join("any" if w is None else str(w) for w in shape)
+        raise GsrqError(f"{name} has shape {list(have)}, not [{want}]", "it must agree with the layer and the query")
+    if tensor.device != layer.device:
+        raise GsrqError(f"{name} is on {tensor.device}, the layer on {layer.device}", "move it to the layer's device")
+    if not tensor.is_contiguous():
+        raise GsrqError(f"{name} has strides {list(tensor.stride())}", "make it contiguous")
+    if alignment and tensor.data_ptr() % alignment:
+        raise GsrqError(f"{name} starts at address {tensor.data_ptr():#x}", f"align it to {alignment} bytes: clone it")

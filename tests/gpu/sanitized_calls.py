@@ -1,0 +1,38 @@
+"""A few small calls of every kernel, to be run under compute-sanitizer; test_cuda_kernels.py does."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+from cuda_scenes import Scene, Stage, with_config  # noqa: E402
+
+from gsrq_export.cuda import Call  # noqa: E402
+
+SMALL = Scene((301, 17, 0), (1, 1, 1), head_dim=64, half_rope=32, keys=(64, 5), values=(64, 3))
+SCENES = [
+    SMALL,
+    replace(SMALL, grid=False, page=8, dtype=torch.bfloat16),
+    replace(SMALL, rope="random", values=(128, 2), dtype=torch.float32),
+    replace(SMALL, new=(41, 3, 20), keys=(32, 3)),
+    with_config(replace(SMALL, new=(20, 0, 9), dtype=torch.float32, page=16), beam=3, exact_prefill=True),
+    replace(SMALL, head_dim=128, half_rope=32, keys=(128, 17), values=(64, 9), heads=14),
+]
+
+
+def main() -> None:
+    for scene in SCENES:
+        stage = Stage(scene, "cuda")
+        Call(stage.layer, stage.call()).run()
+        stage.layer.encode(torch.randn(33, scene.kv_heads * scene.head_dim, device="cuda"), "keys")
+        torch.cuda.synchronize()
+    print(f"ran {len(SCENES)} calls")
+
+
+if __name__ == "__main__":
+    main()
