@@ -1363,11 +1363,8 @@ Kernel kernel_of(int blocks) {
 Kernel kernel_of(const DecodePlan& plan) {
   switch (plan.lanes * 1000 + plan.stride) {
 #ifndef GSRQ_DECODE_FEW
-    case 1008: return kernel_of<1, 8>(plan.blocks);
-    case 1016: return kernel_of<1, 16>(plan.blocks);
     case 1032: return kernel_of<1, 32>(plan.blocks);
     case 4032: return kernel_of<4, 32>(plan.blocks);
-    case 8032: return kernel_of<8, 32>(plan.blocks);
     case 8064: return kernel_of<8, 64>(plan.blocks);
 #endif
     case 4064: return kernel_of<4, 64>(plan.blocks);

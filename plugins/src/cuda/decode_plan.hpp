@@ -78,7 +78,7 @@ inline bool make_decode_plan(const gsrq_layer& layer, DecodePlan* out) {
         p.own_tiles = (kChunkTiles + p.owners - 1) / p.owners;
         p.slots_per_cta = (p.slots + p.ways - 1) / p.ways;
         if (p.slots_per_cta > kMostSlots) continue;
-        p.stride = 8 * (p.lanes > 4 ? 4 : p.lanes);  // kernels exist for 8, 16, 32 bins and for 64 of several heads
+        p.stride = p.lanes == 8 ? 64 : 32;  // kernels exist for 32 bins of one head, 32 or 64 of four, 64 of eight
         while (p.stride < p.slots_per_cta * p.lanes) p.stride *= 2;
         if (p.stride > (p.lanes == 1 ? 32 : 64)) continue;
         p.shared_bytes = decode_shared_bytes(p);
