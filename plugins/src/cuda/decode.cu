@@ -97,8 +97,9 @@ __device__ inline int64_t chunks_before(const gsrq_layer& layer, const gsrq_call
 }
 
 __device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int vheads, int clusters) {
-  const int64_t per_head = chunks_before(layer, call, call.batch);
-  return {per_head, per_head * vheads, clusters};
+  const int64_t per_head = chunks_before(layer, call, call.batch), total = per_head * vheads;
+  // No cluster between two that have some of a row may have nothing.
+  return {per_head, total, static_cast<int>(total < clusters ? (total > 0 ? total : 1) : clusters)};
 }
 
 // Walks a cluster's stretch item by item; an item is what it has of one (head, row).
@@ -106,8 +107,8 @@ struct Cursor {
   int64_t chunk, end;  // in the line
   int vhead, row, first, stop;  // chunks first .. stop - 1 of the row
   __device__ void start(const gsrq_layer& layer, const gsrq_call& call, const Line& line, int cluster) {
-    chunk = line.begin(cluster);
-    end = line.begin(cluster + 1);
+    chunk = cluster < line.clusters ? line.begin(cluster) : line.total;
+    end = cluster < line.clusters ? line.begin(cluster + 1) : line.total;
     if (chunk >= end) return;
     vhead = static_cast<int>(chunk / line.per_head);
     int64_t rest = chunk % line.per_head;
