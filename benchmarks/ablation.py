@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from environment import ROOT, environment
 from quality import brief, judge, sequences
@@ -29,7 +30,7 @@ from gsrq_export.cache.rule import CacheRule
 from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metric, capture, output_projections
 from gsrq_export.codec.cluster import Method
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
-from gsrq_export.codec.finetune import Finetuning, finetune
+from gsrq_export.codec.finetune import FinetuneLog, Finetuning, finetune
 from gsrq_export.codec.refit import refit_codebook
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.evaluate.torch_runner import TorchRunner
@@ -82,6 +83,7 @@ def ladder(bits: float, head_dim: int) -> list[Setting]:
         replace(tuned, name="fine-tuning, rate 0.003", learning_rate=0.003),
         replace(tuned, name="fine-tuning, rate 0.03", learning_rate=0.03),
         replace(tuned, name="fine-tuning, equal bits", keys=bits, values=bits),
+        replace(tuned, name="fine-tuning, k-means from data points", method="kmeans"),
         replace(tuned, name="fine-tuning, 400 steps", finetune=400),
         replace(refit, name="no gradient weights", weights="none"),
         replace(refit, name="k-means from data points", method="kmeans"),
@@ -162,6 +164,21 @@ class Trainer:
             book = refit_codebook(book, vectors, weights, setting.beam, setting.refits)[0]
         return book
 
+    def books(
+        self, setting: Setting, ids: np.ndarray[Any, np.dtype[np.int64]], batch: int = 4
+    ) -> tuple[list[LayerCodebooks], FinetuneLog | None]:
+        """The codebooks of all layers; where the setting fine-tunes, on ``ids``, ``batch`` sequences a step."""
+        books = [LayerCodebooks(*(self.book(setting, layer, kind) for kind in KINDS)) for layer in self.spec.layers]
+        if not setting.finetune:
+            return books, None
+        tuning = Finetuning(setting.finetune, batch, setting.learning_rate, setting.beam)
+        return finetune(self.model, self.spec, torch.from_numpy(ids), books, RULE, tuning)
+
+
+def codecs_of(setting: Setting, books: list[LayerCodebooks]) -> list[LayerCodecs]:
+    residual = [[ResidualCodec(book, setting.beam) for book in (pair.keys, pair.values)] for pair in books]
+    return [LayerCodecs(*(NormCodec(of) if setting.norm else of for of in pair)) for pair in residual]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -217,15 +234,9 @@ def main() -> None:
             if time.monotonic() - begin > args.seconds or asdict(setting) in [r["setting"] for r in results["rows"]]:
                 continue
             start = time.monotonic()
-            books = [LayerCodebooks(*(trainer.book(setting, layer, kind) for kind in KINDS)) for layer in spec.layers]
-            log = None
-            if setting.finetune:
-                tuning = Finetuning(setting.finetune, 4, setting.learning_rate, setting.beam)
-                books, log = finetune(model, spec, torch.from_numpy(ids), books, RULE, tuning)
+            books, log = trainer.books(setting, ids)
             trained = time.monotonic() - start
-            residual = [[ResidualCodec(book, setting.beam) for book in (pair.keys, pair.values)] for pair in books]
-            codecs = [LayerCodecs(*(NormCodec(of) if setting.norm else of for of in pair)) for pair in residual]
-            with baseline(model, codecs, RULE, spec=spec):
+            with baseline(model, codecs_of(setting, books), RULE, spec=spec):
                 found = judge(TorchRunner(model), tokenizer, texts, args)
             seconds = {"train": round(trained, 1), "judge": round(time.monotonic() - start - trained, 1)}
             row = {"bits": bits, "setting": asdict(setting), "seconds": seconds, "finetune": log and log.to_dict()}

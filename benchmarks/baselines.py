@@ -54,6 +54,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--ours", action="append", default=[], help="id=codebooks.safetensors; the id begins with ours")
     parser.add_argument("--beam", type=int, default=1, help="of ours")
     parser.add_argument("--prefix", type=float, nargs="+", default=[], help="also these shares of our stages")
+    parser.add_argument("--int8", action="store_true", help="also ours with int8 codewords")
     parser.add_argument("--iterations", type=int, help="of every clustering; default: each method's own")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--window", type=int, default=64, help="W of the cache rule")
@@ -112,7 +113,7 @@ def ours(args: argparse.Namespace) -> list[Ours]:
     rows = []
     for id, file in (entry.split("=", 1) for entry in args.ours):
         row = Ours(id, f"ours: {id}", load_codebooks(Path(file)), args.beam)
-        rows += [row, *(row.prefix(share) for share in args.prefix)]
+        rows += [row, *([row.snapped()] if args.int8 else []), *(row.prefix(share) for share in args.prefix)]
     return rows
 
 

@@ -18,12 +18,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from ablation import RULE, TUNED, Trainer, ladder
+from ablation import TUNED, Trainer, ladder
 from quality import sequences
 
-from gsrq_export.capture import KINDS, Captured, CaptureSettings, capture
-from gsrq_export.codec.codebook import LayerCodebooks
-from gsrq_export.codec.finetune import Finetuning, finetune
+from gsrq_export.capture import Captured, CaptureSettings, capture
 from gsrq_export.codec.storage import save_codebooks
 from gsrq_export.model.introspect import inspect_model
 from gsrq_export.model.loading import load_model
@@ -73,11 +71,7 @@ def main() -> None:
         capture(model, spec, ids, CaptureSettings(width, width, batch=args.batch), Path(folder))
         trainer = Trainer(model, spec, Captured(Path(folder)), settings)
         for setting in todo:
-            books = [LayerCodebooks(*(trainer.book(setting, layer, kind) for kind in KINDS)) for layer in spec.layers]
-            log = None
-            if setting.finetune:
-                tuning = Finetuning(setting.finetune, args.finetune_batch, setting.learning_rate, setting.beam)
-                books, log = finetune(model, spec, torch.from_numpy(ids), books, RULE, tuning)
+            books, log = trainer.books(setting, ids, args.finetune_batch)
             facts = {"setting": json.dumps(asdict(setting)), "finetune": json.dumps(log and log.to_dict())}
             save_codebooks(args.out / f"{setting.name}.safetensors", books, facts)
             kl = f"KL {log.held_out_kl}" if log else ""

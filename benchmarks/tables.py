@@ -203,6 +203,26 @@ def comparison(data: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def int8(data: dict[str, Any]) -> str:
+    """Rows of ours in pairs, as trained and with int8 codewords: what rounding changes on the same windows."""
+    rows, exact = {row["id"]: row["metrics"] for row in data["rows"]}, data["unquantized"]["coded"]
+    texts = list(exact)
+    lengths = [found["tokens"] for found in exact[texts[0]]["recall"]["lengths"]]
+    header = ["", *(f"perplexity {t}, over exact" for t in texts), *(f"recall@{n}" for n in lengths)]
+    lines = []
+    for id in (id for id in rows if f"{id}-int8" in rows):
+        for name in (id, f"{id}-int8"):
+            ratios = [rows[name][t]["perplexity"]["perplexity"] / exact[t]["perplexity"]["perplexity"] for t in texts]
+            recalls = [rate(found) for found in rows[name][texts[0]]["recall"]["lengths"]]
+            lines.append([name, *(f"{100 * (ratio - 1):+.2f} %" for ratio in ratios), *recalls, *("" for _ in texts)])
+        for t in texts:
+            pairs = zip(*(rows[name][t]["perplexity"]["window_nll"] for name in (f"{id}-int8", id)), strict=True)
+            mean, deviation = spread([one - other for one, other in pairs])
+            error = deviation / len(rows[id][t]["perplexity"]["window_nll"]) ** 0.5
+            lines[-1][texts.index(t) - len(texts)] = f"{mean:+.4f} ± {error:.4f}"
+    return table([*header, *(f"nats a token more, {t}" for t in texts)], lines)
+
+
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew, and the plots."""
     data = {f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json")}
@@ -218,6 +238,7 @@ def documents() -> dict[Path, str]:
         "ablation": ("ablation_recall-28m", ablation),
         "compare": ("compare_recall-28m", comparison),
         "compare_demo": ("compare_demo-6m", comparison),
+        "int8": ("int8_demo-6m", int8),
     }
     out = {ROOT / "docs/img" / name: text for name, text in plots(data["gskm_gaussian"]["rows"]).items()}
     for name in ("method", "quality", "speed", "tune"):

@@ -60,7 +60,8 @@ def main() -> None:
     books = {ladder: read_book(work["ladders"], *ladder) for ladder in ladders}
     ids, answers = read_traffic(work["traffic"], source.tokenizer)
     rows = split(answers, EFFORTS["quick"]).compared
-    meter = Meter(source.model, source.spec, ids[rows], answers[rows], recipe.codec.beam)
+    int8 = recipe.codec.codewords == "int8"
+    meter = Meter(source.model, source.spec, ids[rows], answers[rows], recipe.codec.beam, int8)
 
     text = held_out_text(SelfSource(kind="self", seed=77), source, WINDOW * arguments.windows + arguments.length)
     tokens = source.tokenizer.encode(text, add_special_tokens=False, verbose=False)

@@ -117,6 +117,7 @@ class CodecRecipe(_Section):
     beam: Annotated[int, Field(ge=1, le=256)] = 1
     refits: Annotated[int, Field(ge=0, le=10)] = 0  # least-squares refits of all stages, each after encoding anew
     finetune: FinetuneRecipe | None = None
+    codewords: Literal["float16", "int8"] = "float16"  # int8: times a power of two a stage, see codec/int8.py
     seed: Seed = 0
 
     def side(self, kind: str, layer: int) -> CodecSide:

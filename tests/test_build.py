@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from families import ROOT, tiny_model
 from traffic.byte_tokenizer import byte_tokenizer
 
+from gsrq_export.codec.int8 import KEY_SPREAD, stage_integers
 from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.commands.app import cli
 from gsrq_export.errors import GsrqError
@@ -102,6 +103,7 @@ def refined(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "metric": "attention",
             "beam": 2,
             "refits": 1,
+            "codewords": "int8",
             "layers": [{"layer": 1, "keys": {"width": 32, "stages": 3}}],
             "finetune": {"steps": 3, "batch": 1, "learning_rate": 0.01},
         },
@@ -126,14 +128,21 @@ def test_budgets_refits_and_fine_tuning_reach_the_artifact(refined: Path) -> Non
     # 0.25 and 0.75 bits of keys, 0.25 of values twice.
     assert data["metrics"]["nominal_bits"] == pytest.approx((0.25 + 0.75 + 2 * 0.25) / 4)
     work = refined.with_name("artifact.work")
-    (before,), (after,) = (list(work.glob(f"{stage}-*/codebooks.safetensors")) for stage in ("codebooks", "finetune"))
+    stages = ("codebooks", "finetune", "int8")
+    (before,), (after,), (last,) = (list(work.glob(f"{stage}-*/codebooks.safetensors")) for stage in stages)
     log = json.loads((after.parent / "finetune.json").read_text())
     assert log["steps"][-1] == 3
     improved = min(log["held_out_kl"]) < log["held_out_kl"][0]
     assert (before.read_bytes() != after.read_bytes()) is improved
-    for one, other in zip(books, load_codebooks(after), strict=True):
+    assert (refined / "codebooks.safetensors").read_bytes() != after.read_bytes()
+    for one, other in zip(books, load_codebooks(last), strict=True):
         assert torch.equal(one.keys.codewords, other.keys.codewords)
         assert torch.equal(one.values.codewords, other.values.codewords)
+    for one, other in zip(books, load_codebooks(after), strict=True):
+        integers, exponents = stage_integers(one.keys, KEY_SPREAD)
+        units = torch.exp2(exponents.float())[None, :, None, None]
+        assert float((integers * units - other.keys.codewords.float()).div(units).abs().max()) <= 0.5
+        stage_integers(one.values)
     assert "KL to the model on held-out traffic" in (refined / "report.html").read_text()
 
 

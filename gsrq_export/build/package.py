@@ -151,7 +151,7 @@ def _built(
         "Traffic": f"{traffic['stats']['tokens']:,} tokens ({kinds}), recall passages in "
         f"{traffic['stats']['recall_sequences']} of {recipe.traffic.sequences} sequences",
         "Codec": f"{codec.method}, metric {codec.metric}, weights {codec.weights}, {codec.iterations} iterations, "
-        f"beam {codec.beam}, refits {codec.refits}",
+        f"beam {codec.beam}, refits {codec.refits}, codewords {codec.codewords}",
         **tuned,
         "Keys": budgets(recipe, "key", len(cache.layers)),
         "Values": budgets(recipe, "value", len(cache.layers)),

@@ -28,6 +28,7 @@ from gsrq_export.capture import (
 )
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
 from gsrq_export.codec.finetune import Finetuning, finetune
+from gsrq_export.codec.int8 import snap_layers
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.codec.storage import load_codebooks, save_codebooks
 from gsrq_export.compare.subject import EvaluationText
@@ -48,6 +49,7 @@ from gsrq_export.traffic.build import build_traffic, source_material, traffic_ma
 
 SAMPLED_TEXT = SelfSource(kind="self", seed=1_000_003)  # held out where the recipe names no text
 TEXT_FILE = "held-out.txt"  # of the evaluation, for the comparison
+SNAPPING = "int8"  # the stage that makes codewords so
 HELD_OUT_LENGTH = 512  # tokens of a drawn stretch; many short ones sample faster than few long ones
 
 
@@ -57,7 +59,7 @@ def stages(source: Source) -> list[Stage]:
     model = {"weights": source.weight_hash, "tokenizer": source.tokenizer_hashes}
     codec = recipe.codec.model_dump(mode="json")
     finetuning = codec.pop("finetune")
-    beam = codec["beam"]
+    beam, codewords = codec["beam"], codec.pop("codewords")
     if not codec["refits"]:
         del codec["beam"]  # without refits training is greedy
     widths = {**captured_widths(source), "weights": recipe.codec.weights}
@@ -77,6 +79,8 @@ def stages(source: Source) -> list[Stage]:
     if finetuning:
         material = {"finetune": finetuning, "beam": beam, "cache": recipe.cache.model_dump(mode="json")}
         found.append(Stage("finetune", material, partial(_finetune, source), ("traffic", "codebooks")))
+    if codewords == "int8":
+        found.append(Stage(SNAPPING, {"codewords": codewords}, partial(_snap, source), (last_float(recipe),)))
     found += [
         Stage(
             "profile",
@@ -202,9 +206,19 @@ def _finetune(source: Source, context: Context) -> None:
     context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, tuned, {}))
 
 
+def _snap(source: Source, context: Context) -> None:
+    books = snap_layers(load_codebooks(context.inputs[last_float(source.recipe)] / CODEBOOKS_FILE))
+    context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, books, {}))
+
+
+def last_float(recipe: Recipe) -> str:
+    """The stage after which codewords are not trained any more."""
+    return "finetune" if recipe.codec.finetune else "codebooks"
+
+
 def last_training(recipe: Recipe) -> str:
     """The stage that makes the codebooks of the artifact."""
-    return "finetune" if recipe.codec.finetune else "codebooks"
+    return SNAPPING if recipe.codec.codewords == "int8" else last_float(recipe)
 
 
 def _trained(source: Source, context: Context) -> Path:

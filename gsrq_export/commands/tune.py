@@ -65,7 +65,8 @@ def tune(
     parts, ladders = split(answers, plan.effort), measures_in(done["sensitivity"])
     books = {ladder: read_book(done["ladders"], *ladder) for ladder in ladders}
     rows = parts.compared
-    meter = Meter(plan.source.model, plan.source.spec, ids[rows], answers[rows], recipe.codec.beam)
+    int8 = recipe.codec.codewords == "int8"
+    meter = Meter(plan.source.model, plan.source.spec, ids[rows], answers[rows], recipe.codec.beam, int8)
     result = Search(recipe, layers, target, books, ladders, meter).run(reporter)
     # Standard input was read into the work directory, and is still to be read by who builds the recipe.
     best = replace(result.best, recipe=result.best.recipe.model_copy(update={"traffic": given.traffic}))

@@ -16,6 +16,7 @@ from gsrq_export.baselines.residual import ResidualCodec
 from gsrq_export.cache.torch_cache import CodedAttention
 from gsrq_export.capture import Captured
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
+from gsrq_export.codec.int8 import snap_layers
 from gsrq_export.compare.schema import SERVING, Calibration, Model, Prefill, Protocol, Rule, Text
 from gsrq_export.errors import GsrqError
 from gsrq_export.evaluate.suite import EvaluationSettings, given_tokens
@@ -147,6 +148,10 @@ class Ours:
             LayerCodecs(*(ResidualCodec(book.to(device), self.beam) for book in (layer.keys, layer.values)))
             for layer in self.layers
         ]
+
+    def snapped(self) -> Ours:
+        """The row with int8 codewords, see codec/int8.py."""
+        return Ours(f"{self.id}-int8", f"{self.label}, int8 codewords", snap_layers(self.layers), self.beam)
 
     def prefix(self, share: float) -> Ours:
         """A cheaper row: of every codebook the first ``share`` of its stages, rounded, at least one.

@@ -15,6 +15,7 @@ from gsrq_export.cache.rule import CacheRule
 from gsrq_export.capture import KINDS, attend
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.codec.finetune import CodedModel
+from gsrq_export.codec.int8 import snap_side
 from gsrq_export.model.intercept import intercept
 from gsrq_export.model.introspect import ModelSpec
 from gsrq_export.tune.budget import Place
@@ -63,17 +64,27 @@ class Meter:
         ids: int64 [N, T].
         answers: bool [N, T], see ``answer_tokens``.
         beam: of encoding.
+        int8: whether codewords are snapped as a recipe with ``codewords: int8`` has them.
     """
 
     def __init__(
-        self, model: torch.nn.Module, spec: ModelSpec, ids: torch.Tensor, answers: torch.Tensor, beam: int = 1
+        self,
+        model: torch.nn.Module,
+        spec: ModelSpec,
+        ids: torch.Tensor,
+        answers: torch.Tensor,
+        beam: int = 1,
+        int8: bool = False,
     ) -> None:
         self.model, self.spec, self.ids, self.answers, self.beam = model, spec, ids, answers, beam
+        self.int8 = int8
         self._exact: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
     def measure(self, books: Mapping[Place, Codebook], rule: CacheRule) -> Divergence:
         """The divergence with these places coded under the rule and all others exact."""
+        if self.int8:
+            books = {place: snap_side(book, place[1]) for place, book in books.items()}
         coders = {place: ResidualCodec(book, self.beam).reconstruct_heads for place, book in books.items()}
         pairs = [
             (coders.get((layer.index, KINDS[0])), coders.get((layer.index, KINDS[1]))) for layer in self.spec.layers

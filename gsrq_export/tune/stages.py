@@ -116,11 +116,12 @@ def tune_stages(plan: Plan) -> list[Stage]:
         "tokenizer": plan.source.tokenizer_hashes,
     }
     rule = recipe.cache.model_dump(mode="json", include={"sinks", "window", "block"})
+    coding = recipe.codec.model_dump(mode="json", include={"beam", "codewords"})
     return [
         traffic,
         capture,
         Stage("ladders", material, partial(_train, plan), ("traffic", "capture")),
-        Stage("sensitivity", {"rule": rule, "beam": recipe.codec.beam}, partial(_sense, plan), ("traffic", "ladders")),
+        Stage("sensitivity", {"rule": rule, **coding}, partial(_sense, plan), ("traffic", "ladders")),
     ]
 
 
@@ -184,7 +185,8 @@ def _sense(plan: Plan, context: Context) -> None:
     source = plan.source
     ids, answers = read_traffic(context.inputs["traffic"], source.tokenizer)
     sensed = split(answers, plan.effort).sensed
-    meter = Meter(source.model, source.spec, ids[sensed], answers[sensed], plan.recipe.codec.beam)
+    codec = plan.recipe.codec
+    meter = Meter(source.model, source.spec, ids[sensed], answers[sensed], codec.beam, codec.codewords == "int8")
     steps = {ladder: rungs(plan.highest(ladder[2]), plan.effort.rungs) for ladder in plan.ladders()}
     with context.reporter.task("sensitivity: measures", sum(map(len, steps.values()))) as task:
         for ladder, stages in steps.items():

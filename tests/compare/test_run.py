@@ -18,6 +18,7 @@ from gsrq_export.baselines.calibrate import fit_model
 from gsrq_export.baselines.methods import chosen
 from gsrq_export.baselines.residual import Residual
 from gsrq_export.capture import Captured
+from gsrq_export.codec.int8 import KEY_SPREAD, stage_integers
 from gsrq_export.compare.markdown import to_markdown
 from gsrq_export.compare.run import run_comparison
 from gsrq_export.compare.schema import load_comparison, save_comparison
@@ -169,6 +170,19 @@ def test_prefix() -> None:
     for share in (0.0, 1.0):
         with pytest.raises(GsrqError, match="not a share of the stages"):
             ours.prefix(share)
+
+
+def test_int8_codewords_are_a_row_of_their_own() -> None:
+    made = codebooks(1)
+    ours = Ours("ours", "mine", made, beam=2)
+    row = ours.snapped()
+    assert (row.id, row.beam) == ("ours-int8", 2)
+    for snapped, pair in zip(row.layers, made, strict=True):
+        integers, exponents = stage_integers(snapped.keys, KEY_SPREAD)
+        unit = torch.exp2(exponents.float())[None, :, None, None]
+        assert float(((integers * unit - pair.keys.codewords.float()) / unit).abs().max()) <= 0.5
+        stage_integers(snapped.values)
+    assert row.setting()["codebooks_sha256"] != ours.setting()["codebooks_sha256"]
 
 
 def test_fidelity_of_every_row(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.cache.torch_cache import coded
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
+from gsrq_export.codec.int8 import snap_layers
 from gsrq_export.model.introspect import inspect_model
 from gsrq_export.traffic.recall_passages import plant
 from gsrq_export.tune.measure import Meter, answer_tokens
@@ -41,7 +42,8 @@ def test_answers_are_found_to_the_token() -> None:
         assert len(answers) >= 1
 
 
-def test_the_divergence_is_that_of_the_coded_cache() -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_divergence_is_that_of_the_coded_cache(int8: bool) -> None:
     model, tokenizer = demo()
     spec = inspect_model(model, 256)
     ids = traffic(2, 128)
@@ -51,9 +53,12 @@ def test_the_divergence_is_that_of_the_coded_cache() -> None:
         Codebook(0.3 * torch.randn(2, 2, 256, 64, generator=generator).half(), torch.eye(64).repeat(2, 1, 1))
         for _ in range(12)
     ]
-    meter = Meter(model, spec, rows, answers, beam=2)
+    for book in books:
+        book.codewords[:, :, 255] = 60  # never chosen, and makes the steps of int8 so coarse that they tell
+    meter = Meter(model, spec, rows, answers, beam=2, int8=int8)
     found = meter.measure({(i // 2, ("key", "value")[i % 2]): book for i, book in enumerate(books)}, RULE)
     layers = [LayerCodebooks(*books[i : i + 2]) for i in range(0, 12, 2)]
+    layers = snap_layers(layers) if int8 else layers
     with torch.no_grad():
         exact = model(rows, use_cache=False).logits.log_softmax(-1)
         with coded(model, layers, RULE, beam=2, spec=spec, exact_dtype=torch.float32):

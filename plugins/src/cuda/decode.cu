@@ -20,13 +20,20 @@ namespace {
 
 constexpr int kKeyThreads = 32 * kKeyWarps, kValueThreads = 32 * kValueWarps;
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr int kFixedBits = 20;       // weights are integers of 2^-20 of their window's reference
+constexpr int kFixedBits = 19;       // weights are integers of 2^-19 of their window's reference
 constexpr float kHeadroom = 2.0f;    // log2 by which a weight may exceed it
-constexpr int kWindowChunks = 5;     // 5 * 192 * 2^(20 + 2) < 2^32
+constexpr int kWindowTokens = 2047;  // of that size fit a bin: 2047 * 2^(19 + 2) < 2^32
+constexpr int kAnchorChunks = 32;    // between two exact turns of the queries
 constexpr float kNone = -INFINITY;
-static_assert(kWindowChunks * kChunk * 4LL * (1 << kFixedBits) < (1LL << 32), "bins would overflow");
+static_assert(kWindowTokens * 4LL * (1 << kFixedBits) < (1LL << 32), "bins would overflow");
 
 extern __shared__ __align__(128) char shared_memory[];
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 struct KeyScale {  // of a CTA's stages: codeword sum = integers * unit
   float unit, shrink;
@@ -39,10 +46,14 @@ struct Constants {  // what prepare() derives
 };
 
 struct Memory {  // of a call
-  float* bins;       // [partials][cluster][256][stride]
+  float* bins;       // [partials][ways][256][stride]
+  float* scratch;    // [CTAs][2][256][stride]: of an item, before the owners' are added
+  float2* scratch_state;  // [CTAs][2][lanes]
   float2* state;     // [partials][lanes]: reference (log2) and sum of weights
   float2* combined;  // [vheads][batch][lanes]: the same over all partials
   float* values;     // [vheads][slots][batch][lanes][width], divided by the sum
+  float* exact;      // [batch][vheads][splits][lanes][head_dim]: of exact tokens
+  float2* exact_state;  // [batch][vheads][splits][lanes]
 };
 
 struct Range {
@@ -153,17 +164,48 @@ __device__ inline uint32_t remote(uint32_t address, uint32_t rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(out) : "r"(address), "r"(rank));
   return out;
 }
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Hand-over of score buffers: full[b] completes when all of a chunk's scores have come in, by their bytes; empty[b] when
+// every CTA of the cluster has read them. Unlike the cluster's own barrier they wait for no other memory traffic.
+__device__ inline void barrier_init(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ inline void barrier_arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again%=;\n\t}" ::"r"(barrier), "r"(parity) : "memory");
+}
+__device__ inline void store_remote(uint32_t address, float x, float y, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
+               "f"(x), "f"(y), "r"(barrier) : "memory");
+}
+__device__ inline void store_remote(uint32_t address, float x, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address), "f"(x),
+               "r"(barrier) : "memory");
+}
 template <int Threads>
 __device__ inline void sync_warps(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(Threads) : "memory");
 }
 
-__device__ inline uint4 gather(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-  return v;
+// Scoring holds many values in registers, binning few; the pool is split unevenly where the target can. The sum must not
+// exceed what the block is launched with, 128 a thread: 8 * 168 + 8 * 88 = 16 * 128.
+template <int Registers, bool More>
+__device__ inline void set_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+  if constexpr (More) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+  else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+#endif
 }
 
 __device__ inline void mma_int8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -180,51 +222,60 @@ __device__ inline uint32_t pack_half2(float low, float high) {
 constexpr int kBias = 0x4b400000;  // an integer v added to this pattern reads as the float 12582912 + v
 constexpr float kBiasValue = 12582912.0f;
 
-// Bytes 4 i .. 4 i + 3 of a token's codes of one head, as a word each; stages past the last are 0.
-template <int Blocks>
-__device__ inline void load_codes(uint32_t (&out)[Blocks], const int8_t* row, int first_byte, int bytes, int wide) {
-  if (wide == 16 && Blocks == 4) {
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(row + first_byte));
+// Keeps a value in a register instead of computing it again where it is used.
+template <class T>
+__device__ inline void keep(T& x) {
+  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(x));
+  else asm volatile("" : "+r"(x));
+}
+
+__device__ inline uint32_t word_of_bytes(const int8_t* row, int first, int last) {
+  uint32_t word = 0;
+#pragma unroll 1
+  for (int j = 0; j < 4; ++j)
+    if (first + j < last) word |= static_cast<uint32_t>(static_cast<uint8_t>(row[first + j])) << (8 * j);
+  return word;
+}
+
+__device__ inline int64_t paged_row(const gsrq_call& call, int b, int row) {
+  const uint32_t page = static_cast<uint32_t>(call.page), at = static_cast<uint32_t>(row) / page;
+  return static_cast<int64_t>(call.block_table[b * static_cast<int64_t>(call.table_stride) + at]) * page +
+         (static_cast<uint32_t>(row) - at * page);
+}
+
+// Bytes first .. last - 1 of a token's codes, as words; wide: what the addresses are multiples of. Past the last: 0.
+template <int Words>
+__device__ inline void load_codes(uint32_t (&out)[Words], const int8_t* row, int first, int last, int wide) {
+  if (Words == 4 && wide == 16) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(row + first));
     out[0] = v.x;
-    out[1 % Blocks] = v.y;
-    out[2 % Blocks] = v.z;
-    out[3 % Blocks] = v.w;
-    return;
-  }
+    out[1 % Words] = v.y;
+    out[2 % Words] = v.z;
+    out[3 % Words] = v.w;
+  } else if (wide >= 4) {
 #pragma unroll
-  for (int i = 0; i < Blocks; ++i) {
-    const int at = first_byte + 4 * i;
-    uint32_t word = 0;
-    if (wide >= 4) {
-      if (at < bytes) word = __ldg(reinterpret_cast<const uint32_t*>(row + at));
-    } else {
+    for (int i = 0; i < Words; ++i) out[i] = first + 4 * i < last ? __ldg(reinterpret_cast<const uint32_t*>(row + first) + i) : 0;
+  } else {
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (at + j < bytes) word |= static_cast<uint32_t>(static_cast<uint8_t>(__ldg(row + at + j))) << (8 * j);
-    }
-    out[i] = word;
+    for (int i = 0; i < Words; ++i) out[i] = word_of_bytes(row, first + 4 * i, last);
   }
 }
 
-struct Shared {  // a CTA's shared memory, by the plan
-  signed char* words;
-  uint32_t* bins;   // [256][stride]: of the current window
-  float* totals;    // [256][stride]: of the item
-  float* scores;    // [2][cluster][kChunk][lanes]
-  uint32_t* weights;  // [kChunk][lanes]
-  uint8_t* codes;   // [kChunk][slots_per_cta]
-  float* maxima;    // [kValueWarps][lanes]
+struct Shared {  // a CTA's shared memory, by the plan; the key slice lies first
+  uint32_t* bins;  // [256][stride]: of the current window
+  float* scores;   // [kBuffers][cluster][own tiles][16][lanes]: partial, of the tokens that the CTA weighs
+  float* maxima;   // [kValueWarps][lanes]
+  uint32_t full, empty, done;  // addresses of barriers: kBuffers, kBuffers, one
 };
 
-__device__ inline Shared shared_of(const DecodePlan& p, char* base) {
+__device__ inline Shared shared_of(const DecodePlan& p) {
   Shared s;
-  s.words = reinterpret_cast<signed char*>(base);
-  s.bins = reinterpret_cast<uint32_t*>(base + p.blocks * kBlockBytes);
-  s.totals = reinterpret_cast<float*>(s.bins + p.bins());
-  s.scores = s.totals + p.bins();
-  s.weights = reinterpret_cast<uint32_t*>(s.scores + 2 * p.cluster * kChunk * p.lanes);
-  s.maxima = reinterpret_cast<float*>(s.weights + kChunk * p.lanes);
-  s.codes = reinterpret_cast<uint8_t*>(s.maxima + kValueWarps * 8);
+  s.bins = reinterpret_cast<uint32_t*>(shared_memory + p.blocks * kBlockBytes);
+  s.scores = reinterpret_cast<float*>(s.bins + p.bins());
+  s.maxima = s.scores + kBuffers * p.cluster * p.own_tiles * kTile * p.lanes;
+  s.full = shared_address(s.maxima + kValueWarps * 8);
+  s.empty = s.full + 8 * kBuffers;
+  s.done = s.empty + 8 * kBuffers;
   return s;
 }
 
@@ -249,32 +300,64 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     high[i] = g < 4 ? 0 : m << (8 * (g - 4));
   }
 
-  // Column group u of the products holds pairs 4 u' .. 4 u' + 3 of the slice; rows of odd g gather the halves of a
-  // codeword in the other order, so that no two threads of a phase meet in a bank.
-  int pair[4];
-  float turn_c[4][2], turn_s[4][2];
+  // A gathered vector of 16 bytes, half of a codeword's slice, fills the fragment of one product: of its four words two
+  // are the row of the token, two the row 8 below. A thread gets two RoPE pairs of the half: near(t) and near(t) + 2.
+  // Rows of odd g gather the halves in the other order, so that no two threads of a phase meet in a bank.
+  const int near = t < 2 ? t : t + 2;
+  float turn_c[2][2][2], turn_s[2][2][2];  // [octet of tokens][half, in the thread's order][pair]
 #pragma unroll
-  for (int u = 0; u < 4; ++u) {
-    pair[u] = slice * 16 + ((u / 2) ^ parity) * 8 + (u % 2) * 4 + t;
+  for (int o = 0; o < 2; ++o)
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float c = 1, s = 0, norm = 1;
-      const int64_t offset = min(g + 8 * r, layer.positions - 1);
-      if (pair[u] < half) {
-        norm = layer.cos[pair[u]];
-        c = layer.cos[offset * half + pair[u]] / norm;
-        s = layer.sin[offset * half + pair[u]] / norm;
+    for (int u = 0; u < 2; ++u)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int p = slice * 16 + (u ^ parity) * 8 + near + 2 * k;
+        float c = 1, s = 0;
+        const int64_t offset = min(g + 8 * o, layer.positions - 1);
+        if (p < half) {
+          const float inverse = __frcp_rn(layer.cos[p]);
+          c = layer.cos[offset * half + p] * inverse;
+          s = layer.sin[offset * half + p] * inverse;
+        }
+        turn_c[o][u][k] = c * shrink;
+        turn_s[o][u][k] = s * shrink;
       }
-      turn_c[u][r] = c * shrink;
-      turn_s[u][r] = s * shrink;
+  // From one tile of the warp to its next the queries turn back by so many positions.
+  constexpr int kStride = kKeyWarps * kTile;
+  float step_c[2][2], step_s[2][2];  // [half, in the slice's order][pair]
+#pragma unroll
+  for (int u = 0; u < 2; ++u)
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int p = slice * 16 + u * 8 + near + 2 * k;
+      const int64_t at = min(kStride, layer.positions - 1);
+      step_c[u][k] = p < half ? layer.cos[at * half + p] * __frcp_rn(layer.cos[p]) : 1.0f;
+      step_s[u][k] = p < half ? layer.sin[at * half + p] * __frcp_rn(layer.cos[p]) : 0.0f;
     }
-  }
 
-  const uint32_t words = shared_address(shared.words) + t * 32 + parity * 16;
-  const uint32_t scores = shared_address(shared.scores);
+  int words = t * 32 + parity * 16, byte_of_word = 0x4440 | t, token_in_chunk = warp * kTile + g;
+  keep(words);
+  keep(byte_of_word);
+  keep(token_in_chunk);
+#pragma unroll
+  for (int i = 0; i < Blocks; ++i) {
+    keep(low[i]);
+    keep(high[i]);
+  }
+  // Where the scores of the warp's two tiles go, in their owners' memory.
+  uint32_t score_base[2], full_base[2], buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const int tile = m * kKeyWarps + warp, owner = tile % plan.owners, place = tile / plan.owners;
+    score_base[m] = remote(shared_address(shared.scores) +
+                               (((rank * plan.own_tiles + place) * kTile + g) * Lanes + 2 * t) * 4, owner);
+    full_base[m] = remote(shared.full, owner);
+    keep(score_base[m]);
+    keep(full_base[m]);
+  }
+  keep(buffer_bytes);
   int loaded = -1;
   uint32_t chunk_index = 0;
-  bool pending = false;  // a barrier was arrived at and not yet waited for
 
   for (; !cursor.done(); cursor.next(layer, call)) {
     const int kv_head = cursor.vhead / plan.parts, part = cursor.vhead % plan.parts;
@@ -283,7 +366,8 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       sync_warps<kKeyThreads>(1);
       const uint4* from = reinterpret_cast<const uint4*>(
           constants.words + (static_cast<int64_t>(kv_head) * plan.cluster + rank) * Blocks * kBlockBytes);
-      uint4* to = reinterpret_cast<uint4*>(shared.words);
+      uint4* to = reinterpret_cast<uint4*>(shared_memory);
+#pragma unroll 8
       for (int i = thread; i < Blocks * kBlockBytes / 16; i += kKeyThreads) to[i] = from[i];
       loaded = kv_head;
       sync_warps<kKeyThreads>(1);
@@ -295,336 +379,541 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
                      : Blocks == 4 && bytes % 16 == 0 && first_byte % 16 == 0 && first_byte + 16 <= last_byte ? 16
                                                                                                              : 4;
 
-    // The queries: head g's pairs of the slice, turned to the new token's position. Column group v in slice order.
-    float query_x[4], query_y[4], query_scale;
-    {
-      const int head = kv_head * plan.group + part * plan.part_heads + g;
-      const bool real = g < plan.part_heads && part * plan.part_heads + g < plan.group;
+    // The queries: head g's pairs of the slice, turned to the new token's position and back by a tile's first token.
+    const int head = kv_head * plan.group + part * plan.part_heads + g;
+    const bool real = g < plan.part_heads && part * plan.part_heads + g < plan.group;
+    float query_x[2][2], query_y[2][2], query_scale = 0;
+    const auto anchor = [&](int chunk) {
       const int64_t position = min(call.past_lengths[cursor.row], static_cast<int64_t>(layer.positions) - 1);
+      const int64_t base = min(range.first + chunk * kChunk + warp * kTile, static_cast<int64_t>(layer.positions) - 1);
       float most = 0;
 #pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const int p = slice * 16 + v * 4 + t;
-        int e0, e1;
-        pair_elements(layer, p, &e0, &e1);
-        float x = 0, y = 0;
-        if (real) {
-          const int64_t base = (static_cast<int64_t>(cursor.row) * layer.heads + head) * layer.head_dim;
-          x = load(call.query, base + e0, call.dtype);
-          y = load(call.query, base + e1, call.dtype);
+      for (int u = 0; u < 2; ++u)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const int p = slice * 16 + u * 8 + near + 2 * k;
+          int e0, e1;
+          pair_elements(layer, p, &e0, &e1);
+          float x = 0, y = 0;
+          if (real) {
+            const int64_t at = (static_cast<int64_t>(cursor.row) * layer.heads + head) * layer.head_dim;
+            x = load(call.query, at + e0, call.dtype);
+            y = load(call.query, at + e1, call.dtype);
+          }
+          most = fmaxf(most, fmaxf(fabsf(x), fabsf(y)));
+          if (p < half) {
+            const float pc = layer.cos[position * half + p], ps = layer.sin[position * half + p];
+            const float bc = layer.cos[base * half + p], bs = layer.sin[base * half + p];
+            const float turned_x = x * pc - y * ps, turned_y = y * pc + x * ps;
+            x = turned_x * bc + turned_y * bs;
+            y = turned_y * bc - turned_x * bs;
+          }
+          query_x[u][k] = x;
+          query_y[u][k] = y;
         }
-        const float c = p < half ? layer.cos[position * half + p] : 1.0f;
-        const float s = p < half ? layer.sin[position * half + p] : 0.0f;
-        query_x[v] = x * c - y * s;
-        query_y[v] = y * c + x * s;
-        most = fmaxf(most, fmaxf(fabsf(query_x[v]), fabsf(query_y[v])));
-      }
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-      const float inverse = most > 0 ? 1 / most : 0.0f;  // float16 queries of size 1
+      const float inverse = most > 0 ? __frcp_rn(most) : 0.0f;  // float16 queries of size 1
 #pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        query_x[v] *= inverse;
-        query_y[v] *= inverse;
-      }
+      for (int u = 0; u < 2; ++u)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          query_x[u][k] *= inverse;
+          query_y[u][k] *= inverse;
+        }
       query_scale = most * unit * layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
-    }
+    };
+
+    anchor(cursor.first);
     // The products' columns of a thread are heads 2 t and 2 t + 1.
     const float scale0 = __shfl_sync(~0u, query_scale, (2 * t) * 4), scale1 = __shfl_sync(~0u, query_scale, (2 * t + 1) * 4);
 
-    uint32_t codes[2][Blocks], coming[2][Blocks];
-    float base_c[4], base_s[4], coming_c[4], coming_s[4];
+    uint32_t codes[2][2][Blocks];  // [tile][octet]
+    const int first_row = static_cast<int>(range.first - layer.sinks);
+    const int8_t* linear = call.block_table == nullptr ? call.key_codes + (cursor.row * call.capacity + first_row) * bytes : nullptr;
+    int last_token = range.count - 1;
+    keep(linear);
+    keep(last_token);
     const auto fetch = [&](int chunk) {
-      const int tile = chunk * kChunk + warp * kTile;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int i = min(tile + g + 8 * r, range.count - 1);
-        const int64_t row = code_row(call, cursor.row, range.first - layer.sinks + i);
-        load_codes<Blocks>(coming[r], call.key_codes + row * bytes, first_byte, last_byte, wide);
-      }
-      const int64_t base = min(range.first + tile, static_cast<int64_t>(layer.positions) - 1);
+      for (int m = 0; m < 2; ++m)
 #pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const int p = slice * 16 + v * 4 + t;
-        coming_c[v] = p < half ? __ldg(layer.cos + base * half + p) : 1.0f;
-        coming_s[v] = p < half ? __ldg(layer.sin + base * half + p) : 0.0f;
-      }
+        for (int o = 0; o < 2; ++o) {
+          const int i = min(chunk * kChunk + token_in_chunk + m * kStride + 8 * o, last_token);
+          const int8_t* row = linear != nullptr ? linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes)
+                                                : call.key_codes + paged_row(call, cursor.row, first_row + i) * bytes;
+          load_codes<Blocks>(codes[m][o], row, first_byte, last_byte, wide);
+        }
     };
     fetch(cursor.first);
 
+    int since_anchor = 0;
     for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
+      int sums[2][2][2][4];  // [tile][octet][half]
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int o = 0; o < 2; ++o)
+#pragma unroll
+          for (int u = 0; u < 2; ++u)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sums[m][o][u][k] = kBias;
 #pragma unroll
       for (int i = 0; i < Blocks; ++i) {
-        codes[0][i] = coming[0][i];
-        codes[1][i] = coming[1][i];
-      }
+        uint4 gathered[2][2][2];
 #pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        base_c[v] = coming_c[v];
-        base_s[v] = coming_s[v];
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int o = 0; o < 2; ++o) {
+            const int at = i * kBlockBytes + static_cast<int>(__byte_perm(codes[m][o][i], 0, byte_of_word)) * 128 + words;
+            gathered[m][o][0] = *reinterpret_cast<const uint4*>(shared_memory + at);
+            gathered[m][o][1] = *reinterpret_cast<const uint4*>(shared_memory + (at ^ 16));
+          }
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int o = 0; o < 2; ++o)
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+              const uint4 v = gathered[m][o][u];
+              mma_int8(sums[m][o][u], v.x, v.y, v.z, v.w, low[i], high[i]);
+            }
       }
+
       if (chunk + 1 < cursor.stop) fetch(chunk + 1);
 
-      int sums[4][4];
+      const uint32_t buffer = chunk_index % kBuffers;
+      barrier_wait(shared.empty + 8 * buffer, (chunk_index / kBuffers & 1) ^ 1);
 #pragma unroll
-      for (int u = 0; u < 4; ++u)
+      for (int m = 0; m < 2; ++m) {
+        uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
 #pragma unroll
-        for (int k = 0; k < 4; ++k) sums[u][k] = kBias;
+        for (int o = 0; o < 2; ++o)
 #pragma unroll
-      for (int i = 0; i < Blocks; ++i) {
-        const uint32_t at0 = words + i * kBlockBytes + __byte_perm(codes[0][i], 0, 0x4440 | t) * 128;
-        const uint32_t at1 = words + i * kBlockBytes + __byte_perm(codes[1][i], 0, 0x4440 | t) * 128;
-        const uint4 a = gather(at0), b = gather(at1);
-        const uint4 c = gather(at0 ^ 16), d = gather(at1 ^ 16);
-        mma_int8(sums[0], a.x, b.x, a.y, b.y, low[i], high[i]);
-        mma_int8(sums[1], a.z, b.z, a.w, b.w, low[i], high[i]);
-        mma_int8(sums[2], c.x, d.x, c.y, d.y, low[i], high[i]);
-        mma_int8(sums[3], c.z, d.z, c.w, d.w, low[i], high[i]);
-      }
-
-      uint32_t keys[4][2];  // [column group][row]: a RoPE pair, turned by the row's offset in the tile
+          for (int u = 0; u < 2; ++u)
 #pragma unroll
-      for (int u = 0; u < 4; ++u)
+            for (int k = 0; k < 2; ++k) {
+              const float x = __int_as_float(sums[m][o][u][2 * k]) - kBiasValue,
+                          y = __int_as_float(sums[m][o][u][2 * k + 1]) - kBiasValue;
+              const float c = turn_c[o][u][k], s = turn_s[o][u][k];
+              keys[o][u][k] = pack_half2(x * c - y * s, y * c + x * s);
+            }
+        float products[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float x = __int_as_float(sums[u][2 * r]) - kBiasValue, y = __int_as_float(sums[u][2 * r + 1]) - kBiasValue;
-          keys[u][r] = pack_half2(x * turn_c[u][r] - y * turn_s[u][r], y * turn_c[u][r] + x * turn_s[u][r]);
+        for (int u = 0; u < 2; ++u) {
+          const uint32_t b0 = pack_half2(query_x[u][0], query_y[u][0]), b1 = pack_half2(query_x[u][1], query_y[u][1]);
+          const uint32_t a0 = parity ? keys[0][1 - u][0] : keys[0][u][0], a1 = parity ? keys[1][1 - u][0] : keys[1][u][0];
+          const uint32_t a2 = parity ? keys[0][1 - u][1] : keys[0][u][1], a3 = parity ? keys[1][1 - u][1] : keys[1][u][1];
+          asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+              : "+f"(products[0]), "+f"(products[1]), "+f"(products[2]), "+f"(products[3])
+              : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
         }
-      float products[4] = {0, 0, 0, 0};
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        uint32_t b[2];
+        for (int u = 0; u < 2; ++u)
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int v = 2 * s + k;
-          b[k] = pack_half2(query_x[v] * base_c[v] + query_y[v] * base_s[v], query_y[v] * base_c[v] - query_x[v] * base_s[v]);
-        }
-        const uint32_t a0 = parity ? keys[2 - 2 * s][0] : keys[2 * s][0], a1 = parity ? keys[2 - 2 * s][1] : keys[2 * s][1];
-        const uint32_t a2 = parity ? keys[3 - 2 * s][0] : keys[2 * s + 1][0],
-                       a3 = parity ? keys[3 - 2 * s][1] : keys[2 * s + 1][1];
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(products[0]), "+f"(products[1]), "+f"(products[2]), "+f"(products[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
-      }
-
-      if (pending) cluster_wait();  // the other buffer's readers are done, and so is whoever read this one
-      const uint32_t to =
-          scores + (((chunk_index & 1) * plan.cluster + rank) * kChunk + warp * kTile + g) * Lanes * 4 + 2 * t * 4;
-      if (2 * t < Lanes)
-        for (uint32_t other = 0; other < static_cast<uint32_t>(plan.cluster); ++other) {
-          const uint32_t address = remote(to, other);
-          if constexpr (Lanes == 1) {
-            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(products[0] * scale0) : "memory");
-            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address + 8 * Lanes * 4), "f"(products[2] * scale0) : "memory");
-          } else {
-            asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(products[0] * scale0),
-                         "f"(products[1] * scale1) : "memory");
-            asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address + 8 * Lanes * 4),
-                         "f"(products[2] * scale0), "f"(products[3] * scale1) : "memory");
+          for (int k = 0; k < 2; ++k) {
+            const float x = query_x[u][k], y = query_y[u][k];
+            query_x[u][k] = x * step_c[u][k] + y * step_s[u][k];
+            query_y[u][k] = y * step_c[u][k] - x * step_s[u][k];
+          }
+        if (2 * t < Lanes) {
+          uint32_t to = score_base[m] + buffer * buffer_bytes, barrier = full_base[m] + 8 * buffer;
+#pragma unroll 1
+          for (int way = 0;;) {
+            if constexpr (Lanes == 1) {
+              store_remote(to, products[0] * scale0, barrier);
+              store_remote(to + 8 * Lanes * 4, products[2] * scale0, barrier);
+            } else {
+              store_remote(to, products[0] * scale0, products[1] * scale1, barrier);
+              store_remote(to + 8 * Lanes * 4, products[2] * scale0, products[3] * scale1, barrier);
+            }
+            if (++way == plan.ways) break;
+            const int tile = m * kKeyWarps + warp, other = tile % plan.owners + way * plan.owners;
+            const int place = (buffer * plan.cluster + rank) * plan.own_tiles + tile / plan.owners;
+            to = remote(shared_address(shared.scores) + ((place * kTile + g) * Lanes + 2 * t) * 4, other);
+            barrier = remote(shared.full + 8 * buffer, other);
           }
         }
-      __syncwarp();
-      cluster_arrive();
-      pending = true;
+      }
+      if (++since_anchor == kAnchorChunks && chunk + 1 < cursor.stop) {  // rounding errors of the turns do not add up
+        since_anchor = 0;
+        anchor(chunk + 1);
+      }
     }
   }
-  if (pending) cluster_wait();
 }
 
 // -------------------------------------------------------------------------------------------------------------- values
 
-template <int Lanes>
+// softcap * tanh(x / softcap) in units of log2, without the slow paths of a division.
+__device__ inline float soft_capped(float x, float cap) {
+  return cap * kLog2e * (1 - __fdividef(2.0f, 1 + exp2_fast(x * __fdividef(2 * kLog2e, cap))));
+}
+
+__device__ inline bool any_value_thread(bool x) {
+  uint32_t any;
+  asm volatile(
+      "{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %1, 0;\n\t"
+      "barrier.red.or.pred q, 2, %2, p;\n\tselp.u32 %0, 1, 0, q;\n\t}"
+      : "=r"(any) : "r"(static_cast<uint32_t>(x)), "n"(kValueThreads) : "memory");
+  return any != 0;
+}
+
+// Largest over a warp, by integer comparison of the floats' bits.
+__device__ inline float warp_max(float x) {
+  const int bits = __float_as_int(x);
+  const int most = __reduce_max_sync(~0u, bits ^ ((bits >> 31) & 0x7fffffff));
+  return __int_as_float(most ^ ((most >> 31) & 0x7fffffff));
+}
+
+// A warp weighs a tile of the CTA's and bins it for up to 32 / Lanes slots: each half of the warp has the tile's 16 tokens,
+// a thread a token, and half of the slots.
+template <int Lanes, int Stride>
 __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                            const Shared& shared, Cursor cursor, uint32_t rank, int cluster) {
-  const int thread = threadIdx.x - kKeyThreads, warp = thread / 32, lane = thread % 32;
-  const int head = thread % Lanes;  // of all scores of the thread
-  constexpr int kScores = (kChunk * Lanes + kValueThreads - 1) / kValueThreads;
-  constexpr int kCodes = kChunk * kMostSlots / kValueThreads;
-  const int slots = plan.slots_per_cta, bytes = layer.values.groups * layer.values.stages;
-  const int used = slots * Lanes, code_bytes = kChunk * slots;
-  const int tokens_at_once = plan.stride <= 32 ? 32 / plan.stride : 1;
-  uint32_t chunk_index = 0;
+  int thread = threadIdx.x - kKeyThreads, lane = thread % 32;
+  const int warp = thread / 32;
+  constexpr int kPadded = Stride / Lanes, kPartSlots = kPadded < 32 / Lanes ? kPadded : 32 / Lanes;
+  constexpr int kParts = kPadded / kPartSlots, kSlots = kPartSlots / 2, kWords = (kSlots + 3) / 4;
+  const int owner = rank % plan.owners, way = rank / plan.owners, own_tiles = plan.tiles_of(owner);
+  const int bytes = layer.values.groups * layer.values.stages;
+  const int units = own_tiles * kParts, rounds = (units + kValueWarps - 1) / kValueWarps;
+  const int round_tokens = kParts >= kValueWarps ? kTile : kTile * kValueWarps / kParts;  // no round has more
+  const uint32_t full_bytes = plan.cluster * own_tiles * kTile * Lanes * 4;
+  const int64_t cta = static_cast<int64_t>(cluster) * plan.cluster + rank;
+  // In step (a, b) lanes differ in (slot, head), so that they meet in no bank: theirs are a and b, exclusive-or the lane's.
+  const int half = lane / kTile, head_turn = lane % Lanes, slot_turn = lane % kTile / Lanes % kSlots;
+  int turn = ((half * kSlots + slot_turn) * Lanes + head_turn) * 4;  // in bytes of a codeword's bins
+  uint32_t byte_turn = 0x3210 ^ 0x1111 * (slot_turn & 3);
+  if constexpr (kSlots < 4) byte_turn >>= 8 * half;  // the loaded word has both halves' codes
+  keep(thread);
+  keep(lane);
+  keep(turn);
+  keep(byte_turn);
+  uint32_t chunk_index = 0, item = 0;
 
-  for (int i = thread; i < plan.bins(); i += kValueThreads) {
-    shared.bins[i] = 0;
-    shared.totals[i] = 0;
-  }
+  for (int i = thread; i < plan.bins(); i += kValueThreads) shared.bins[i] = 0;
+  sync_warps<kValueThreads>(2);
 
-  for (; !cursor.done(); cursor.next(layer, call)) {
+  for (; !cursor.done(); cursor.next(layer, call), ++item) {
     const int kv_head = cursor.vhead / plan.parts;
     const Range range = coded_range(layer, call, cursor.row);
     const int group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.values.width) *
                            layer.values.stages;
-    const int first_slot = static_cast<int>(rank) * slots;
+    const int first_row = static_cast<int>(range.first - layer.sinks);
+    const int8_t* linear = call.block_table == nullptr ? call.value_codes + (cursor.row * call.capacity + first_row) * bytes : nullptr;
+    int last_token = range.count - 1;
+    keep(linear);
+    keep(last_token);
 
-    uint8_t coming[kCodes];
-    const auto fetch = [&](int chunk) {
-#pragma unroll
-      for (int k = 0; k < kCodes; ++k) {
-        const int at = thread + k * kValueThreads;
-        coming[k] = 0;
-        if (at < code_bytes) {
-          const int token = at / slots, slot = first_slot + at % slots;
-          const int i = min(chunk * kChunk + token, range.count - 1);
-          if (slot < plan.slots)
-            coming[k] = static_cast<uint8_t>(
-                __ldg(call.value_codes + code_row(call, cursor.row, range.first - layer.sinks + i) * bytes + group_byte + slot));
-        }
-      }
+    // Token of the chunk that the thread has in a round; past all others if none.
+    const auto offset_of = [&](int round) {
+      const int unit = round * kValueWarps + warp;
+      return unit < units ? (unit / kParts * plan.owners + owner) * kTile + lane % kTile : 1 << 30;
     };
-    fetch(cursor.first);
+    int first_offset = offset_of(0);
+    keep(first_offset);
+    uint32_t coming[kWords];
+    const auto fetch = [&](int chunk, int round) {
+      const int offset = rounds == 1 ? first_offset : offset_of(round);
+      const int i = min(chunk * kChunk + offset, last_token);
+      const int first_byte = group_byte + way * plan.slots_per_cta +
+                             (round * kValueWarps + warp) % kParts * kPartSlots + (kSlots < 4 ? 0 : lane / kTile * kSlots);
+      const int last_byte = group_byte + plan.slots;
+      const int wide = bytes % 4 == 0 && first_byte % 4 == 0 && plan.slots % 4 == 0 ? 4 : 1;
+      const int8_t* row = linear != nullptr ? linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes)
+                                            : call.value_codes + paged_row(call, cursor.row, first_row + i) * bytes;
+      load_codes<kWords>(coming, row, first_byte, last_byte, wide);
+    };
+    fetch(cursor.first, 0);
 
-    // Of the thread's head: the item's and the window's reference exponents, and the sums of weights under each.
-    float item_reference = kNone, window_reference = kNone, item_sum = 0;
-    uint32_t window_sum = 0;  // of the thread's tokens
-    int window_chunks = 0;
+    // Reference exponents of the item and of the window; of the thread's tokens the sums of weights under each.
+    float item_reference[Lanes], reference[Lanes], item_sum[Lanes];
+    uint32_t window_sum[Lanes];
+    int window_tokens = 0;
+    bool flushed = false;
+#pragma unroll
+    for (int h = 0; h < Lanes; ++h) {
+      item_reference[h] = reference[h] = kNone;
+      item_sum[h] = 0;
+      window_sum[h] = 0;
+    }
+    float* const scratch = memory.scratch + (2 * cta + (item & 1)) * plan.bins();
 
-    // Moves the window's bins into the item's totals. All value threads call it together.
-    const auto flush = [&](bool last) {
-      const float reference = fmaxf(item_reference, window_reference);
-      const float keep = item_reference == kNone ? 0.0f : exp2f(item_reference - reference);
-      const float add = window_reference == kNone ? 0.0f : exp2f(window_reference - reference - kFixedBits);
-      item_sum = item_sum * keep + static_cast<float>(window_sum) * add;
-      sync_warps<kValueThreads>(2);
-      for (int i = thread; i < plan.bins(); i += kValueThreads) {  // i % Lanes == head: strides are multiples of Lanes
-        const float total = shared.totals[i] * keep + static_cast<float>(shared.bins[i]) * add;
-        shared.bins[i] = 0;
-        shared.totals[i] = last ? 0.0f : total;
-        if (last) {
-          const int64_t partial = static_cast<int64_t>(cursor.vhead) * call.batch + cursor.row + cluster;
-          memory.bins[(partial * plan.cluster + rank) * plan.bins() + i] = total;
-        }
+    // Adds the window's bins to the item's in global memory. All value threads call it together.
+    const auto flush = [&]() {
+      float kept[Lanes], added[Lanes];
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h) {
+        const float most = fmaxf(item_reference[h], reference[h]);
+        kept[h] = item_reference[h] == kNone ? 0.0f : exp2_fast(item_reference[h] - most);
+        added[h] = reference[h] == kNone ? 0.0f : exp2_fast(reference[h] - most - kFixedBits);
+        item_sum[h] = item_sum[h] * kept[h] + static_cast<float>(window_sum[h]) * added[h];
+        item_reference[h] = most;
+        window_sum[h] = 0;
       }
       sync_warps<kValueThreads>(2);
-      item_reference = reference;
-      window_reference = kNone;
-      window_sum = 0;
-      window_chunks = 0;
+      const bool upper = Lanes == 8 && thread % 2 == 1;  // of a thread's four bins the heads: always the same
+      float4 keep4, add4;
+      if constexpr (Lanes == 1) {
+        keep4 = make_float4(kept[0], kept[0], kept[0], kept[0]);
+        add4 = make_float4(added[0], added[0], added[0], added[0]);
+      } else {
+        keep4 = make_float4(kept[0], kept[1], kept[2], kept[3]);
+        add4 = make_float4(added[0], added[1], added[2], added[3]);
+        if (upper) {
+          keep4 = make_float4(kept[Lanes - 4], kept[Lanes - 3], kept[Lanes - 2], kept[Lanes - 1]);
+          add4 = make_float4(added[Lanes - 4], added[Lanes - 3], added[Lanes - 2], added[Lanes - 1]);
+        }
+      }
+      constexpr int kVectors = kCodewords * Stride / 4;
+#pragma unroll 8
+      for (int i = thread; i < kVectors; i += kValueThreads) {
+        uint4* bins = reinterpret_cast<uint4*>(shared.bins) + i;
+        const uint4 u = *bins;
+        *bins = make_uint4(0, 0, 0, 0);
+        float4 total = make_float4(0, 0, 0, 0);
+        if (flushed) total = __ldcg(reinterpret_cast<const float4*>(scratch) + i);
+        total.x = total.x * keep4.x + static_cast<float>(u.x) * add4.x;
+        total.y = total.y * keep4.y + static_cast<float>(u.y) * add4.y;
+        total.z = total.z * keep4.z + static_cast<float>(u.z) * add4.z;
+        total.w = total.w * keep4.w + static_cast<float>(u.w) * add4.w;
+        __stcg(reinterpret_cast<float4*>(scratch) + i, total);
+      }
+      sync_warps<kValueThreads>(2);
+      flushed = true;
+      window_tokens = 0;
     };
 
     for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
-      cluster_arrive();
-      cluster_wait();
+      const uint32_t buffer = chunk_index % kBuffers;
+      for (int round = 0; round < rounds; ++round) {
+        uint32_t codes[kWords];
 #pragma unroll
-      for (int k = 0; k < kCodes; ++k)
-        if (thread + k * kValueThreads < code_bytes) shared.codes[thread + k * kValueThreads] = coming[k];
-      if (chunk + 1 < cursor.stop) fetch(chunk + 1);
+        for (int w = 0; w < kWords; ++w) codes[w] = coming[w];
+        if (round + 1 < rounds) fetch(chunk, round + 1);
+        else if (chunk + 1 < cursor.stop) fetch(chunk + 1, 0);
+        if (round == 0) barrier_wait(shared.full + 8 * buffer, chunk_index / kBuffers & 1);
 
-      const float* scores = shared.scores + (chunk_index & 1) * plan.cluster * kChunk * Lanes;
-      float score[kScores];
-      float most = kNone;
+        const int unit = round * kValueWarps + warp, offset = rounds == 1 ? first_offset : offset_of(round);
+        const bool valid = chunk * kChunk + offset <= last_token;
+        float score[Lanes];
 #pragma unroll
-      for (int k = 0; k < kScores; ++k) {
-        const int at = thread + k * kValueThreads;
-        float sum = kNone;
-        if (at < kChunk * Lanes && chunk * kChunk + at / Lanes < range.count) {
-          sum = 0;
-          for (int other = 0; other < plan.cluster; ++other) sum += scores[other * kChunk * Lanes + at];
-          if (layer.softcap > 0) sum = layer.softcap * tanhf(sum / layer.softcap) * kLog2e;
-        }
-        score[k] = sum;
-        most = fmaxf(most, sum);
-      }
+        for (int h = 0; h < Lanes; ++h) score[h] = 0;
+        if (valid) {
+          const int stride = plan.own_tiles * kTile * Lanes;
+          const float* scores = shared.scores + buffer * plan.cluster * stride + (unit / kParts * kTile + lane % kTile) * Lanes;
+          if constexpr (Lanes == 1) {
+            for (int other = 0; other < plan.cluster; ++other) score[0] += scores[other * stride];
+          } else {
+            for (int first = 0; first < plan.cluster; first += 4) {
+              float4 v[4][Lanes / 4];
 #pragma unroll
-      for (int o = 16; o >= Lanes; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
-      if (lane < Lanes) shared.maxima[warp * Lanes + lane] = most;
-      sync_warps<kValueThreads>(2);
-      most = kNone;
-      bool exceeds = false;  // the same in all threads: over all heads
+              for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int h = 0; h < Lanes; ++h) {
-        float m = kNone;
+                for (int h = 0; h < Lanes / 4; ++h)
+                  v[j][h] = first + j < plan.cluster ? reinterpret_cast<const float4*>(scores + (first + j) * stride)[h]
+                                                     : make_float4(0, 0, 0, 0);
 #pragma unroll
-        for (int w = 0; w < kValueWarps; ++w) m = fmaxf(m, shared.maxima[w * Lanes + h]);
-        if (h == head) most = m;
-      }
-      exceeds = most > window_reference + kHeadroom;
-      const bool full = window_chunks == kWindowChunks;
-      if (__any_sync(~0u, exceeds) || full) {  // every warp holds every head, so all warps agree
-        if (window_chunks > 0) flush(false);
-        window_reference = most;
-      }
-      ++window_chunks;
-
+              for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int k = 0; k < kScores; ++k) {
-        const int at = thread + k * kValueThreads;
-        if (at < kChunk * Lanes) {
-          const uint32_t weight = score[k] == kNone ? 0u : __float2uint_rn(exp2f(score[k] - window_reference + kFixedBits));
-          shared.weights[at] = weight;
-          window_sum += weight;
-        }
-      }
-      sync_warps<kValueThreads>(2);
-
-      const int tokens = min(kChunk, range.count - chunk * kChunk);
-      if (plan.stride <= 32) {
-        const int sub = lane / plan.stride, bin = lane % plan.stride, slot = bin / Lanes;
-        if (bin < used)
-          for (int token = warp * tokens_at_once + sub; token < tokens; token += kValueWarps * tokens_at_once) {
-            const uint32_t weight = shared.weights[token * Lanes + bin % Lanes];
-            if (weight != 0) atomicAdd(&shared.bins[shared.codes[token * slots + slot] * plan.stride + bin], weight);
+                for (int h = 0; h < Lanes / 4; ++h) {
+                  score[4 * h] += v[j][h].x;
+                  score[4 * h + 1] += v[j][h].y;
+                  score[4 * h + 2] += v[j][h].z;
+                  score[4 * h + 3] += v[j][h].w;
+                }
+            }
           }
-      } else {
-        for (int token = warp; token < tokens; token += kValueWarps)
-          for (int bin = lane; bin < used; bin += 32) {
-            const uint32_t weight = shared.weights[token * Lanes + bin % Lanes];
-            if (weight != 0) atomicAdd(&shared.bins[shared.codes[token * slots + bin / Lanes] * plan.stride + bin], weight);
+          if (layer.softcap > 0)
+#pragma unroll
+            for (int h = 0; h < Lanes; ++h) score[h] = soft_capped(score[h], layer.softcap);
+        }
+        bool exceeds = window_tokens + round_tokens > kWindowTokens || window_tokens == 0;
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) {
+          if (!valid) score[h] = kNone;
+          exceeds |= score[h] > reference[h] + kHeadroom;
+        }
+        exceeds = any_value_thread(exceeds);
+        if (round == rounds - 1) {  // all have read the scores: the buffer may be filled again, by all CTAs
+          if (thread == 0) barrier_expect(shared.full + 8 * buffer, full_bytes);
+          if (thread < plan.cluster) barrier_arrive_remote(remote(shared.empty + 8 * buffer, thread));
+        }
+        if (exceeds) {  // a new window, whose reference is the largest here
+          if (window_tokens > 0) flush();
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h) {
+            const float most = warp_max(score[h]);
+            if (lane == h) shared.maxima[warp * Lanes + h] = most;
           }
+          sync_warps<kValueThreads>(2);
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h) {
+            float most = kNone;
+#pragma unroll
+            for (int w = 0; w < kValueWarps; ++w) most = fmaxf(most, shared.maxima[w * Lanes + h]);
+            reference[h] = most;
+          }
+          sync_warps<kValueThreads>(2);
+        }
+        window_tokens += round_tokens;
+
+        if (valid) {
+          uint32_t weight[Lanes];
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h) {
+            weight[h] = __float2uint_rn(exp2_fast(score[h] - reference[h] + kFixedBits));
+            if (unit % kParts == 0 && lane < kTile) window_sum[h] += weight[h];
+          }
+          // Step b's is head b ^ head_turn, byte a of the codes that of slot a ^ slot_turn.
+#pragma unroll
+          for (int by = 1; by < Lanes; by *= 2)
+#pragma unroll
+            for (int h = 0; h < Lanes; ++h)
+              if ((h & by) == 0) {
+                const uint32_t low = weight[h], high = weight[h + by];
+                weight[h] = turn & 4 * by ? high : low;
+                weight[h + by] = turn & 4 * by ? low : high;
+              }
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) codes[w] = __byte_perm(codes[w], 0, byte_turn);
+#pragma unroll
+          for (int by = 1; by < kWords; by *= 2)
+#pragma unroll
+            for (int w = 0; w < kWords; ++w)
+              if ((w & by) == 0) {
+                const uint32_t low = codes[w], high = codes[w + by];
+                codes[w] = turn & 16 * Lanes * by ? high : low;
+                codes[w + by] = turn & 16 * Lanes * by ? low : high;
+              }
+          char* const part = reinterpret_cast<char*>(shared.bins) + unit % kParts * (kPartSlots * Lanes * 4);
+#pragma unroll
+          for (int a = 0; a < kSlots; ++a) {
+            const uint32_t row = (codes[a / 4] >> (8 * (a % 4)) & 0xff) * (Stride * 4);
+#pragma unroll
+            for (int b = 0; b < Lanes; ++b)
+              atomicAdd(reinterpret_cast<uint32_t*>(part + (row | (turn ^ ((a * Lanes + b) * 4)))), weight[b]);
+          }
+        }
       }
     }
-    flush(true);
-    // The sum of weights over the threads of a head.
-    float sum = item_sum;
+    flush();
+
+    // The sum of weights over the threads, and the references, for the other owners.
 #pragma unroll
-    for (int o = 16; o >= Lanes; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-    if (lane < Lanes) shared.maxima[warp * Lanes + lane] = sum;
+    for (int h = 0; h < Lanes; ++h) {
+      float sum = item_sum[h];
+      for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+      if (lane == h) shared.maxima[warp * Lanes + h] = sum;
+    }
     sync_warps<kValueThreads>(2);
-    if (rank == 0 && thread < Lanes) {
-      float total = 0;
+    if (thread < Lanes) {
+      float total = 0, most = kNone;
       for (int w = 0; w < kValueWarps; ++w) total += shared.maxima[w * Lanes + thread];
-      const int64_t partial = static_cast<int64_t>(cursor.vhead) * call.batch + cursor.row + cluster;
-      memory.state[partial * Lanes + thread] = make_float2(item_reference, total);
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h)
+        if (h == thread) most = item_reference[h];
+      __stcg(memory.scratch_state + (2 * cta + (item & 1)) * Lanes + thread, make_float2(most, total));
     }
+    __threadfence();
     sync_warps<kValueThreads>(2);
+    if (thread < plan.cluster) barrier_arrive_remote(remote(shared.done, thread));
+    barrier_wait(shared.done, item & 1);
+    __threadfence();
+
+    // Each owner adds an equal share of its way's bins.
+    const int64_t partial = static_cast<int64_t>(cursor.vhead) * call.batch + cursor.row + cluster;
+    const int64_t first_cta = static_cast<int64_t>(cluster) * plan.cluster + way * plan.owners;
+    const int vectors = plan.bins() / 4, share = (vectors + plan.owners - 1) / plan.owners;
+    float most[Lanes];
+#pragma unroll
+    for (int h = 0; h < Lanes; ++h) most[h] = kNone;
+    for (int k = 0; k < plan.owners; ++k)
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h)
+        most[h] = fmaxf(most[h], __ldcg(memory.scratch_state + (2 * (first_cta + k) + (item & 1)) * Lanes + h).x);
+    if (rank == 0 && thread < Lanes) {
+      float total = 0, reference_out = kNone;
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h)
+        if (h == thread) reference_out = most[h];
+      for (int k = 0; k < plan.owners; ++k) {
+        const float2 state = __ldcg(memory.scratch_state + (2 * (first_cta + k) + (item & 1)) * Lanes + thread);
+        if (state.x != kNone) total += state.y * exp2_fast(state.x - reference_out);
+      }
+      memory.state[partial * Lanes + thread] = make_float2(reference_out, total);
+    }
+    float4* const out = reinterpret_cast<float4*>(memory.bins + (partial * plan.ways + way) * plan.bins());
+    const int first_head = Lanes == 8 ? 4 : 0;  // of odd vectors
+#pragma unroll 2
+    for (int i = owner * share + thread; i < min(vectors, (owner + 1) * share); i += kValueThreads) {
+      float4 total = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+      for (int k = 0; k < plan.owners; ++k) {
+        const int64_t other = 2 * (first_cta + k) + (item & 1);
+        const float4 v = __ldcg(reinterpret_cast<const float4*>(memory.scratch + other * plan.bins()) + i);
+        const float2* state = memory.scratch_state + other * Lanes;
+        float factor[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int head = Lanes == 1 ? 0 : j + (i % 2 ? first_head : 0);
+          float reference_out = most[0];
+#pragma unroll
+          for (int h = 1; h < Lanes; ++h) reference_out = h == head ? most[h] : reference_out;
+          const float own = __ldcg(state + head).x;
+          factor[j] = own == kNone ? 0.0f : exp2_fast(own - reference_out);
+        }
+        total.x += v.x * factor[0];
+        total.y += v.y * factor[1];
+        total.z += v.z * factor[2];
+        total.w += v.w * factor[3];
+      }
+      out[i] = total;
+    }
   }
 }
 
-template <int Blocks, int Lanes>
+template <int Blocks, int Lanes, int Stride>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ DecodePlan plan, Constants constants, Memory memory, int vheads) {
-  const Shared shared = shared_of(plan, shared_memory);
+  const Shared shared = shared_of(plan);
   const uint32_t rank = cluster_rank();
   const int cluster = blockIdx.x / plan.cluster, clusters = gridDim.x / plan.cluster;
   const Line line = line_of(layer, call, vheads, clusters);
   Cursor cursor{};
   cursor.start(layer, call, line, cluster);
-  cluster_arrive();  // no CTA may write into another that has not started
-  cluster_wait();
-  if (threadIdx.x < kKeyThreads) score_keys<Blocks, Lanes>(layer, call, plan, constants, shared, cursor, rank);
-  else bin_values<Lanes>(layer, call, plan, memory, shared, cursor, rank, cluster);
+  if (threadIdx.x == 0) {
+    for (int b = 0; b < kBuffers; ++b) {
+      barrier_init(shared.full + 8 * b, 1);
+      barrier_init(shared.empty + 8 * b, plan.cluster);
+      barrier_expect(shared.full + 8 * b, plan.cluster * plan.tiles_of(rank % plan.owners) * kTile * Lanes * 4);
+    }
+    barrier_init(shared.done, plan.cluster);
+  }
+  cluster_sync();  // no CTA may write into another that has not started
+  if (threadIdx.x < kKeyThreads) {
+    set_registers<168, true>();
+    score_keys<Blocks, Lanes>(layer, call, plan, constants, shared, cursor, rank);
+  } else {
+    set_registers<88, false>();
+    bin_values<Lanes, Stride>(layer, call, plan, memory, shared, cursor, rank, cluster);
+  }
+  cluster_sync();  // nor leave while others write into it
 }
 
 #else
-template <int Blocks, int Lanes>
+template <int Blocks, int Lanes, int Stride>
 __global__ void decode_kernel(gsrq_layer, gsrq_call, DecodePlan, Constants, Memory, int) {}
 #endif
 
 // ------------------------------------------------------------------------------------------------------------- combine
 
-// Clusters that hold a part of (vhead, row): [first, last]; none if the row has no coded tokens.
-__device__ inline void owners(const gsrq_layer& layer, const gsrq_call& call, const Line& line, int vhead, int row,
-                              int64_t before, int* first, int* last) {
-  const int64_t begin = vhead * line.per_head + before, count = chunks_of(layer, call, row);
-  *first = 0;
-  *last = -1;
-  if (count == 0) return;
-  *first = line.owner(begin);
-  *last = line.owner(begin + count - 1);
-}
-
-constexpr int kCombineThreads = 256, kCombineRows = 64, kPadHalves = 8;
+constexpr int kCombineThreads = 256, kPadHalves = 8;
+// (row, query head) pairs and codewords of a block at a time: many rows, or few and all codewords in flight at once.
+constexpr int kManyRows = 64, kManyCodes = 64, kFewRows = 16, kFewCodes = 256;
+constexpr int kExactTokens = 32;  // of a block
 
 __device__ inline void mma_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -632,50 +921,47 @@ __device__ inline void mma_half(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// One value slot of one head: the bins of up to 64 (row, query head) pairs times the slot's 256 codewords. The bins, at
+// One value slot of one head: the bins of up to Rows (row, query head) pairs times the slot's 256 codewords. The bins, at
 // most 1 after division by their sum, are split into two float16 of 22 bits together.
-__global__ void __launch_bounds__(kCombineThreads)
-    combine_values(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
-                   const __grid_constant__ DecodePlan plan, Memory memory, int vheads, int clusters) {
+template <int Rows, int Codes>
+__device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
+                               int vheads, int clusters, int block) {
   char* const raw = shared_memory;
-  const int slot = blockIdx.x, vhead = blockIdx.y, kv_head = vhead / plan.parts;
-  const int rows_at_once = kCombineRows / plan.lanes, first_row = blockIdx.z * rows_at_once;
-  const int rows = min(rows_at_once, call.batch - first_row), pairs = rows * plan.lanes;
-  const int width = plan.width, pitch = width + kPadHalves, bin_pitch = kCodewords + kPadHalves;
-  __half* words = reinterpret_cast<__half*>(raw);                    // [256][pitch]
-  __half* high = words + kCodewords * pitch;                         // [64][bin_pitch]
-  __half* low = high + kCombineRows * bin_pitch;
-  __shared__ int first_owner[kCombineRows], last_owner[kCombineRows];
-  __shared__ float reference[kCombineRows], inverse[kCombineRows];
+  const int slot = block % plan.slots, vhead = block / plan.slots % vheads, kv_head = vhead / plan.parts;
+  const int rows_at_once = Rows / plan.lanes, first_row = block / (plan.slots * vheads) * rows_at_once;
+  const int rows = min(rows_at_once, call.batch - first_row), pairs = rows * plan.lanes, tiles = (pairs + 15) / 16;
+  const int width = plan.width, pitch = width + kPadHalves;
+  constexpr int kBinPitch = Codes + kPadHalves;
+  __half* words = reinterpret_cast<__half*>(raw);   // [64][pitch]
+  __half* high = words + Codes * pitch;     // [64][kBinPitch]
+  __half* low = high + Rows * kBinPitch;
+  __shared__ int first_owner[Rows], last_owner[Rows];
+  __shared__ float reference[Rows], inverse[Rows];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-
-  // The codewords: sub-vector, column and stage of the slot.
-  const int64_t element = static_cast<int64_t>(kv_head) * layer.head_dim + (slot / layer.values.stages) * width;
-  const int64_t group = element / layer.values.width, column = element % layer.values.width;
-  const __half* from = static_cast<const __half*>(layer.values.codewords) +
-                       (group * layer.values.stages + slot % layer.values.stages) * kCodewords * layer.values.width + column;
-  const int vectors = width / 8;
-  const bool aligned = layer.values.width % 8 == 0 && column % 8 == 0;
-  for (int i = thread; i < kCodewords * vectors; i += kCombineThreads) {
-    const int code = i / vectors, at = i % vectors * 8;
-    const __half* source = from + static_cast<int64_t>(code) * layer.values.width + at;
-    if (aligned) *reinterpret_cast<uint4*>(words + code * pitch + at) = __ldg(reinterpret_cast<const uint4*>(source));
-    else
-      for (int j = 0; j < 8; ++j) words[code * pitch + at + j] = source[j];
-  }
 
   const Line line = line_of(layer, call, vheads, clusters);
   if (warp == 0) {
     int64_t before = chunks_before(layer, call, first_row);
-    for (int r = 0; r < rows; ++r) {
-      if (lane == 0) owners(layer, call, line, vhead, first_row + r, before, &first_owner[r], &last_owner[r]);
-      before += chunks_of(layer, call, first_row + r);
+    for (int at = 0; at < rows; at += 32) {
+      const int r = at + lane;
+      const int64_t own = r < rows ? chunks_of(layer, call, first_row + r) : 0;
+      int64_t sum = own;
+      for (int o = 1; o < 32; o *= 2) {
+        const int64_t up = __shfl_up_sync(~0u, sum, o);
+        if (lane >= o) sum += up;
+      }
+      if (r < rows) {
+        const int64_t begin = vhead * line.per_head + before + sum - own;
+        first_owner[r] = own > 0 ? line.owner(begin) : 0;
+        last_owner[r] = own > 0 ? line.owner(begin + own - 1) : -1;
+      }
+      before += __shfl_sync(~0u, sum, 31);
     }
   }
   __syncthreads();
   for (int i = thread; i < pairs; i += kCombineThreads) {
-    const int r = i / plan.lanes, h = i % plan.lanes, row = first_row + r;
-    const int64_t base = static_cast<int64_t>(vhead) * call.batch + row;
+    const int r = i / plan.lanes, h = i % plan.lanes;
+    const int64_t base = static_cast<int64_t>(vhead) * call.batch + first_row + r;
     float most = kNone, sum = 0;
     for (int k = first_owner[r]; k <= last_owner[r]; ++k) most = fmaxf(most, memory.state[(base + k) * plan.lanes + h].x);
     for (int k = first_owner[r]; k <= last_owner[r]; ++k) {
@@ -688,202 +974,305 @@ __global__ void __launch_bounds__(kCombineThreads)
   }
   __syncthreads();
 
-  // Bins of all owners, scaled and added in the owners' order.
-  const int rank = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
-  const int tiles = (pairs + 15) / 16;
-  for (int i = thread; i < tiles * 16 * kCodewords; i += kCombineThreads) {
-    const int h = i % plan.lanes, code = i / plan.lanes % kCodewords, r = i / (plan.lanes * kCodewords);
-    const int at = r * plan.lanes + h;
-    float total = 0;
-    if (at < pairs) {
-      const int64_t base = static_cast<int64_t>(vhead) * call.batch + first_row + r;
-      for (int k = first_owner[r]; k <= last_owner[r]; ++k) {
-        const float factor = exp2f(memory.state[(base + k) * plan.lanes + h].x - reference[at]);
-        total += factor * memory.bins[((base + k) * plan.cluster + rank) * plan.bins() + code * plan.stride +
-                                      place * plan.lanes + h];
-      }
-      total *= inverse[at];
-    }
-    const __half top = __float2half_rn(total);
-    high[at * bin_pitch + code] = top;
-    low[at * bin_pitch + code] = __float2half_rn((total - __half2float(top)) * 2048);
-  }
-  __syncthreads();
-
+  // The codewords: sub-vector, column and stage of the slot.
+  const int64_t element = static_cast<int64_t>(kv_head) * layer.head_dim + (slot / layer.values.stages) * width;
+  const int64_t group = element / layer.values.width, column = element % layer.values.width;
+  const __half* from = static_cast<const __half*>(layer.values.codewords) +
+                       (group * layer.values.stages + slot % layer.values.stages) * kCodewords * layer.values.width + column;
+  const bool aligned = layer.values.width % 8 == 0 && column % 8 == 0;
+  const int vectors = width / 8, way = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
   const int g = lane / 4, t = lane % 4;
-  const int pieces = width / 8;
-  for (int piece = warp; piece < pieces; piece += kCombineThreads / 32) {
-    for (int tile = 0; tile < tiles; ++tile) {
-      float upper[4] = {0, 0, 0, 0}, lower[4] = {0, 0, 0, 0};
-      for (int k = 0; k < kCodewords; k += 16) {
-        uint32_t b0, b1;  // codewords k .. k + 15 of 8 dims, as the product wants them
-        const uint32_t address = static_cast<uint32_t>(
-            __cvta_generic_to_shared(words + (k + lane % 16) * pitch + piece * 8));
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(b0), "=r"(b1) : "r"(address));
-        uint32_t a[4];
-        const auto fragment = [&](const __half* from_bins) {
-          const __half* at = from_bins + (tile * 16 + g) * bin_pitch + k + 2 * t;
-          a[0] = *reinterpret_cast<const uint32_t*>(at);
-          a[1] = *reinterpret_cast<const uint32_t*>(at + 8 * bin_pitch);
-          a[2] = *reinterpret_cast<const uint32_t*>(at + 8);
-          a[3] = *reinterpret_cast<const uint32_t*>(at + 8 * bin_pitch + 8);
-        };
-        fragment(high);
-        mma_half(upper, a, b0, b1);
-        fragment(low);
-        mma_half(lower, a, b0, b1);
+  constexpr int kWarps = kCombineThreads / 32, kPieces = 256 / 8 / kWarps;  // pieces of 8 dims of a warp
+  float sums[Rows / 16][kPieces][4];
+#pragma unroll
+  for (int i = 0; i < Rows / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sums[i][j][k] = 0;
+
+  for (int first_code = 0; first_code < kCodewords; first_code += Codes) {
+#pragma unroll 4
+    for (int i = thread; i < Codes * vectors; i += kCombineThreads) {
+      const int code = i / vectors, at = i % vectors * 8;
+      const __half* source = from + static_cast<int64_t>(first_code + code) * layer.values.width + at;
+      if (aligned) *reinterpret_cast<uint4*>(words + code * pitch + at) = __ldg(reinterpret_cast<const uint4*>(source));
+      else
+        for (int j = 0; j < 8; ++j) words[code * pitch + at + j] = source[j];
+    }
+    // Bins of all owners, scaled and added in the owners' order; a thread has the heads of one (row, codeword).
+#pragma unroll 4
+    for (int i = thread; i < (tiles * 16 + plan.lanes - 1) / plan.lanes * Codes; i += kCombineThreads) {
+      const int code = i % Codes, r = i / Codes;
+      float totals[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+      if (r < rows) {
+        const int64_t base = static_cast<int64_t>(vhead) * call.batch + first_row + r;
+        const float* bins = memory.bins + way * plan.bins() + (first_code + code) * plan.stride + place * plan.lanes;
+#pragma unroll 2
+        for (int k = first_owner[r]; k <= last_owner[r]; ++k) {
+          const float* from_bins = bins + (base + k) * plan.ways * plan.bins();
+          const float2* state = memory.state + (base + k) * plan.lanes;
+          float v[8];
+          if (plan.lanes == 1) {
+            v[0] = __ldg(from_bins);
+          } else {
+            *reinterpret_cast<float4*>(v) = __ldg(reinterpret_cast<const float4*>(from_bins));
+            if (plan.lanes == 8) *reinterpret_cast<float4*>(v + 4) = __ldg(reinterpret_cast<const float4*>(from_bins) + 1);
+          }
+#pragma unroll
+          for (int h = 0; h < 8; ++h)
+            if (h < plan.lanes) totals[h] += exp2_fast(__ldg(state + h).x - reference[r * plan.lanes + h]) * v[h];
+        }
       }
 #pragma unroll
+      for (int h = 0; h < 8; ++h) {
+        const int at = r * plan.lanes + h;
+        if (h >= plan.lanes || at >= tiles * 16) continue;
+        const float total = at < pairs ? totals[h] * inverse[at] : 0.0f;
+        const __half top = __float2half_rn(total);
+        high[at * kBinPitch + code] = top;
+        low[at * kBinPitch + code] = __float2half_rn(total - __half2float(top));
+      }
+    }
+    __syncthreads();
+
+#pragma unroll 4
+    for (int k = 0; k < Codes; k += 16) {
+      uint32_t b[kPieces][2];  // codewords k .. k + 15 of 8 dims, as the product wants them
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        const int piece = warp + j * kWarps;
+        if (piece * 8 >= width) break;
+        const uint32_t address =
+            static_cast<uint32_t>(__cvta_generic_to_shared(words + (k + lane % 16) * pitch + piece * 8));
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(b[j][0]), "=r"(b[j][1]) : "r"(address));
+      }
+#pragma unroll
+      for (int i = 0; i < Rows / 16; ++i) {
+        if (i >= tiles) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const __half* at = (half ? low : high) + (i * 16 + g) * kBinPitch + k + 2 * t;
+          const uint32_t a[4] = {*reinterpret_cast<const uint32_t*>(at), *reinterpret_cast<const uint32_t*>(at + 8 * kBinPitch),
+                                 *reinterpret_cast<const uint32_t*>(at + 8),
+                                 *reinterpret_cast<const uint32_t*>(at + 8 * kBinPitch + 8)};
+#pragma unroll
+          for (int j = 0; j < kPieces; ++j)
+            if ((warp + j * kWarps) * 8 < width) mma_half(sums[i][j], a, b[j][0], b[j][1]);
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int i = 0; i < Rows / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j)
+#pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int at = tile * 16 + g + 8 * r;
-        if (at >= pairs) continue;
+        const int at = i * 16 + g + 8 * r, piece = warp + j * kWarps;
+        if (at >= pairs || piece * 8 >= width) continue;
         const int64_t row = first_row + at / plan.lanes;
         float* to = memory.values +
                     (((static_cast<int64_t>(vhead) * plan.slots + slot) * call.batch + row) * plan.lanes + at % plan.lanes) * width +
                     piece * 8 + 2 * t;
-        to[0] = upper[2 * r] + lower[2 * r] / 2048;
-        to[1] = upper[2 * r + 1] + lower[2 * r + 1] / 2048;
+        *reinterpret_cast<float2*>(to) = make_float2(sums[i][j][2 * r], sums[i][j][2 * r + 1]);
       }
-    }
-  }
 }
 
-constexpr int kFinishThreads = 256, kExactTile = 64;
+// The exact tokens that a row's query sees, in order: sinks, then the newest, the new one last.
+struct ExactTokens {
+  int64_t past, first_recent, lowest;  // lowest: the first that a sliding window leaves visible
+  int sinks, count;
+  __device__ ExactTokens(const gsrq_layer& layer, const gsrq_call& call, int row) {
+    past = min(call.past_lengths[row], call.max_total - 1);
+    const int64_t total = past + 1;
+    first_recent = layer.sinks + gsrq_coded(total, layer.sinks, layer.window, layer.block);
+    sinks = static_cast<int>(min(static_cast<int64_t>(layer.sinks), total));
+    count = sinks + static_cast<int>(total > first_recent ? total - first_recent : 0);
+    lowest = layer.sliding_window > 0 ? total - layer.sliding_window : 0;
+  }
+  __device__ int64_t token(int i) const { return i < sinks ? i : first_recent + i - sinks; }
+};
 
-// The exact tokens of one (row, vhead), and the sum of it all.
-__global__ void __launch_bounds__(kFinishThreads)
-    finish(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
-           const __grid_constant__ DecodePlan plan, Memory memory, int has_coded) {
-  const int vhead = blockIdx.x, row = blockIdx.y, kv_head = vhead / plan.parts, part = vhead % plan.parts;
-  const int d = layer.head_dim, thread = threadIdx.x, warp = thread / 32, lane = thread % 32, half = layer.half_rope;
-  const int64_t first_head = static_cast<int64_t>(kv_head) * plan.group + part * plan.part_heads;
+// Up to 32 exact tokens of one (row, vhead): their weighted values, reference and sum.
+__device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
+                             int vheads, int splits, int block) {
+  const int split = block % splits, vhead = block / splits % vheads, row = block / (splits * vheads);
+  const int kv_head = vhead / plan.parts, part = vhead % plan.parts;
+  const int d = layer.head_dim, half = layer.half_rope, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int heads = min(plan.part_heads, plan.group - part * plan.part_heads);
-  __shared__ float queries[8][256];                 // turned and scaled, pair by pair
-  __shared__ float weights[8][kExactTile];
-  __shared__ float reference[8], sum[8], keep[8];
-  if (call.new_lengths[row] <= 0) {
-    for (int i = thread; i < heads * d; i += kFinishThreads)
-      store(call.output, (row * static_cast<int64_t>(layer.heads) + first_head) * d + i, 0, call.dtype);
-    return;
-  }
-  const int64_t past = min(call.past_lengths[row], call.max_total - 1), total = past + 1;
-  const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
-  const int64_t first_recent = layer.sinks + gsrq_coded(total, layer.sinks, layer.window, layer.block);
-  const int64_t sinks = min(static_cast<int64_t>(layer.sinks), total);
-  const int64_t recent = total > first_recent ? total - first_recent : 0, count = sinks + recent;
-  const int64_t lowest = layer.sliding_window > 0 ? total - layer.sliding_window : 0;  // the first visible token
+  const int64_t at = (static_cast<int64_t>(row) * vheads + vhead) * splits + split;
+  if (call.new_lengths[row] <= 0) return;
+  const ExactTokens exact(layer, call, row);
+  const int first = split * kExactTokens, here = min(kExactTokens, exact.count - first);
+  if (here <= 0) return;
+  const int pitch = d + 8;
+  float* const queries = reinterpret_cast<float*>(shared_memory);  // [8][d], turned and scaled, pair by pair
+  float* const keys = queries + 8 * d;                             // [32][pitch], later the second half of the sums
+  float* const values = keys + kExactTokens * pitch;               // [32][pitch]
+  __shared__ float weights[8][kExactTokens];
+  __shared__ int64_t place[kExactTokens];  // of the token's vector, in vectors; -1: the new token
   const float scale = layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
-
-  for (int i = thread; i < heads * (d / 2); i += kFinishThreads) {
-    const int h = i / (d / 2), p = i % (d / 2);
-    int e0, e1;
-    pair_elements(layer, p, &e0, &e1);
-    const int64_t base = (row * static_cast<int64_t>(layer.heads) + first_head + h) * d;
-    const float x = load(call.query, base + e0, call.dtype), y = load(call.query, base + e1, call.dtype);
-    const float c = p < half ? layer.cos[past * half + p] : 1.0f, s = p < half ? layer.sin[past * half + p] : 0.0f;
-    queries[h][2 * p] = (x * c - y * s) * scale;
-    queries[h][2 * p + 1] = (y * c + x * s) * scale;
+  const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
+  const int64_t head_row = static_cast<int64_t>(row) * layer.kv_heads + kv_head;
+  if (thread < here) {
+    const int64_t token = exact.token(first + thread);
+    place[thread] = token == exact.past ? -1 : head_row * slots + gsrq_slot(token, layer.sinks, layer.window, layer.block);
   }
-  if (thread < 8) {
-    reference[thread] = kNone;
-    sum[thread] = 0;
+  for (int i = thread; i < 8 * (d / 2); i += kCombineThreads) {
+    const int h = i / (d / 2), p = i % (d / 2);
+    float x = 0, y = 0;
+    if (h < heads) {
+      int e0, e1;
+      pair_elements(layer, p, &e0, &e1);
+      const int64_t base =
+          (static_cast<int64_t>(row) * layer.heads + kv_head * plan.group + part * plan.part_heads + h) * d;
+      x = load_constant(call.query, base + e0, call.dtype) * scale;
+      y = load_constant(call.query, base + e1, call.dtype) * scale;
+    }
+    const float c = p < half ? __ldg(layer.cos + exact.past * half + p) : 1.0f, s = p < half ? __ldg(layer.sin + exact.past * half + p) : 0.0f;
+    queries[h * d + 2 * p] = x * c - y * s;
+    queries[h * d + 2 * p + 1] = y * c + x * s;
   }
   __syncthreads();
 
-  // Output elements of a thread: (head, dim) = thread + i * 256.
-  constexpr int kOutputs = 8 * 256 / kFinishThreads;
-  float out[kOutputs];
-#pragma unroll
-  for (int i = 0; i < kOutputs; ++i) out[i] = 0;
+#pragma unroll 4
+  for (int i = thread; i < here * (d / 2); i += kCombineThreads) {
+    const int n = i / (d / 2), p = i % (d / 2);
+    const int64_t at = place[n] * d, fresh = head_row * d, token = exact.token(first + n);
+    int e0, e1;
+    pair_elements(layer, p, &e0, &e1);
+    const bool is_new = place[n] < 0;
+    float x, y, v0, v1;
+    if (is_new) {
+      x = rounded(load_constant(call.key, fresh + e0, call.dtype), call.exact_dtype);
+      y = rounded(load_constant(call.key, fresh + e1, call.dtype), call.exact_dtype);
+      v0 = rounded(load_constant(call.value, fresh + 2 * p, call.dtype), call.exact_dtype);
+      v1 = rounded(load_constant(call.value, fresh + 2 * p + 1, call.dtype), call.exact_dtype);
+    } else {
+      x = load_constant(call.key_exact, at + e0, call.exact_dtype);
+      y = load_constant(call.key_exact, at + e1, call.exact_dtype);
+      v0 = load_constant(call.value_exact, at + 2 * p, call.exact_dtype);
+      v1 = load_constant(call.value_exact, at + 2 * p + 1, call.exact_dtype);
+    }
+    const float c = p < half ? __ldg(layer.cos + token * half + p) : 1.0f, s = p < half ? __ldg(layer.sin + token * half + p) : 0.0f;
+    keys[n * pitch + 2 * p] = x * c - y * s;
+    keys[n * pitch + 2 * p + 1] = y * c + x * s;
+    values[n * pitch + 2 * p] = v0;
+    values[n * pitch + 2 * p + 1] = v1;
+  }
+  __syncthreads();
 
-  const auto element = [&](const void* fresh, const void* buffer, int64_t token, int e) {
-    if (token == past)
-      return rounded(load(fresh, (row * static_cast<int64_t>(layer.kv_heads) + kv_head) * d + e, call.dtype), call.exact_dtype);
-    const int64_t slot = gsrq_slot(token, layer.sinks, layer.window, layer.block);
-    return load(buffer, ((row * static_cast<int64_t>(layer.kv_heads) + kv_head) * slots + slot) * d + e, call.exact_dtype);
-  };
-  const auto token_of = [&](int64_t i) { return i < sinks ? i : first_recent + i - sinks; };
-
-  for (int64_t tile = 0; tile < count; tile += kExactTile) {
-    const int here = static_cast<int>(min(static_cast<int64_t>(kExactTile), count - tile));
-    for (int i = warp; i < here; i += kFinishThreads / 32) {
-      const int64_t token = token_of(tile + i);
-      float dots[8];
-#pragma unroll
-      for (int h = 0; h < 8; ++h) dots[h] = 0;
-      for (int p = lane; p < d / 2; p += 32) {
-        int e0, e1;
-        pair_elements(layer, p, &e0, &e1);
-        const float x = element(call.key, call.key_exact, token, e0), y = element(call.key, call.key_exact, token, e1);
-        const float c = p < half ? layer.cos[token * half + p] : 1.0f, s = p < half ? layer.sin[token * half + p] : 0.0f;
-        const float kx = x * c - y * s, ky = y * c + x * s;
+  {  // eight threads a token
+    const int n = thread / 8, j = thread % 8;
+    float dots[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    if (n < here)
+      for (int e = j; e < d; e += 8) {
+        const float k = keys[n * pitch + e];
 #pragma unroll
         for (int h = 0; h < 8; ++h)
-          if (h < heads) dots[h] += queries[h][2 * p] * kx + queries[h][2 * p + 1] * ky;
+          if (h < plan.lanes) dots[h] += queries[h * d + e] * k;
       }
 #pragma unroll
-      for (int h = 0; h < 8; ++h) {
-        if (h >= heads) break;
-        for (int o = 16; o > 0; o /= 2) dots[h] += __shfl_xor_sync(~0u, dots[h], o);
-        if (lane == h) {
-          float s = dots[h];
-          if (layer.softcap > 0) s = layer.softcap * tanhf(s / layer.softcap) * kLog2e;
-          weights[h][i] = token >= lowest ? s : kNone;
+    for (int h = 0; h < 8; ++h)
+      if (h < plan.lanes) {
+#pragma unroll
+        for (int o = 4; o > 0; o /= 2) dots[h] += __shfl_xor_sync(~0u, dots[h], o);
+        if (j == h && n < here) {
+          const float s = layer.softcap > 0 ? layer.softcap * tanhf(dots[h] / layer.softcap) * kLog2e : dots[h];
+          weights[h][n] = exact.token(first + n) >= exact.lowest ? s : kNone;
         }
       }
-    }
-    __syncthreads();
-    if (warp < heads) {  // one warp a head
-      float most = reference[warp];
-      for (int i = lane; i < here; i += 32) most = fmaxf(most, weights[warp][i]);
-      for (int o = 16; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
-      float added = 0;
-      for (int i = lane; i < here; i += 32) {
-        const float w = weights[warp][i] == kNone ? 0.0f : exp2f(weights[warp][i] - most);
-        weights[warp][i] = w;
-        added += w;
-      }
-      for (int o = 16; o > 0; o /= 2) added += __shfl_xor_sync(~0u, added, o);
-      if (lane == 0) {
-        keep[warp] = reference[warp] == kNone ? 0.0f : exp2f(reference[warp] - most);
-        sum[warp] = sum[warp] * keep[warp] + added;
-        reference[warp] = most;
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kOutputs; ++k) {
-      const int at = thread + k * kFinishThreads;
-      if (at >= heads * d) continue;
-      const int h = at / d, e = at % d;
-      float o = out[k] * keep[h];
-      for (int i = 0; i < here; ++i) o += weights[h][i] * element(call.value, call.value_exact, token_of(tile + i), e);
-      out[k] = o;
-    }
-    __syncthreads();
   }
+  __syncthreads();
+  if (warp < plan.lanes) {  // one warp a head
+    const float s = lane < here ? weights[warp][lane] : kNone;
+    float most = s;
+    for (int o = 16; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+    const float w = s == kNone ? 0.0f : exp2f(s - most);
+    float sum = w;
+    for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    weights[warp][lane] = w;
+    if (lane == 0) memory.exact_state[at * plan.lanes + warp] = make_float2(most, sum);
+  }
+  __syncthreads();
 
+  // A thread has one dim of all heads, of every groups-th token; groups are added in order.
+  const int groups = kCombineThreads / d > 1 ? 2 : 1, group = thread / d, e = thread % d;
+  float out[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  if (group < groups)
+#pragma unroll 4
+    for (int i = group; i < here; i += groups) {
+      const float x = values[i * pitch + e];
 #pragma unroll
-  for (int k = 0; k < kOutputs; ++k) {
-    const int at = thread + k * kFinishThreads;
-    if (at >= heads * d) continue;
-    const int h = at / d, e = at % d;
-    float2 coded = make_float2(kNone, 0);
-    float value = 0;
-    if (has_coded) {
-      coded = memory.combined[(static_cast<int64_t>(vhead) * call.batch + row) * plan.lanes + h];
-      if (coded.y > 0)
-        for (int r = 0; r < layer.values.stages; ++r) {
-          const int slot = e / plan.width * layer.values.stages + r;
-          value += memory.values[(((static_cast<int64_t>(vhead) * plan.slots + slot) * call.batch + row) * plan.lanes + h) * plan.width +
-                                 e % plan.width];
-        }
+      for (int h = 0; h < 8; ++h)
+        if (h < plan.lanes) out[h] += weights[h][i] * x;
     }
-    const float most = fmaxf(reference[h], coded.x);
-    const float exact_share = reference[h] == kNone ? 0.0f : exp2f(reference[h] - most);
-    const float coded_share = coded.y > 0 ? exp2f(coded.x - most) * coded.y : 0.0f;
-    const float result = (out[k] * exact_share + value * coded_share) / (sum[h] * exact_share + coded_share);
-    store(call.output, (row * static_cast<int64_t>(layer.heads) + first_head + h) * d + e, result, call.dtype);
+  if (group == 1 && groups == 2)
+    for (int h = 0; h < 8; ++h)
+      if (h < plan.lanes) keys[h * d + e] = out[h];
+  __syncthreads();
+  if (group == 0)
+#pragma unroll
+    for (int h = 0; h < 8; ++h)
+      if (h < plan.lanes) memory.exact[(at * plan.lanes + h) * d + e] = out[h] + (groups == 2 ? keys[h * d + e] : 0.0f);
+}
+
+template <int Rows, int Codes>
+__global__ void __launch_bounds__(kCombineThreads, 2)
+    combine(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
+            const __grid_constant__ DecodePlan plan, Memory memory, int vheads, int clusters, int value_blocks, int splits) {
+  const int block = blockIdx.x;
+  if (block < value_blocks) combine_values<Rows, Codes>(layer, call, plan, memory, vheads, clusters, block);
+  else attend_exact(layer, call, plan, memory, vheads, splits, block - value_blocks);
+}
+
+constexpr int kFinishThreads = 128;
+
+// The sum of the coded and exact parts of one (row, query head).
+__global__ void __launch_bounds__(kFinishThreads)
+    finish(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
+           const __grid_constant__ DecodePlan plan, Memory memory, int has_coded, int splits) {
+  const int vhead = blockIdx.x / plan.part_heads, h = blockIdx.x % plan.part_heads, row = blockIdx.y;
+  const int kv_head = vhead / plan.parts, part = vhead % plan.parts, vheads = gridDim.x / plan.part_heads;
+  const int d = layer.head_dim;
+  if (part * plan.part_heads + h >= plan.group) return;
+  const int64_t head = static_cast<int64_t>(kv_head) * plan.group + part * plan.part_heads + h;
+  const int64_t base = (static_cast<int64_t>(row) * layer.heads + head) * d;
+  if (call.new_lengths[row] <= 0) {
+    for (int i = threadIdx.x; i < d; i += kFinishThreads) store(call.output, base + i, 0, call.dtype);
+    return;
+  }
+  const int used = (ExactTokens(layer, call, row).count + kExactTokens - 1) / kExactTokens;
+  const int64_t first = (static_cast<int64_t>(row) * vheads + vhead) * splits;
+  float2 coded = make_float2(kNone, 0);
+  if (has_coded) coded = memory.combined[(static_cast<int64_t>(vhead) * call.batch + row) * plan.lanes + h];
+  float most = coded.y > 0 ? coded.x : kNone;
+#pragma unroll 8
+  for (int k = 0; k < used; ++k) most = fmaxf(most, memory.exact_state[(first + k) * plan.lanes + h].x);
+  for (int e = threadIdx.x; e < d; e += kFinishThreads) {
+    float value = 0, sum = 0;
+    if (coded.y > 0) {
+      const int64_t slot_stride = static_cast<int64_t>(call.batch) * plan.lanes * plan.width;
+      const float* from =
+          memory.values + (static_cast<int64_t>(vhead) * plan.slots + e / plan.width * layer.values.stages) * slot_stride +
+          (static_cast<int64_t>(row) * plan.lanes + h) * plan.width + e % plan.width;
+#pragma unroll 16
+      for (int r = 0; r < layer.values.stages; ++r) value += from[r * slot_stride];
+      sum = coded.y * exp2f(coded.x - most);
+      value *= sum;
+    }
+#pragma unroll 8
+    for (int k = 0; k < used; ++k) {
+      const float2 state = memory.exact_state[(first + k) * plan.lanes + h];
+      const float factor = state.x == kNone ? 0.0f : exp2f(state.x - most);
+      sum += state.y * factor;
+      value += memory.exact[((first + k) * plan.lanes + h) * d + e] * factor;
+    }
+    store(call.output, base + e, value / sum, call.dtype);
   }
 }
 
@@ -957,27 +1346,28 @@ bool multipliers_fit(const gsrq_layer& layer) {
 
 using Kernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Constants, Memory, int);
 
-template <int Lanes>
+template <int Lanes, int Stride>
 Kernel kernel_of(int blocks) {
   switch (blocks) {
 #ifndef GSRQ_DECODE_FEW
-    case 1: return decode_kernel<1, Lanes>;
-    case 2: return decode_kernel<2, Lanes>;
-    case 6: return decode_kernel<6, Lanes>;
+    case 1: return decode_kernel<1, Lanes, Stride>;
+    case 2: return decode_kernel<2, Lanes, Stride>;
+    case 6: return decode_kernel<6, Lanes, Stride>;
 #endif
-    case 3: return decode_kernel<3, Lanes>;
-    case 4: return decode_kernel<4, Lanes>;
+    case 3: return decode_kernel<3, Lanes, Stride>;
+    case 4: return decode_kernel<4, Lanes, Stride>;
     default: return nullptr;
   }
 }
 
 Kernel kernel_of(const DecodePlan& plan) {
-  switch (plan.lanes) {
+  switch (plan.lanes * 1000 + plan.stride) {
 #ifndef GSRQ_DECODE_FEW
-    case 1: return kernel_of<1>(plan.blocks);
-    case 8: return kernel_of<8>(plan.blocks);
+    case 1032: return kernel_of<1, 32>(plan.blocks);
+    case 4032: return kernel_of<4, 32>(plan.blocks);
+    case 8064: return kernel_of<8, 64>(plan.blocks);
 #endif
-    case 4: return kernel_of<4>(plan.blocks);
+    case 4064: return kernel_of<4, 64>(plan.blocks);
     default: return nullptr;
   }
 }
@@ -994,8 +1384,13 @@ cudaLaunchConfig_t launch_config(const DecodePlan& plan, cudaLaunchAttribute* at
   return config;
 }
 
-int combine_bytes(const DecodePlan& plan) {
-  return 2 * (kCodewords * (plan.width + kPadHalves) + 2 * kCombineRows * (kCodewords + kPadHalves));
+int combine_bytes(const DecodePlan& plan, int rows, int codes) {
+  const int values = 2 * (codes * (plan.width + kPadHalves) + 2 * rows * (codes + kPadHalves));
+  return std::max(values, 4 * (8 * plan.head_dim + 2 * kExactTokens * (plan.head_dim + 8)));
+}
+
+int exact_splits(const gsrq_layer& layer) {
+  return static_cast<int>((gsrq_exact_slots(layer.sinks, layer.window, layer.block) + kExactTokens - 1) / kExactTokens);
 }
 
 // Clusters that run at once on the current device, 0 where none can; asked once a device and kernel.
@@ -1016,7 +1411,10 @@ int resident_clusters(const DecodePlan& plan) {
     const bool ready =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit) == cudaSuccess &&
         (plan.cluster <= 8 || cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) &&
-        cudaFuncSetAttribute(combine_values, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit - 4096) == cudaSuccess &&
+        cudaFuncSetAttribute(combine<kFewRows, kFewCodes>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit - 8192) ==
+            cudaSuccess &&
+        cudaFuncSetAttribute(combine<kManyRows, kManyCodes>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kSharedLimit - 8192) == cudaSuccess &&
         cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
     if (!ready) clusters = 0;
     cudaGetLastError();
@@ -1025,13 +1423,17 @@ int resident_clusters(const DecodePlan& plan) {
   return clusters;
 }
 
-Memory take_memory(const gsrq_call& call, const DecodePlan& plan, int vheads, int clusters, Arena& workspace) {
+Memory take_memory(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, int vheads, int clusters, Arena& workspace) {
   const int64_t rows = static_cast<int64_t>(vheads) * call.batch, partials = rows + clusters;
   Memory m{};
-  m.bins = workspace.take<float>(partials * plan.cluster * plan.bins());
+  m.bins = workspace.take<float>(partials * plan.ways * plan.bins());
+  m.scratch = workspace.take<float>(2LL * clusters * plan.cluster * plan.bins());
+  m.scratch_state = workspace.take<float2>(2LL * clusters * plan.cluster * plan.lanes);
   m.state = workspace.take<float2>(partials * plan.lanes);
   m.combined = workspace.take<float2>(rows * plan.lanes);
   m.values = workspace.take<float>(rows * plan.slots * plan.lanes * plan.width);
+  m.exact = workspace.take<float>(rows * exact_splits(layer) * plan.lanes * plan.head_dim);
+  m.exact_state = workspace.take<float2>(rows * exact_splits(layer) * plan.lanes);
   return m;
 }
 
@@ -1069,7 +1471,7 @@ bool decode_supported(const gsrq_layer& layer, const gsrq_call& call) {
 void decode_workspace(const gsrq_layer& layer, const gsrq_call& call, Arena& workspace) {
   DecodePlan plan;
   if (!plan_of(layer, &plan)) return;
-  take_memory(call, plan, layer.kv_heads * plan.parts, resident_clusters(plan), workspace);
+  take_memory(layer, call, plan, layer.kv_heads * plan.parts, resident_clusters(plan), workspace);
 }
 
 int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Arena& workspace, cudaStream_t stream) {
@@ -1077,7 +1479,7 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
   if (!plan_of(layer, &plan)) return fail("the fast decode does not apply");
   const int vheads = layer.kv_heads * plan.parts, clusters = resident_clusters(plan);
   const Constants constants = take_constants(layer, plan, prepared);
-  const Memory memory = take_memory(call, plan, vheads, clusters, workspace);
+  const Memory memory = take_memory(layer, call, plan, vheads, clusters, workspace);
   const bool has_coded = gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block) > 0;
   if (has_coded) {
     cudaLaunchAttribute attribute;
@@ -1085,14 +1487,19 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     config.stream = stream;
     if (cudaLaunchKernelEx(&config, kernel_of(plan), layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
-    const int rows_at_once = kCombineRows / plan.lanes;
-    const dim3 grid(static_cast<unsigned>(plan.slots), static_cast<unsigned>(vheads),
-                    static_cast<unsigned>((call.batch + rows_at_once - 1) / rows_at_once));
-    combine_values<<<grid, kCombineThreads, combine_bytes(plan), stream>>>(layer, call, plan, memory, vheads, clusters);
-    if (launched("combine_values")) return 1;
   }
-  finish<<<dim3(static_cast<unsigned>(vheads), static_cast<unsigned>(call.batch)), kFinishThreads, 0, stream>>>(
-      layer, call, plan, memory, has_coded);
+  const bool few = call.batch * plan.lanes <= kFewRows;
+  const int rows = few ? kFewRows : kManyRows, rows_at_once = rows / plan.lanes, splits = exact_splits(layer);
+  const int64_t value_blocks =
+      has_coded ? static_cast<int64_t>(plan.slots) * vheads * ((call.batch + rows_at_once - 1) / rows_at_once) : 0;
+  const int64_t blocks = value_blocks + static_cast<int64_t>(splits) * vheads * call.batch;
+  const auto combine_kernel = few ? combine<kFewRows, kFewCodes> : combine<kManyRows, kManyCodes>;
+  combine_kernel<<<static_cast<unsigned>(blocks), kCombineThreads,
+                   combine_bytes(plan, rows, few ? kFewCodes : kManyCodes), stream>>>(
+      layer, call, plan, memory, vheads, clusters, static_cast<int>(value_blocks), splits);
+  if (launched("combine")) return 1;
+  finish<<<dim3(static_cast<unsigned>(vheads * plan.part_heads), static_cast<unsigned>(call.batch)), kFinishThreads, 0,
+           stream>>>(layer, call, plan, memory, has_coded, splits);
   return launched("finish");
 }
 

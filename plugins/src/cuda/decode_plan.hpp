@@ -8,40 +8,45 @@
 namespace gsrq::cuda {
 
 constexpr int kCodewords = 256;
-constexpr int kTile = 16;                  // tokens of a tensor-core tile
-constexpr int kKeyWarps = 12;              // score tokens, one tile a chunk each
-constexpr int kValueWarps = 4;             // turn scores into weights and add them into bins
-constexpr int kChunk = kKeyWarps * kTile;  // tokens between two cluster barriers
+constexpr int kTile = 16;       // tokens of a tensor-core tile
+constexpr int kKeyWarps = 8;    // score tokens, two tiles a chunk each
+constexpr int kValueWarps = 8;  // turn scores into weights and add them into bins
+constexpr int kChunkTiles = 2 * kKeyWarps;
+constexpr int kChunk = kChunkTiles * kTile;  // tokens that are scored together
+constexpr int kBuffers = 4;     // chunks whose scores may be under way
 constexpr int kDecodeThreads = 32 * (kKeyWarps + kValueWarps);
 constexpr int kSliceDims = 32;             // dims of a key slice: 16 RoPE pairs
 constexpr int kBlockStages = 4;            // stages of a slice that lie in one row of 128 bytes
 constexpr int kBlockBytes = kCodewords * kBlockStages * kSliceDims;
-constexpr int kMostBlocks = 6, kMostSlots = 8, kMostCluster = 16, kMostMultiplier = 6;
+constexpr int kMostBlocks = 6, kMostSlots = 32, kMostCluster = 16, kMostMultiplier = 6;
 constexpr int kSharedLimit = 227 * 1024;
 
-constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
+__host__ __device__ constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
-// Cluster rank = (plane * splits + split) * slices + slice. A CTA scores its slice of the dims over its blocks of
-// stages, and bins the weights of its value slots; slot v is byte v of a KV head's value codes.
+// For scores, cluster rank = (plane * splits + split) * slices + slice: a CTA scores its slice of the dims over its blocks
+// of stages. For values, rank = way * owners + owner: it weighs tile t of a chunk where t % owners = owner, and bins the
+// weights for its way's slots; slot v is byte v of a KV head's value codes.
 struct DecodePlan {
   int head_dim, slices, planes, splits, cluster;
-  int blocks;                 // of four key stages in a CTA
-  int all_blocks;             // of all key stages
-  int slots, slots_per_cta;   // value code bytes of a head; those of a CTA
-  int width;                  // dims of the head that a slot contributes to
-  int group;                  // query heads a KV head
-  int parts, part_heads;      // query heads are decoded in parts of part_heads
-  int lanes;                  // part_heads rounded up to 1, 4 or 8
-  int stride;                 // floats between a codeword's bins and the next's
+  int blocks;                // of four key stages in a CTA
+  int all_blocks;            // of all key stages
+  int slots, slots_per_cta;  // value code bytes of a head; those of a way
+  int ways, owners;
+  int width;                 // dims of the head that a slot contributes to
+  int group;                 // query heads a KV head
+  int parts, part_heads;     // query heads are decoded in parts of part_heads
+  int lanes;                 // part_heads rounded up to 1, 4 or 8
+  int own_tiles;             // most of an owner in a chunk
+  int stride;                // bins of a codeword: lanes times a power of two of slots
   int shared_bytes;
 
-  int offset_bins() const { return blocks * kBlockBytes; }
   __host__ __device__ int bins() const { return kCodewords * stride; }
+  // Tiles of a chunk that an owner weighs.
+  __host__ __device__ int tiles_of(int owner) const { return (kChunkTiles - owner + owners - 1) / owners; }
 };
 
 inline int decode_shared_bytes(const DecodePlan& p) {
-  const int scores = 2 * p.cluster * kChunk * p.lanes * 4, weights = kChunk * p.lanes * 4;
-  return p.blocks * kBlockBytes + 2 * p.bins() * 4 + scores + weights + round_up(kChunk * p.slots_per_cta, 16) + 512;
+  return p.blocks * kBlockBytes + p.bins() * 4 + kBuffers * p.cluster * p.own_tiles * kTile * p.lanes * 4 + 512;
 }
 
 // False where the fast decode does not apply.
@@ -66,14 +71,18 @@ inline bool make_decode_plan(const gsrq_layer& layer, DecodePlan* out) {
       p.cluster = p.slices * p.planes * p.splits;
       p.blocks = (p.all_blocks + p.splits - 1) / p.splits;
       if (p.blocks == 5) p.blocks = 6;  // kernels exist for 1, 2, 3, 4 and 6
-      p.slots_per_cta = (p.slots + p.cluster - 1) / p.cluster;
-      if (p.blocks > kMostBlocks || p.slots_per_cta > kMostSlots) continue;
-      const int used = p.slots_per_cta * p.lanes;
-      p.stride = 1;
-      while (p.stride < used) p.stride *= 2;
-      if (used > 32) p.stride = round_up(used, 32);
-      p.shared_bytes = decode_shared_bytes(p);
-      if (p.shared_bytes <= kSharedLimit) {
+      if (p.blocks > kMostBlocks) continue;
+      for (p.ways = 1; p.ways <= p.cluster; ++p.ways) {
+        if (p.cluster % p.ways != 0) continue;
+        p.owners = p.cluster / p.ways;
+        p.own_tiles = (kChunkTiles + p.owners - 1) / p.owners;
+        p.slots_per_cta = (p.slots + p.ways - 1) / p.ways;
+        if (p.slots_per_cta > kMostSlots) continue;
+        p.stride = p.lanes == 8 ? 64 : 32;  // kernels exist for 32 bins of one head, 32 or 64 of four, 64 of eight
+        while (p.stride < p.slots_per_cta * p.lanes) p.stride *= 2;
+        if (p.stride > (p.lanes == 1 ? 32 : 64)) continue;
+        p.shared_bytes = decode_shared_bytes(p);
+        if (p.shared_bytes > kSharedLimit) continue;
         *out = p;
         return true;
       }

@@ -35,6 +35,13 @@ __device__ inline float load(const void* data, int64_t i, int32_t dtype) {
   return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
 }
 
+// The same of memory that the kernel does not write: the compiler may load ahead of stores to other memory.
+__device__ inline float load_constant(const void* data, int64_t i, int32_t dtype) {
+  if (dtype == GSRQ_F32) return __ldg(static_cast<const float*>(data) + i);
+  if (dtype == GSRQ_F16) return __half2float(__ldg(static_cast<const __half*>(data) + i));
+  return __bfloat162float(__ldg(static_cast<const __nv_bfloat16*>(data) + i));
+}
+
 __device__ inline void store(void* data, int64_t i, float x, int32_t dtype) {
   if (dtype == GSRQ_F32) static_cast<float*>(data)[i] = x;
   else if (dtype == GSRQ_F16) static_cast<__half*>(data)[i] = __float2half_rn(x);

@@ -1,0 +1,102 @@
+// What the encoding kernels share: the codebooks' derived forms, and where the vectors come from and the codes go.
+#pragma once
+
+#include "source.cuh"
+
+namespace gsrq::cuda {
+
+// Wider sub-vectors, and beams, take the float64 kernel: the tensor-core kernel keeps a tile's residuals in shared memory.
+constexpr int32_t kGreedyWidth = 1024;
+
+// Per stage of a group, in units of `scale` (a power of two, at least the largest norm of the transformed codewords).
+struct StageBounds {
+  float scale;
+  float largest;   // norm of the largest codeword
+  float high_off;  // most that a codeword differs (norm) from its float16 form, and
+  float low_off;   // from the sum of its two float16 halves
+};
+
+// Derived forms of one codebook. w = A c are the codewords where distance is Euclidean; width is padded to 16 elements.
+struct EncodeBook {
+  gsrq_codebook book;
+  int32_t padded;
+  bool greedy;         // the members after `diagonal` exist
+  double* metric;      // [G, D, D]: A^T A
+  double* turned;      // [G, D, D]: A^T
+  double* norms;       // [G, R, 256]: ||A c||^2
+  int32_t* diagonal;   // [G]: A is diagonal
+  __half *high, *low;  // [G, R, 256, padded]: w / scale = high + low
+  float* half_norms;   // [G, R, 256]: ||w||^2 / (2 scale), huge for a codeword that repeats an earlier one
+  StageBounds* bounds; // [G, R]
+};
+
+inline EncodeBook encode_book(const gsrq_layer& layer, const gsrq_codebook& book, Arena& prepared) {
+  const int64_t groups = book.groups, width = book.width, words = groups * book.stages * 256;
+  EncodeBook out{};
+  out.book = book;
+  out.padded = (book.width + 15) / 16 * 16;
+  out.greedy = layer.beam == 1 && book.width <= kGreedyWidth;
+  out.metric = prepared.take<double>(groups * width * width);
+  out.turned = prepared.take<double>(groups * width * width);
+  out.norms = prepared.take<double>(words);
+  out.diagonal = prepared.take<int32_t>(groups);
+  if (out.greedy) {
+    out.high = prepared.take<__half>(words * out.padded);
+    out.low = prepared.take<__half>(words * out.padded);
+    out.half_norms = prepared.take<float>(words);
+    out.bounds = prepared.take<StageBounds>(groups * book.stages);
+  }
+  return out;
+}
+
+// The vectors to encode: tokens of a call that leave the window, or rows of a matrix [n, groups * width].
+struct EncodeSource {
+  bool values;
+  const void* vectors;  // null: the call's tokens
+  int32_t dtype;
+  int64_t count;
+  int8_t* codes;
+
+  // Coded rows first .. first + n - 1 of batch row b are to be encoded.
+  __device__ int64_t rows(const gsrq_layer& layer, const gsrq_call& call, int64_t b, int64_t* first) const {
+    if (vectors != nullptr) {
+      *first = 0;
+      return count;
+    }
+    const RowLengths row = row_lengths(layer, call, b);
+    *first = row.before;
+    return row.after - row.before;
+  }
+
+  __device__ float element(const gsrq_layer& layer, const gsrq_call& call, int64_t b, int64_t row, int64_t i) const {
+    const int64_t d = layer.head_dim;
+    if (vectors != nullptr) return load(vectors, row * layer.kv_heads * d + i, dtype);
+    return exact_element(layer, call, values, b, layer.sinks + row, call.past_lengths[b], i / d, i % d);
+  }
+
+  // The stages' codes of sub-vector g.
+  __device__ int8_t* target(const gsrq_codebook& book, const gsrq_call& call, int64_t b, int64_t row, int64_t g) const {
+    const int64_t at = vectors != nullptr ? row : code_row(call, static_cast<int32_t>(b), row);
+    return codes + at * book.groups * book.stages + gsrq_code_byte(g, 0, book.stages);
+  }
+};
+
+inline int64_t encode_rows(const gsrq_layer& layer, const gsrq_call& call, const EncodeSource& source) {
+  return source.vectors != nullptr ? source.count : most_coded(layer, call);
+}
+
+inline int64_t encode_batch(const gsrq_call& call, const EncodeSource& source) {
+  return source.vectors != nullptr ? 1 : call.batch;
+}
+
+// Any beam, any width: float64 throughout. Workspace of one thread block, and how many blocks there should be.
+int64_t encode_exact_slice(const gsrq_layer& layer, const gsrq_codebook& book);
+int64_t encode_exact_blocks(const gsrq_layer& layer, const gsrq_codebook& book, int64_t batch, int64_t rows);
+int encode_exact(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book, const EncodeSource& source,
+                 void* workspace, int64_t bytes, cudaStream_t stream);
+
+// Greedy choice on tensor cores; close decisions again in float32, then float64. No workspace.
+int encode_greedy(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book, const EncodeSource& source,
+                  cudaStream_t stream);
+
+}  // namespace gsrq::cuda

@@ -1,0 +1,61 @@
+// Where a call's tokens lie: how many of a row are coded before and after it, their exact vectors, the appended ones.
+#pragma once
+
+#include "internal.cuh"
+
+namespace gsrq::cuda {
+
+// A batch row of a call. Tokens coded before and after it; the exact ones that queries may see are the sinks and all from
+// sinks + before on.
+struct RowLengths {
+  int64_t past, total, before, after;
+};
+
+__host__ __device__ inline RowLengths row_lengths(const gsrq_layer& layer, int64_t past, int64_t fresh) {
+  const int64_t total = past + fresh;
+  return {past, total, gsrq_coded(past, layer.sinks, layer.window, layer.block),
+          gsrq_coded(total, layer.sinks, layer.window, layer.block)};
+}
+
+__device__ inline RowLengths row_lengths(const gsrq_layer& layer, const gsrq_call& call, int64_t b) {
+  return row_lengths(layer, call.past_lengths[b], call.new_lengths[b]);
+}
+
+// Most tokens that a call of so many steps codes in one row.
+__host__ __device__ inline int64_t most_coded(const gsrq_layer& layer, const gsrq_call& call) {
+  const int64_t most = (static_cast<int64_t>(call.steps) + layer.block - 1) / layer.block * layer.block;
+  const int64_t all = gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block);
+  return most < all ? most : all;
+}
+
+// Element of an exact vector of token `token`, as the cache stores it (or will).
+__device__ inline float exact_element(const gsrq_layer& layer, const gsrq_call& call, bool values, int64_t b,
+                                      int64_t token, int64_t past, int64_t head, int64_t element) {
+  const int64_t at = b * layer.kv_heads + head, d = layer.head_dim;
+  if (token < past) {
+    const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
+    const int64_t slot = gsrq_slot(token, layer.sinks, layer.window, layer.block);
+    return load(values ? call.value_exact : call.key_exact, (at * slots + slot) * d + element, call.exact_dtype);
+  }
+  const float x = load(values ? call.value : call.key, (at * call.steps + token - past) * d + element, call.dtype);
+  return rounded(x, call.exact_dtype);
+}
+
+// Of the new tokens those whose slot no later one takes: the sinks, then the ring's. Writers are numbered 0 .. count - 1.
+struct RingWriters {
+  int64_t sinks, first, count;
+  __host__ __device__ int64_t token(int64_t writer, int64_t past) const {
+    return writer < sinks ? past + writer : first + (writer - sinks);
+  }
+};
+
+__host__ __device__ inline RingWriters ring_writers(const gsrq_layer& layer, int64_t past, int64_t total) {
+  const int64_t ring = static_cast<int64_t>(layer.window) + layer.block;
+  const int64_t last_sink = layer.sinks < total ? layer.sinks : total;
+  const int64_t sinks = last_sink > past ? last_sink - past : 0;
+  int64_t first = past > layer.sinks ? past : layer.sinks;
+  if (total - ring > first) first = total - ring;
+  return {sinks, first, sinks + (total > first ? total - first : 0)};
+}
+
+}  // namespace gsrq::cuda
