@@ -56,6 +56,10 @@ CUDA = Target(
     frozenset({"cpu", "ort"}),
     cuda=True,
 )
+# The ONNX Runtime op for the CPU and for CUDA.
+ORT_CUDA = Target(
+    "libgsrq_ort_cuda.so", "GSRQ_ORT_CUDA_LIBRARY", "gsrq_ort_cuda", "GsrqCudaArchitectures", frozenset(), cuda=True
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def find(target: Target = ORT) -> Path | None:
     """The library to load: the one its variable names, else one in the cache built from the current sources, else None.
 
     Raises:
-        GsrqError: the variable (GSRQ_ORT_LIBRARY, GSRQ_CUDA_LIBRARY) names no file.
+        GsrqError: the variable (GSRQ_ORT_LIBRARY for the op on the CPU) names no file.
     """
     named = os.environ.get(target.variable)
     if named:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from gsrq_export.errors import GsrqError
-from gsrq_export.runtime.session import OrtModel
+from gsrq_export.runtime.session import CUDA, OrtModel
 
 artifact_option = click.option(
     "--artifact",
@@ -19,16 +19,19 @@ artifact_option = click.option(
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of one operator; default: all cores.")
 backend_option = click.option(
     "--backend",
-    type=click.Choice(["auto", "cpu-op", "onnx-function"]),
+    type=click.Choice(["auto", "cpu-op", "cuda-op", "onnx-function"]),
     default="auto",
     show_default=True,
-    help="cpu-op: the library of `gsrq plugins build`; onnx-function: standard operators, slow, needs nothing.",
+    help="cpu-op: the library of `gsrq plugins build`; cuda-op: the same on an NVIDIA GPU (--cuda, onnxruntime-gpu); "
+    "onnx-function: standard operators, slow, needs nothing.",
 )
 
 
 def open_model(artifact: Path, threads: int | None, backend: str) -> OrtModel:
     """The artifact in ONNX Runtime, on the backend asked for."""
-    model: Any = OrtModel(artifact, threads, None if backend == "onnx-function" else "auto")
-    if backend == "cpu-op" and model.backend != "cpu-op":
-        raise GsrqError("--backend cpu-op: no library is built for this version", "run `gsrq plugins build`")
+    provider = CUDA if backend == "cuda-op" else "CPUExecutionProvider"
+    model: Any = OrtModel(artifact, threads, None if backend == "onnx-function" else "auto", provider)
+    if backend in ("cpu-op", "cuda-op") and model.backend != backend:
+        build = "gsrq plugins build" + (" --cuda" if backend == "cuda-op" else "")
+        raise GsrqError(f"--backend {backend}: no library is built for this version", f"run `{build}`")
     return model  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import click
@@ -23,19 +24,25 @@ def build_plugins(jobs: int, build_dir: Path | None, cuda: bool | None, cuda_arc
     """Compile plugins/ with CMake; needs a C++17 compiler. The results are found by all other commands."""
     if cuda_arch and cuda is False:
         raise click.UsageError("--cuda-arch goes with --cuda")
-    click.echo(native.build(build_dir, jobs))
     if cuda is None:
         cuda = bool(cuda_arch) or (native.nvcc() is not None and native.cuda_devices() > 0)
-    if cuda:
-        click.echo(native.build(build_dir, jobs, native.CUDA, cuda_arch))
+    with tempfile.TemporaryDirectory(prefix="gsrq-build-") as temporary:
+        work = build_dir or Path(temporary)  # shared: the second library with CUDA links what the first compiled
+        click.echo(native.build(work, jobs))
+        for target in (native.CUDA, native.ORT_CUDA) if cuda else ():
+            click.echo(native.build(work, jobs, target, cuda_arch))
+
+
+TARGETS = {"ort": native.ORT, "cuda": native.CUDA, "ort-cuda": native.ORT_CUDA}
 
 
 @plugins.command("path")
-@click.option("--cuda", is_flag=True, help="Of the CUDA kernels.")
-def path(cuda: bool) -> None:
-    """Print the library's path; exit status 1 if none is built for this version."""
-    found = native.find(native.CUDA if cuda else native.ORT)
+@click.option("--of", "name", type=click.Choice(list(TARGETS)), default="ort", show_default=True, help="Which library.")
+def path(name: str) -> None:
+    """Print a library's path; exit status 1 if none is built for this version."""
+    target = TARGETS[name]
+    found = native.find(target)
     if found is None:
-        click.echo(f"no library is built; run `gsrq plugins build{' --cuda' if cuda else ''}`", err=True)
+        click.echo(f"no library is built; run `gsrq plugins build{' --cuda' if target.cuda else ''}`", err=True)
         raise SystemExit(1)
     click.echo(found)

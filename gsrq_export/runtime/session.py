@@ -17,7 +17,8 @@ from gsrq_export.runtime.metadata import PARTS, CacheMetadata
 
 PREFILL_CHUNK = 512  # tokens a row in one call of a coded prefill; changes memory, not results
 
-Backend = Literal["cpu-op", "onnx-function"]
+CUDA = "CUDAExecutionProvider"
+Backend = Literal["cpu-op", "cuda-op", "onnx-function"]
 
 
 class OrtModel:
@@ -31,13 +32,14 @@ class OrtModel:
         threads: of one operator; None leaves it to ONNX Runtime.
         library: the custom-op library; "auto" takes the one that ``gsrq plugins build`` made, if any; None
             runs without.
-        provider: an execution provider of the installed ONNX Runtime.
+        provider: an execution provider of the installed ONNX Runtime. With CUDAExecutionProvider the caches lie on
+            the GPU and the library is the one with the op for CUDA.
     Raises:
         ArtifactError: no model.onnx, or not one that this program can run.
         GsrqError: the library or the provider is not there.
 
     Attributes:
-        backend: "cpu-op" (the library) or "onnx-function".
+        backend: "cpu-op" or "cuda-op" (the library), else "onnx-function".
     """
 
     def __init__(
@@ -53,15 +55,18 @@ class OrtModel:
         if provider not in ort.get_available_providers():
             raise GsrqError(
                 f"provider {provider!r} is not in this ONNX Runtime",
-                f"use one of {', '.join(ort.get_available_providers())}",
+                "install onnxruntime-gpu in place of onnxruntime"
+                if provider == CUDA
+                else f"use one of {', '.join(ort.get_available_providers())}",
             )
         options = ort.SessionOptions()
         if threads is not None:
             if threads < 1:
                 raise GsrqError(f"threads: {threads} is below 1", "use 1 or more")
             options.intra_op_num_threads = threads
-        found = native.find() if library == "auto" else library
-        self.backend: Backend = "onnx-function" if found is None else "cpu-op"
+        on_cuda = provider == CUDA
+        found = native.find(native.ORT_CUDA if on_cuda else native.ORT) if library == "auto" else library
+        self.backend: Backend = "onnx-function" if found is None else "cuda-op" if on_cuda else "cpu-op"
         if found is not None:
             if not Path(found).is_file():
                 raise GsrqError(f"library {found} does not exist", "build it with `gsrq plugins build`")
@@ -69,13 +74,23 @@ class OrtModel:
                 options.register_custom_ops_library(str(found))
             except Exception as error:  # ONNX Runtime has no public base class of its errors
                 raise GsrqError(f"library {found}: {_line(error)}", "build it again for this machine") from error
+        settings: dict[str, str] = {}
+        if on_cuda:
+            ort.preload_dlls()  # the CUDA libraries that pip packages brought
+            settings = {"use_tf32": "0"}  # float32 products as on the CPU; decoding is bound by memory either way
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[provider])
+            self._session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
         except Exception as error:
             raise ArtifactError(f"{path}: {_line(error)}", "check the artifact with `gsrq verify`") from error
+        if provider not in self._session.get_providers():  # ONNX Runtime falls back to the CPU with a warning
+            raise GsrqError(
+                f"provider {provider!r} does not start on this machine; ONNX Runtime's log has the reason",
+                "install the CUDA and cuDNN libraries that this onnxruntime-gpu needs: pip install "
+                "'onnxruntime-gpu[cuda,cudnn]'",
+            )
         self.metadata = CacheMetadata.from_properties(self._session.get_modelmeta().custom_metadata_map)
         self.vocab_size = _check_signature(self._session, self.metadata)
-        self._device = "cuda" if provider.startswith("CUDA") else "cpu"
+        self._device = "cuda" if on_cuda else "cpu"
         self._caches: CacheBuffers | None = None
         self._lengths = np.zeros(0, np.int64)
 
@@ -187,7 +202,7 @@ class OrtModel:
             ids[b, : len(row)] = row
         need = int(self.metadata.rule.coded(int((self._lengths + new).max())))
         if self._caches is None:
-            self._caches = CacheBuffers(self.metadata, len(tokens), self.backend == "cpu-op", self._device)
+            self._caches = CacheBuffers(self.metadata, len(tokens), self.backend != "onnx-function", self._device)
         self._caches.reserve(need)
         binding = self._session.io_binding()
         for name, array in (

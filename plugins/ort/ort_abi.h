@@ -19,16 +19,23 @@ struct KernelInfo;
 struct KernelContext;
 struct SessionOptions;
 struct CustomOpDomain;
+struct MemoryInfo;
 
 enum class ErrorCode : int { fail = 1, invalid_argument = 2 };
 enum class ElementType : int { f32 = 1, i8 = 3, i64 = 7, f16 = 10, bf16 = 16 };
-enum class MemoryType : int { standard = 0 };
+enum class MemoryType : int { cpu_input = -2, standard = 0 };
 enum class Presence : int { required = 0 };
 
 struct Api;  // a table of function pointers; see Slot
 struct ApiBase {
   const Api* (*get_api)(uint32_t version);
   const char* (*get_version_string)();
+};
+
+struct Allocator {
+  uint32_t version;
+  void* (*allocate)(Allocator*, size_t bytes);
+  void (*release)(Allocator*, void*);
 };
 
 // Index of a function in the table and its type.
@@ -59,9 +66,15 @@ inline constexpr Slot<91, Status*(KernelContext*, size_t, const int64_t*, size_t
 inline constexpr Slot<93, void(Status*)> ReleaseStatus{};
 inline constexpr Slot<99, void(TensorInfo*)> ReleaseTensorTypeAndShapeInfo{};
 inline constexpr Slot<101, void(CustomOpDomain*)> ReleaseCustomOpDomain{};
+inline constexpr Slot<132, void(Allocator*)> ReleaseAllocator{};
+inline constexpr Slot<193, Status*(const KernelContext*, void**)> KernelContext_GetGPUComputeStream{};
+inline constexpr Slot<194, Status*(const Value*, const MemoryInfo**)> GetTensorMemoryInfo{};
 inline constexpr Slot<249, Status*(const KernelInfo*, size_t, int*, const Value**)> KernelInfoGetConstantInput_tensor{};
+inline constexpr Slot<253, Status*(const KernelContext*, const MemoryInfo*, Allocator**)> KernelContext_GetAllocator{};
 inline constexpr Slot<274, Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>
     KernelContext_ParallelFor{};
+inline constexpr Slot<277, Status*(const KernelContext*, const MemoryInfo*, size_t, void**)>
+    KernelContext_GetScratchBuffer{};
 
 // What the runtime asks of a custom op. Null: not provided.
 struct CustomOp {

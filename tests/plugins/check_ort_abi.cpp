@@ -23,8 +23,17 @@ SLOT(KernelContext_GetOutput);
 SLOT(ReleaseStatus);
 SLOT(ReleaseTensorTypeAndShapeInfo);
 SLOT(ReleaseCustomOpDomain);
+SLOT(ReleaseAllocator);
+SLOT(KernelContext_GetGPUComputeStream);
+SLOT(GetTensorMemoryInfo);
 SLOT(KernelInfoGetConstantInput_tensor);
+SLOT(KernelContext_GetAllocator);
 SLOT(KernelContext_ParallelFor);
+SLOT(KernelContext_GetScratchBuffer);
+
+static_assert(offsetof(OrtAllocator, version) == offsetof(ours::Allocator, version), "OrtAllocator::version");
+static_assert(offsetof(OrtAllocator, Alloc) == offsetof(ours::Allocator, allocate), "OrtAllocator::Alloc");
+static_assert(offsetof(OrtAllocator, Free) == offsetof(ours::Allocator, release), "OrtAllocator::Free");
 
 #define MEMBER(theirs, mine)                                                                      \
   static_assert(offsetof(OrtCustomOp, theirs) == offsetof(ours::CustomOp, mine), "offset of " #theirs)
@@ -65,6 +74,7 @@ VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ElementType::i8);
 VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, ElementType::i64);
 VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, ElementType::f16);
 VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, ElementType::bf16);
+VALUE(OrtMemTypeCPUInput, MemoryType::cpu_input);
 VALUE(OrtMemTypeDefault, MemoryType::standard);
 VALUE(INPUT_OUTPUT_REQUIRED, Presence::required);
 static_assert(offsetof(OrtApiBase, GetApi) == offsetof(ours::ApiBase, get_api), "GetApi");

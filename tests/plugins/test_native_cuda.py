@@ -78,14 +78,15 @@ def test_the_command_builds_cuda_where_it_can_be_used_or_is_asked_for(monkeypatc
         return Path(target.library)
 
     monkeypatch.setattr(native, "build", build)
-    ort, cuda = native.ORT.library, native.CUDA.library
+    ort, cuda, both = native.ORT.library, native.CUDA.library, native.ORT_CUDA.library
+    chosen = ("80", "90")
     for options, compiler, devices, expected in (
         ([], None, 1, [(ort, ())]),
         ([], "nvcc", 0, [(ort, ())]),
-        ([], "nvcc", 1, [(ort, ()), (cuda, ())]),
+        ([], "nvcc", 1, [(ort, ()), (cuda, ()), (both, ())]),
         (["--no-cuda"], "nvcc", 1, [(ort, ())]),
-        (["--cuda"], "nvcc", 0, [(ort, ()), (cuda, ())]),
-        (["--cuda-arch", "80", "--cuda-arch", "90"], "nvcc", 0, [(ort, ()), (cuda, ("80", "90"))]),
+        (["--cuda"], "nvcc", 0, [(ort, ()), (cuda, ()), (both, ())]),
+        (["--cuda-arch", "80", "--cuda-arch", "90"], "nvcc", 0, [(ort, ()), (cuda, chosen), (both, chosen)]),
     ):
         monkeypatch.setattr(native, "nvcc", lambda compiler=compiler: compiler)
         monkeypatch.setattr(native, "cuda_devices", lambda devices=devices: devices)
@@ -94,6 +95,19 @@ def test_the_command_builds_cuda_where_it_can_be_used_or_is_asked_for(monkeypatc
         assert result.exit_code == 0, result.output
         assert built == expected, options
     assert CliRunner().invoke(plugins, ["build", "--no-cuda", "--cuda-arch", "90"]).exit_code == 2
+
+
+def test_the_path_of_each_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path))
+    for name, target in (("ort", native.ORT), ("cuda", native.CUDA), ("ort-cuda", native.ORT_CUDA)):
+        monkeypatch.delenv(target.variable, raising=False)
+        missing = CliRunner().invoke(plugins, ["path", "--of", name])
+        assert missing.exit_code == 1
+        assert ("--cuda" in missing.output) == target.cuda
+        file = tmp_path / target.library
+        file.touch()
+        monkeypatch.setenv(target.variable, str(file))
+        assert CliRunner().invoke(plugins, ["path", "--of", name]).output.strip() == str(file)
 
 
 @pytest.mark.slow
@@ -127,3 +141,10 @@ def test_a_built_library_has_what_the_header_declares() -> None:
     assert len(declared) > 10
     assert exported(library) == declared
     assert set(native.describe(library, native.CUDA).instruction_sets) <= {"80", "90", "100"}
+
+
+def test_the_library_for_onnx_runtime_on_cuda_exports_its_entry_points_alone() -> None:
+    library = native.find(native.ORT_CUDA)
+    if library is None:
+        pytest.skip("no CUDA library is built: gsrq plugins build --cuda")
+    assert exported(library) == {"RegisterCustomOps", "GsrqInstructionSets", "GsrqCudaArchitectures"}

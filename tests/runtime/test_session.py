@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from tiny_artifact import MAX_LENGTH, RULE, TinyArtifact, tiny_artifact
@@ -18,7 +19,7 @@ from gsrq_export import GsrqError, coded, native
 from gsrq_export.errors import ArtifactError
 from gsrq_export.evaluate.ort_runner import OrtRunner
 from gsrq_export.evaluate.torch_runner import TorchRunner
-from gsrq_export.runtime.session import OrtModel
+from gsrq_export.runtime.session import CUDA, OrtModel
 
 Open = Callable[[TinyArtifact], OrtModel]
 
@@ -174,6 +175,10 @@ def test_library_and_provider(tmp_path: Path) -> None:
         OrtModel(path, library=tmp_path / "text.so")
     with pytest.raises(GsrqError, match="provider 'Abacus' is not in this ONNX Runtime"):
         OrtModel(path, provider="Abacus")
+    if CUDA not in onnxruntime.get_available_providers():
+        with pytest.raises(GsrqError, match="is not in this ONNX Runtime") as error:
+            OrtModel(path, provider=CUDA)
+        assert "onnxruntime-gpu" in error.value.mend
     with pytest.raises(GsrqError, match="threads: 0 is below 1"):
         OrtModel(path, threads=0)
 

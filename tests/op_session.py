@@ -36,27 +36,30 @@ def raw(tensor: torch.Tensor) -> np.ndarray:
 def build_model(
     exact: torch.dtype,
     attrs: dict[str, int | float],
-    codebooks: dict[str, torch.Tensor] | None,
+    initializers: dict[str, torch.Tensor],
+    io: torch.dtype = torch.float32,
 ) -> bytes:
-    """codebooks: initializers; None makes them inputs. All input dimensions are free."""
+    """Inputs of the operator that are no initializers become inputs of the graph, with all dimensions free."""
     types = dict.fromkeys(FEEDS, TensorProto.FLOAT) | {"past_lengths": TensorProto.INT64, "new_lengths": 7}
+    types |= dict.fromkeys(FEEDS[:3], ONNX_TYPE[io])
     types |= {"key_codes": TensorProto.INT8, "value_codes": TensorProto.INT8}
     types |= {"key_exact": ONNX_TYPE[exact], "value_exact": ONNX_TYPE[exact]}
-    names = [*FEEDS, *CACHE]
-    if codebooks is None:
-        names += BOOKS
-        types |= dict.fromkeys(BOOKS[:2], TensorProto.FLOAT16) | dict.fromkeys(BOOKS[2:], TensorProto.FLOAT)
+    types |= dict.fromkeys(BOOKS[:2], TensorProto.FLOAT16) | dict.fromkeys(BOOKS[2:], TensorProto.FLOAT)
     outputs = ["output", *(f"present_{name}" for name in CACHE)]
     node = helper.make_node("GsrqAttention", [*FEEDS, *CACHE, *BOOKS], outputs, domain="ai.gsrq", **attrs)
     graph = helper.make_graph(
         [node],
         "gsrq",
-        [helper.make_tensor_value_info(name, types[name], None) for name in names],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, None)]
+        [
+            helper.make_tensor_value_info(name, types[name], None)
+            for name in (*FEEDS, *CACHE, *BOOKS)
+            if name not in initializers
+        ],
+        [helper.make_tensor_value_info("output", ONNX_TYPE[io], None)]
         + [helper.make_tensor_value_info(f"present_{name}", types[name], None) for name in CACHE],
         [
             helper.make_tensor(name, ONNX_TYPE[t.dtype], list(t.shape), raw(t).tobytes(), raw=True)
-            for name, t in (codebooks or {}).items()
+            for name, t in initializers.items()
         ],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.gsrq", 1)]
@@ -85,7 +88,10 @@ def from_ort(value: ort.OrtValue, dtype: torch.dtype) -> torch.Tensor:
 
 
 class OpSession:
-    """A session; codebooks are initializers unless constant=False."""
+    """A session; codebooks are initializers unless constant=False, cos and sin where given as tables.
+
+    Tensors go in and out by way of the CPU. io: the type of query, key, value and output.
+    """
 
     def __init__(
         self,
@@ -96,6 +102,9 @@ class OpSession:
         exact: torch.dtype = torch.float16,
         threads: int = 2,
         constant: bool = True,
+        provider: str = "CPUExecutionProvider",
+        io: torch.dtype = torch.float32,
+        tables: tuple[torch.Tensor, torch.Tensor] | None = None,
         **overrides: int | float,
     ) -> None:
         options = ort.SessionOptions()
@@ -103,15 +112,18 @@ class OpSession:
         options.log_severity_level = 4
         options.register_custom_ops_library(str(library))
         books = book_tensors(keys, values)
-        model = build_model(exact, attributes(config) | overrides, books if constant else None)
-        self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        initializers = (books if constant else {}) | dict(zip(("cos", "sin"), tables or (), strict=False))
+        model = build_model(exact, attributes(config) | overrides, initializers, io)
+        self.session = ort.InferenceSession(model, options, providers=[provider])
+        assert provider in self.session.get_providers()
         self.books = {} if constant else {name: to_ort(t) for name, t in books.items()}
-        self.exact = exact
+        self.exact, self.io = exact, io
+        self.feeds = [name for name in FEEDS if name not in initializers]
 
     def run(self, tensors: dict[str, torch.Tensor], cache: LayerCache) -> tuple[torch.Tensor, LayerCache]:
         """tensors: by FEEDS' names. Inputs keep their content."""
         binding = self.session.io_binding()
-        values = {name: to_ort(tensors[name]) for name in FEEDS}
+        values = {name: to_ort(tensors[name]) for name in self.feeds}
         values |= {name: to_ort(getattr(cache, name)) for name in CACHE} | self.books
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -120,6 +132,6 @@ class OpSession:
         self.session.run_with_iobinding(binding)
         output, *present = binding.get_outputs()
         types = [torch.int8, torch.int8, self.exact, self.exact]
-        return from_ort(output, torch.float32), LayerCache(
+        return from_ort(output, self.io), LayerCache(
             *(from_ort(value, dtype) for value, dtype in zip(present, types, strict=True))
         )

@@ -1,0 +1,272 @@
+// ONNX Runtime custom op ai.gsrq::GsrqAttention, version 1, CUDA: reads tensors, checks, launches on the session's stream.
+//
+// The lengths are taken in CPU memory: the session has them there, so the operator's errors can be raised before
+// anything is written and the grids are sized for the tokens there are, without waiting for the GPU. Their price is one
+// small copy to the device a call and node, and that a CUDA graph would replay the lengths it was captured with; capture
+// is therefore refused. Codebooks must be initializers: they are read and brought into the kernels' form once a node.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <climits>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "../host.hpp"
+#include "gsrq/cuda/gsrq_cuda.h"
+
+namespace gsrq::ort {
+namespace {
+
+constexpr size_t kAlignment = 256, kInspectBytes = 4096;
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+struct DeviceFree {
+  void operator()(void* memory) const { cudaFree(memory); }
+};
+using DeviceMemory = std::unique_ptr<void, DeviceFree>;
+
+DeviceMemory device_memory(size_t bytes) {
+  void* memory = nullptr;
+  if (cudaMalloc(&memory, std::max<size_t>(bytes, 1)) != cudaSuccess) throw std::bad_alloc();
+  return DeviceMemory(memory);
+}
+
+int32_t element_of(ElementType type) {
+  return type == ElementType::f16 ? GSRQ_F16 : type == ElementType::bf16 ? GSRQ_BF16 : GSRQ_F32;
+}
+
+size_t bytes_of(ElementType type) { return type == ElementType::f32 ? 4 : 2; }
+
+int64_t count(const cpu::Shape& shape) {
+  int64_t product = 1;
+  for (const int64_t size : shape) product *= size;
+  return product;
+}
+
+size_t round_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Memory of one call from the session's allocator. Given back when the launches are queued: whoever gets it next
+// works on the same stream, or the allocator makes it wait.
+class Scratch {
+ public:
+  Scratch(const Api* api, const KernelContext* context, const MemoryInfo* where, const void* stream, size_t bytes)
+      : api_(api) {
+    require(KernelContext_GetAllocator(api, context, where, &allocator_));
+    // The stream-aware call dereferences the stream, which a session without one lacks.
+    Status* status = nullptr;
+    if (stream != nullptr) status = KernelContext_GetScratchBuffer(api, context, where, bytes, &memory_);
+    else memory_ = allocator_->allocate(allocator_, bytes);
+    if (status != nullptr || memory_ == nullptr) {
+      ReleaseAllocator(api, allocator_);
+      if (status != nullptr) throw Failed{status};
+      throw std::bad_alloc();
+    }
+  }
+  ~Scratch() {
+    allocator_->release(allocator_, memory_);
+    ReleaseAllocator(api_, allocator_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const { return static_cast<char*>(memory_); }
+
+ private:
+  const Api* api_;
+  Allocator* allocator_ = nullptr;
+  void* memory_ = nullptr;
+};
+
+struct Kernel {
+  const Api* api;
+  ElementType io, exact;
+  cpu::Attributes attributes;
+  bool constant_tables;  // cos and sin never change
+  std::mutex mutex;      // of what follows, until ready
+  bool ready = false;
+  gsrq_layer layer{};
+  DeviceMemory prepared;
+};
+
+int32_t narrow(const char* name, int64_t value) {
+  if (value > INT32_MAX) throw std::invalid_argument("GsrqAttention: " + std::string(name) + " is too large for CUDA");
+  return static_cast<int32_t>(value);
+}
+
+void require_launch(int failed) {
+  if (failed != 0) throw std::runtime_error(std::string("GsrqAttention: ") + gsrq_cuda_error());
+}
+
+gsrq_layer describe(const cpu::Attributes& a, const cpu::Shapes& s, const std::array<const void*, kInputs>& data) {
+  const auto book = [&](const cpu::Shape& shape, size_t words, size_t transform) {
+    return gsrq_codebook{narrow("groups", shape[0]), narrow("stages", shape[1]),
+                         narrow("width", shape[3]),  0,
+                         data[words],                static_cast<const float*>(data[transform])};
+  };
+  gsrq_layer layer{};
+  layer.heads = narrow("heads", s.query[1]);
+  layer.kv_heads = narrow("KV heads", s.key[1]);
+  layer.head_dim = narrow("head_dim", s.query[3]);
+  layer.half_rope = narrow("rope_dim", s.cos[1]);
+  layer.positions = narrow("positions", s.cos[0]);
+  layer.sinks = narrow("sinks", a.sinks);
+  layer.window = narrow("window", a.window);
+  layer.block = narrow("block", a.block);
+  layer.beam = narrow("beam", a.beam);
+  layer.sliding_window = narrow("sliding_window", a.sliding_window);
+  layer.rope_interleaved = a.rope_interleaved;
+  layer.exact_prefill = a.exact_prefill;
+  layer.scale = a.scale;
+  layer.softcap = a.softcap;
+  layer.cos = static_cast<const float*>(data[3]);
+  layer.sin = static_cast<const float*>(data[4]);
+  layer.keys = book(s.key_codebooks, 11, 13);
+  layer.values = book(s.value_codebooks, 12, 14);
+  return layer;
+}
+
+// The layer, inspected and prepared by the first call. Tables that may change are not taken for geometric ones.
+gsrq_layer prepare(Kernel& kernel, const cpu::Shapes& s, const std::array<const void*, kInputs>& data,
+                   cudaStream_t stream) {
+  const std::lock_guard<std::mutex> lock(kernel.mutex);
+  if (!kernel.ready) {
+    gsrq_layer layer = describe(kernel.attributes, s, data);
+    const DeviceMemory scratch = device_memory(kInspectBytes);
+    require_launch(gsrq_cuda_inspect(&layer, scratch.get(), stream));
+    if (!kernel.constant_tables) layer.geometric = 0;
+    const int64_t bytes = gsrq_cuda_prepared_bytes(&layer);
+    require_launch(bytes < 0);
+    kernel.prepared = device_memory(static_cast<size_t>(bytes));
+    require_launch(gsrq_cuda_prepare(&layer, kernel.prepared.get(), stream));
+    check(cudaStreamSynchronize(stream), "GsrqAttention: preparing the codebooks");  // other calls have other streams
+    kernel.layer = layer;
+    kernel.ready = true;
+  }
+  // The initializers stay where they are and as they are; the rest is this call's.
+  gsrq_layer layer = describe(kernel.attributes, s, data);
+  if (layer.heads != kernel.layer.heads || layer.kv_heads != kernel.layer.kv_heads ||
+      layer.head_dim != kernel.layer.head_dim || layer.half_rope != kernel.layer.half_rope)
+    throw std::invalid_argument("GsrqAttention: heads, head_dim and rope_dim must be the same in all calls");
+  layer.geometric = kernel.layer.geometric;
+  layer.keys.planes = kernel.layer.keys.planes;
+  layer.values.planes = kernel.layer.values.planes;
+  std::copy(std::begin(kernel.layer.exponents), std::end(kernel.layer.exponents), std::begin(layer.exponents));
+  return layer;
+}
+
+Status* create_kernel(const CustomOp* op, const Api* api, const KernelInfo* info, void** out) noexcept {
+  return guarded(api, [&]() -> std::string {
+    auto kernel = std::make_unique<Kernel>();
+    kernel->api = api;
+    kernel->io = static_cast<const Op*>(op)->io;
+    kernel->exact = static_cast<const Op*>(op)->exact;
+    if (std::string problem = read_attributes(api, info, &kernel->attributes); !problem.empty()) return problem;
+    for (size_t input = 11; input < kInputs; ++input)
+      if (!constant(api, info, input))
+        return "on CUDA the codebooks and transforms (inputs 11 to 14) must be initializers";
+    kernel->constant_tables = constant(api, info, 3) && constant(api, info, 4);
+    *out = kernel.release();
+    return {};
+  });
+}
+
+const MemoryInfo* memory_of(const Api* api, const KernelContext* context, size_t input) {
+  const Value* value = nullptr;
+  require(KernelContext_GetInput(api, context, input, &value));
+  const MemoryInfo* where = nullptr;
+  require(GetTensorMemoryInfo(api, value, &where));
+  return where;
+}
+
+// An output that starts as a copy of its input, or is it.
+void* continued(const Api* api, KernelContext* context, size_t input, const cpu::Shape& shape, const void* past,
+                size_t element, cudaStream_t stream) {
+  void* present = allocate_output(api, context, input - kFirstAliased + 1, shape);
+  if (present != past)
+    check(cudaMemcpyAsync(present, past, static_cast<size_t>(count(shape)) * element, cudaMemcpyDeviceToDevice, stream),
+          "GsrqAttention: copying the cache");
+  return present;
+}
+
+Status* compute(void* opaque, KernelContext* context) noexcept {
+  Kernel& kernel = *static_cast<Kernel*>(opaque);
+  const Api* api = kernel.api;
+  return guarded(api, [&]() -> std::string {
+    cpu::Shapes s;
+    const std::array<const void*, kInputs> data = read_inputs(api, context, &s);
+    if (std::string problem = cpu::check(kernel.attributes, s); !problem.empty()) return problem;
+    cpu::Call lengths{};
+    lengths.batch = s.query[0];
+    lengths.steps = s.query[2];
+    lengths.positions = s.cos[0];
+    lengths.capacity = s.key_codes[1];
+    lengths.past_lengths = static_cast<const int64_t*>(data[5]);
+    lengths.new_lengths = static_cast<const int64_t*>(data[6]);
+    if (std::string problem = cpu::check(kernel.attributes, lengths); !problem.empty()) return problem;
+
+    void* native = nullptr;
+    require(KernelContext_GetGPUComputeStream(api, context, &native));
+    const auto stream = static_cast<cudaStream_t>(native);
+    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &capturing), "GsrqAttention");
+    if (capturing != cudaStreamCaptureStatusNone)
+      return "a CUDA graph would repeat the lengths it was captured with; run without enable_cuda_graph";
+
+    gsrq_call call{};
+    call.batch = narrow("batch", s.query[0]);
+    call.steps = narrow("steps", s.query[2]);
+    call.dtype = element_of(kernel.io);
+    call.exact_dtype = element_of(kernel.exact);
+    call.capacity = s.key_codes[1];
+    call.query = data[0];
+    call.key = data[1];
+    call.value = data[2];
+    call.output = allocate_output(api, context, 0, {s.query[0], s.query[2], s.query[1], s.query[3]});
+    const size_t exact = bytes_of(kernel.exact);
+    call.key_codes = static_cast<int8_t*>(continued(api, context, 7, s.key_codes, data[7], 1, stream));
+    call.value_codes = static_cast<int8_t*>(continued(api, context, 8, s.value_codes, data[8], 1, stream));
+    call.key_exact = continued(api, context, 9, s.key_exact, data[9], exact, stream);
+    call.value_exact = continued(api, context, 10, s.value_exact, data[10], exact, stream);
+    if (call.batch == 0 || call.steps == 0) return {};
+    for (int64_t b = 0; b < lengths.batch; ++b)
+      call.max_total = std::max(call.max_total, lengths.past_lengths[b] + lengths.new_lengths[b]);
+
+    const gsrq_layer layer = prepare(kernel, s, data, stream);
+    const int64_t need = gsrq_cuda_workspace_bytes(&layer, &call);
+    require_launch(need < 0);
+    const size_t workspace = round_up(static_cast<size_t>(need)), half = static_cast<size_t>(call.batch) * sizeof(int64_t);
+    const Scratch scratch(api, context, memory_of(api, context, 0), native, workspace + 2 * half);
+    std::vector<int64_t> both(lengths.past_lengths, lengths.past_lengths + call.batch);
+    both.insert(both.end(), lengths.new_lengths, lengths.new_lengths + call.batch);
+    auto* on_device = reinterpret_cast<int64_t*>(scratch.data() + workspace);
+    // Pageable memory: the driver has read it when the call returns.
+    check(cudaMemcpyAsync(on_device, both.data(), 2 * half, cudaMemcpyHostToDevice, stream), "GsrqAttention: lengths");
+    call.past_lengths = on_device;
+    call.new_lengths = on_device + call.batch;
+    require_launch(gsrq_cuda_attention(&layer, &call, kernel.prepared.get(), scratch.data(), need, stream));
+    return {};
+  });
+}
+
+}  // namespace
+
+Op make_cuda_op(ElementType io, ElementType exact) {
+  Op op = declare_op(io, exact);
+  op.get_execution_provider = [](const CustomOp*) noexcept { return "CUDAExecutionProvider"; };
+  op.get_input_memory = [](const CustomOp*, size_t index) noexcept {
+    return index == 5 || index == 6 ? MemoryType::cpu_input : MemoryType::standard;
+  };
+  op.create_kernel_v2 = create_kernel;
+  op.compute_v2 = compute;
+  op.destroy_kernel = [](void* kernel) noexcept { delete static_cast<Kernel*>(kernel); };
+  return op;
+}
+
+}  // namespace gsrq::ort
+
+extern "C" __attribute__((visibility("default"))) const char* GsrqCudaArchitectures() noexcept {
+  return gsrq_cuda_architectures();
+}
