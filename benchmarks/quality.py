@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from environment import ROOT, environment
 
+from gsrq_export.cache.footprint import count
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.cache.torch_cache import coded
 from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metric, capture, output_projections
@@ -120,15 +121,11 @@ def judge(runner: Runner, tokenizer: Any, texts: dict[str, str], args: argparse.
 
 
 def effective_bits(spec: ModelSpec, books: list[LayerCodebooks], rule: CacheRule, context: int) -> float:
-    """Bits a key or value element at a context length, everything counted: codes, exact slots, codebooks as stored."""
-    total = elements = 0
-    for layer, pair in zip(spec.layers, books, strict=True):
-        width = layer.num_kv_heads * layer.head_dim
-        coded_tokens = rule.coded(context)
-        total += coded_tokens * (pair.keys.code_bytes + pair.values.code_bytes) + 2 * rule.exact_slots * width * 2
-        total += pair.keys.stored_bytes + pair.values.stored_bytes
-        elements += 2 * context * width
-    return 8 * total / elements
+    """Bits a key or value element at a context length, everything counted; codebooks and metrics as stored."""
+    sides = [book for pair in books for book in (pair.keys, pair.values)]
+    elements = sum(2 * layer.num_kv_heads * layer.head_dim for layer in spec.layers)
+    code_bits, stored = 8 * sum(book.code_bytes for book in sides), sum(book.stored_bytes for book in sides)
+    return count(rule, elements, code_bits, stored, context).effective_bits
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,28 +185,61 @@ def ablation(data: dict[str, Any]) -> str:
     return table(header, rows)
 
 
-def comparison(data: dict[str, Any]) -> str:
+def comparison(data: dict[str, Any], prefill: str = "coded") -> str:
     """A row a method, by effective bits where 64 sequences share the codebooks."""
     points = ("8192x1", "8192x64", "131072x1")
-    exact = data["unquantized"]["coded"]
+    exact = data["unquantized"][prefill]
     texts = list(exact)
     lengths = [row["tokens"] for row in exact[texts[0]]["recall"]["lengths"]]
     header = ["method", "nominal", *(f"effective {p}" for p in points), *(f"perplexity {t}, over exact" for t in texts)]
     header += [f"recall@{n}" for n in lengths]
     rows = []
-    for row in sorted(data["rows"], key=lambda r: -r["effective_bits"]["8192x64"]):
+    chosen = [row for row in data["rows"] if row["prefill"] == prefill]
+    for row in sorted(chosen, key=lambda r: -r["effective_bits"]["8192x64"]):
         ratios = [row["metrics"][t]["perplexity"]["perplexity"] / exact[t]["perplexity"]["perplexity"] for t in texts]
-        label = row["label"].removeprefix("ours: ")
-        name = f"**{label}**" if row["ours"] else label
+        name = named(row)
         bits = [f"{row['nominal_bits']:.3f}", *(f"{row['effective_bits'][p]:.2f}" for p in points)]
         recalls = [rate(found) for found in row["metrics"][texts[0]]["recall"]["lengths"]]
         rows.append([name, *bits, *(f"{100 * (ratio - 1):+.2f} %" for ratio in ratios), *recalls])
     return table(header, rows)
 
 
+def named(row: dict[str, Any]) -> str:
+    label = row["label"].removeprefix("ours: ")
+    return f"**{label}**" if row["ours"] else label
+
+
+def tasks(data: dict[str, Any]) -> str:
+    """Tasks that the exact model can do at least half of, and fidelity to it, of the first text."""
+    exact = next(iter(data["unquantized"]["coded"].values()))
+    able = [i for i, task in enumerate(exact["tasks"]) if task["score"] >= 0.5]
+    measures = {
+        "top1_agreement": "top-1 agreement",
+        "kl": "KL, nats a token",
+        "agreed_tokens": "tokens until it departs",
+    }
+    header = [
+        "method",
+        "effective 8192x64",
+        *(f"{exact['tasks'][i]['task']}@{exact['tasks'][i]['tokens']}" for i in able),
+    ]
+
+    def cells(found: dict[str, Any]) -> list[str]:
+        each = [found["tasks"][i] for i in able]
+        return [f"{task['score']:.2f} [{task['interval'][0]:.2f}, {task['interval'][1]:.2f}]" for task in each]
+
+    rows = [["exact", "16", *cells(exact), *("" for _ in measures)]]
+    for row in sorted(data["rows"], key=lambda r: -r["effective_bits"]["8192x64"]):
+        found = next(iter(row["metrics"].values()))
+        figures = [f"{found['fidelity'][name]['mean']:.{1 if name == 'agreed_tokens' else 4}f}" for name in measures]
+        rows.append([named(row), f"{row['effective_bits']['8192x64']:.2f}", *cells(found), *figures])
+    return table([*header, *measures.values()], rows)
+
+
 def int8(data: dict[str, Any]) -> str:
     """Rows of ours in pairs, as trained and with int8 codewords: what rounding changes on the same windows."""
-    rows, exact = {row["id"]: row["metrics"] for row in data["rows"]}, data["unquantized"]["coded"]
+    rows = {row["id"]: row["metrics"] for row in data["rows"] if row["prefill"] == "coded"}
+    exact = data["unquantized"]["coded"]
     texts = list(exact)
     lengths = [found["tokens"] for found in exact[texts[0]]["recall"]["lengths"]]
     header = ["", *(f"perplexity {t}, over exact" for t in texts), *(f"recall@{n}" for n in lengths)]
@@ -238,6 +272,9 @@ def documents() -> dict[Path, str]:
         "ablation": ("ablation_recall-28m", ablation),
         "compare": ("compare_recall-28m", comparison),
         "compare_demo": ("compare_demo-6m", comparison),
+        "compare_exact": ("compare_recall-28m", partial(comparison, prefill="exact")),
+        "int8_recall": ("compare_recall-28m", int8),
+        "tasks": ("tasks_recall-28m", tasks),
         "int8": ("int8_demo-6m", int8),
     }
     out = {ROOT / "docs/img" / name: text for name, text in plots(data["gskm_gaussian"]["rows"]).items()}

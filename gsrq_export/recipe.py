@@ -102,7 +102,7 @@ class FinetuneRecipe(_Section):
 
     steps: Positive = 100
     batch: Positive = 2  # sequences a step
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.02  # of a stage's root mean square codeword element
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.01  # of a stage's root mean square codeword element
 
 
 class CodecRecipe(_Section):

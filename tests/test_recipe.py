@@ -171,5 +171,5 @@ def test_footprint_is_what_the_cache_allocates() -> None:
     # Far out only the codes are left.
     assert effective_bits(recipe, layers, 10**9) == pytest.approx(recipe.nominal_bits, rel=1e-3)
     assert effective_bits(recipe, layers, 1) > 16
-    with pytest.raises(ValueError, match="context_length"):
+    with pytest.raises(ValueError, match="context 0"):
         footprint(recipe, layers, 0)

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from gsrq_export.cache.footprint import count
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.codec.residual import widened
 from gsrq_export.errors import GsrqError
@@ -180,15 +181,12 @@ def effective_bits(
         context: tokens of each sequence.
         sequences: in the cache at once.
     """
-    if context < 1 or sequences < 1:
-        raise ValueError(f"context {context} and sequences {sequences} must be at least 1")
-    bits = elements = 0.0
+    elements, bits = 0, 0.0
     shared: list[torch.Tensor] = []
     for layer, pair in zip(spec.layers, codecs, strict=True):
         width = layer.num_kv_heads * layer.head_dim
-        elements += 2 * context * width
-        bits += 2 * rule.exact_slots * width * 16
+        elements += 2 * width
         for codec in (pair.keys, pair.values):
-            bits += rule.coded(context) * width * codec.bits_per_element(layer.num_kv_heads, layer.head_dim)
+            bits += width * codec.bits_per_element(layer.num_kv_heads, layer.head_dim)
             shared += codec.shared_tensors()
-    return (bits + 8 * tensor_bytes(shared) / sequences) / elements
+    return count(rule, elements, bits, tensor_bytes(shared), context, sequences).effective_bits

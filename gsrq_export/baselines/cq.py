@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from gsrq_export.baselines.base import CacheCodec, Method, Sample, check_divides
-from gsrq_export.baselines.kmeans import CENTROIDS, grouped_kmeans
+from gsrq_export.baselines.kmeans import grouped_kmeans
 from gsrq_export.baselines.residual import ResidualCodec
+from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.errors import GsrqError
 
@@ -58,8 +59,8 @@ class CoupledQuantization(Method):
         norms = sample.gradient_norms(self.channels)
         some = slice(None, None, -(-len(sample.vectors) // self.rows))
         x = sample.vectors[some].float().flatten(1)
-        if len(x) < CENTROIDS:
-            raise GsrqError(f"{len(x)} calibration vectors for {CENTROIDS} centroids", "calibrate on more text")
+        if len(x) < CODEBOOK_SIZE:
+            raise GsrqError(f"{len(x)} calibration vectors for {CODEBOOK_SIZE} centroids", "calibrate on more text")
         groups = x.reshape(len(x), -1, self.channels).transpose(0, 1).contiguous()
         weights = torch.ones_like(groups[..., 0]) if norms is None else fisher_weights(norms[some]).T.contiguous()
         generator = torch.Generator().manual_seed(sample.seed)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 
-CENTROIDS = 256
+from gsrq_export.cache.rule import CODEBOOK_SIZE
+from gsrq_export.codec.cluster import reseeding_rows
+
 SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}  # float32 scores formed at once: a cache's worth, or half a gigabyte
 
 
@@ -25,7 +27,7 @@ def grouped_kmeans(x: torch.Tensor, weights: torch.Tensor, iterations: int, gene
     """
     groups, rows, _ = x.shape
     square = (x**2).sum(2)
-    words = x[:, torch.randperm(rows, generator=generator)[:CENTROIDS].to(x.device)]
+    words = x[:, torch.randperm(rows, generator=generator)[:CODEBOOK_SIZE].to(x.device)]
     best, least = words, torch.full((groups,), float("inf"), dtype=torch.float64, device=x.device)
     for step in range(iterations + 1):
         index, gain = assign(x, words)
@@ -54,9 +56,8 @@ def _moved(
     words = sums[..., :-1] / mass.clamp(min=1e-30)
     empty = mass[..., 0] <= 0
     if bool(empty.any()):
-        rows = x.shape[1]
-        some = torch.randperm(rows, generator=generator)[: max(rows // 10, CENTROIDS)].to(x.device)
-        worst = some[error[:, some].argsort(stable=True, dim=1, descending=True)[:, :CENTROIDS]]
+        some = reseeding_rows(x.shape[1], generator).to(x.device)
+        worst = some[error[:, some].argsort(stable=True, dim=1, descending=True)[:, :CODEBOOK_SIZE]]
         pick = worst.gather(1, (empty.cumsum(1) - 1).clamp(min=0))
         words = torch.where(empty[..., None], x.gather(1, pick[..., None].expand_as(words)), words)
     return words
@@ -66,16 +67,16 @@ def _sums(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """[G, 256, n]: the sum of each cluster's rows [G, N, n], in an order that is the same every time."""
     groups, _, width = rows.shape
     if rows.device.type == "cpu":
-        place = index + CENTROIDS * torch.arange(groups)[:, None]
-        total = rows.new_zeros(groups * CENTROIDS, width)
-        return total.index_add_(0, place.flatten(), rows.flatten(0, 1)).reshape(groups, CENTROIDS, width)
-    sums = rows.new_zeros(groups, CENTROIDS, width)
+        place = index + CODEBOOK_SIZE * torch.arange(groups)[:, None]
+        total = rows.new_zeros(groups * CODEBOOK_SIZE, width)
+        return total.index_add_(0, place.flatten(), rows.flatten(0, 1)).reshape(groups, CODEBOOK_SIZE, width)
+    sums = rows.new_zeros(groups, CODEBOOK_SIZE, width)
     for part, of in zip(_chunks(rows), _chunks(index), strict=True):
-        member = part.new_zeros(*part.shape[:2], CENTROIDS).scatter_(2, of[..., None], 1.0)
+        member = part.new_zeros(*part.shape[:2], CODEBOOK_SIZE).scatter_(2, of[..., None], 1.0)
         sums = torch.baddbmm(sums, member.transpose(1, 2), part)
     return sums  # not index_add_, whose atomics would not repeat to the bit
 
 
 def _chunks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     limit = SCORES.get(x.device.type, SCORES["cpu"])
-    return torch.split(x, max(1, limit // (x.shape[0] * CENTROIDS)), 1)
+    return torch.split(x, max(1, limit // (x.shape[0] * CODEBOOK_SIZE)), 1)

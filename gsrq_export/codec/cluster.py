@@ -115,12 +115,16 @@ def _update(
         updated = gains[:, None] * shapes
     empty = torch.nonzero(~filled).flatten()
     if len(empty):
-        # Reseed with rows that are coded worst, drawn from a random tenth so that seeds differ.
         error = weights * (norm**2 - gain)
-        some = torch.randperm(len(x), generator=generator)[: max(len(x) // 10, CODEBOOK_SIZE)].to(x.device)
+        some = reseeding_rows(len(x), generator).to(x.device)
         worst = some[error[some].argsort(descending=True, stable=True)[: len(empty)]]
         updated[empty] = x[worst]
     return updated
+
+
+def reseeding_rows(rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Rows, int64, of which those coded worst reseed empty clusters: a random tenth, so that seeds differ."""
+    return torch.randperm(rows, generator=generator)[: max(rows // 10, CODEBOOK_SIZE)]
 
 
 def sum_rows(values: torch.Tensor, assignment: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:

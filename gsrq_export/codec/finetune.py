@@ -37,7 +37,7 @@ class Finetuning:
 
     steps: int = 100
     batch: int = 2
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     beam: int = 1
     seed: int = 0
 

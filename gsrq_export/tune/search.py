@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gsrq_export.accounting import Footprint, LayerShape, footprint
+from gsrq_export.accounting import LayerShape, footprint
+from gsrq_export.cache.footprint import Footprint
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.errors import GsrqError
 from gsrq_export.recipe import CacheRecipe, CodecSide, Recipe
