@@ -23,7 +23,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kFixedBits = 19;       // weights are integers of 2^-19 of their window's reference
 constexpr float kHeadroom = 2.0f;    // log2 by which a weight may exceed it
 constexpr int kWindowTokens = 2047;  // of that size fit a bin: 2047 * 2^(19 + 2) < 2^32
-constexpr int kAnchorChunks = 32;    // between two exact turns of the queries
+constexpr int kAnchorChunks = 32;    // between two exact turns of the queries; a power of two
 constexpr float kNone = -INFINITY;
 static_assert(kWindowTokens * 4LL * (1 << kFixedBits) < (1LL << 32), "bins would overflow");
 
@@ -200,7 +200,7 @@ __device__ inline void sync_warps(int id) {
 }
 
 // Scoring holds many values in registers, binning few; the pool is split unevenly where the target can. The sum must not
-// exceed what the block is launched with, 128 a thread: 8 * 168 + 8 * 88 = 16 * 128.
+// exceed what the block is launched with, 128 a thread: 8 * 144 + 8 * 112 = 16 * 128.
 template <int Registers, bool More>
 __device__ inline void set_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
@@ -229,6 +229,8 @@ __device__ inline void keep(T& x) {
   if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(x));
   else asm volatile("" : "+r"(x));
 }
+
+__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 __device__ inline uint32_t word_of_bytes(const int8_t* row, int first, int last) {
   uint32_t word = 0;
@@ -266,6 +268,8 @@ struct Shared {  // a CTA's shared memory, by the plan; the key slice lies first
   uint32_t* bins;  // [256][stride]: of the current window
   float* scores;   // [kBuffers][cluster][own tiles][16][lanes]: partial, of the tokens that the CTA weighs
   float* maxima;   // [kValueWarps][lanes]
+  float* scales;   // [kKeyWarps][8]: of a warp's products, by head
+  uint2* targets;  // [kKeyWarps][2]: for each tile of a warp the addresses of its scores and of the barrier there
   uint32_t full, empty, done;  // addresses of barriers: kBuffers, kBuffers, one
 };
 
@@ -274,7 +278,9 @@ __device__ inline Shared shared_of(const DecodePlan& p) {
   s.bins = reinterpret_cast<uint32_t*>(shared_memory + p.blocks * kBlockBytes);
   s.scores = reinterpret_cast<float*>(s.bins + p.bins());
   s.maxima = s.scores + kBuffers * p.cluster * p.own_tiles * kTile * p.lanes;
-  s.full = shared_address(s.maxima + kValueWarps * 8);
+  s.scales = s.maxima + kValueWarps * 8;
+  s.targets = reinterpret_cast<uint2*>(s.scales + kKeyWarps * 8);
+  s.full = shared_address(s.targets + kKeyWarps * 2);
   s.empty = s.full + 8 * kBuffers;
   s.done = s.empty + 8 * kBuffers;
   return s;
@@ -345,18 +351,16 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     keep(low[i]);
     keep(high[i]);
   }
-  // Where the scores of the warp's two tiles go, in their owners' memory.
-  uint32_t score_base[2], full_base[2], buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4;
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    const int tile = m * kKeyWarps + warp, owner = tile % plan.owners, place = tile / plan.owners;
-    score_base[m] = remote(shared_address(shared.scores) +
-                               (((rank * plan.own_tiles + place) * kTile + g) * Lanes + 2 * t) * 4, owner);
-    full_base[m] = remote(shared.full, owner);
-    keep(score_base[m]);
-    keep(full_base[m]);
+  // Rarely needed values wait in shared memory, which is nearer than spilled registers: where the scores of the warp's two
+  // tiles go, in their owners' memory, and by what they are multiplied.
+  const uint32_t buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4;
+  if (lane < 2) {
+    const int tile = lane * kKeyWarps + warp, owner = tile % plan.owners, place = tile / plan.owners;
+    shared.targets[warp * 2 + lane] =
+        make_uint2(remote(shared_address(shared.scores) + (rank * plan.own_tiles + place) * kTile * Lanes * 4, owner),
+                   remote(shared.full, owner));
   }
-  keep(buffer_bytes);
+  __syncwarp();
   int loaded = -1;
   uint32_t chunk_index = 0;
 
@@ -426,12 +430,13 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     };
 
     anchor(cursor.first);
-    // The products' columns of a thread are heads 2 t and 2 t + 1.
-    const float scale0 = __shfl_sync(~0u, query_scale, (2 * t) * 4), scale1 = __shfl_sync(~0u, query_scale, (2 * t + 1) * 4);
+    if (t == 0) shared.scales[warp * 8 + g] = query_scale;
+    __syncwarp();
 
     uint32_t codes[2][2][Blocks];  // [tile][octet]
     const int first_row = static_cast<int>(range.first - layer.sinks);
-    const int8_t* linear = call.block_table == nullptr ? call.key_codes + (cursor.row * call.capacity + first_row) * bytes : nullptr;
+    const int8_t* linear =
+        call.block_table == nullptr ? call.key_codes + (cursor.row * call.capacity + first_row) * bytes : nullptr;
     int last_token = range.count - 1;
     keep(linear);
     keep(last_token);
@@ -447,8 +452,12 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
         }
     };
     fetch(cursor.first);
+    const auto prefetch = [&](int chunk) {  // into L2: one lane a row
+      const int i = chunk * kChunk + warp * kTile + lane % kTile + lane / kTile * kStride;
+      if (linear != nullptr && i <= last_token) prefetch_l2(linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes));
+    };
+    prefetch(cursor.first + 1);
 
-    int since_anchor = 0;
     for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
       int sums[2][2][2][4];  // [tile][octet][half]
 #pragma unroll
@@ -482,6 +491,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       }
 
       if (chunk + 1 < cursor.stop) fetch(chunk + 1);
+      prefetch(chunk + 2);
 
       const uint32_t buffer = chunk_index % kBuffers;
       barrier_wait(shared.empty + 8 * buffer, (chunk_index / kBuffers & 1) ^ 1);
@@ -518,15 +528,18 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
             query_y[u][k] = y * step_c[u][k] - x * step_s[u][k];
           }
         if (2 * t < Lanes) {
-          uint32_t to = score_base[m] + buffer * buffer_bytes, barrier = full_base[m] + 8 * buffer;
+          const uint2 target = shared.targets[warp * 2 + m];
+          // The products' columns of a thread are heads 2 t and 2 t + 1.
+          const float2 scale = *reinterpret_cast<const float2*>(shared.scales + warp * 8 + 2 * t);
+          uint32_t to = target.x + buffer * buffer_bytes + (g * Lanes + 2 * t) * 4, barrier = target.y + 8 * buffer;
 #pragma unroll 1
           for (int way = 0;;) {
             if constexpr (Lanes == 1) {
-              store_remote(to, products[0] * scale0, barrier);
-              store_remote(to + 8 * Lanes * 4, products[2] * scale0, barrier);
+              store_remote(to, products[0] * scale.x, barrier);
+              store_remote(to + 8 * Lanes * 4, products[2] * scale.x, barrier);
             } else {
-              store_remote(to, products[0] * scale0, products[1] * scale1, barrier);
-              store_remote(to + 8 * Lanes * 4, products[2] * scale0, products[3] * scale1, barrier);
+              store_remote(to, products[0] * scale.x, products[1] * scale.y, barrier);
+              store_remote(to + 8 * Lanes * 4, products[2] * scale.x, products[3] * scale.y, barrier);
             }
             if (++way == plan.ways) break;
             const int tile = m * kKeyWarps + warp, other = tile % plan.owners + way * plan.owners;
@@ -536,10 +549,8 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
           }
         }
       }
-      if (++since_anchor == kAnchorChunks && chunk + 1 < cursor.stop) {  // rounding errors of the turns do not add up
-        since_anchor = 0;
-        anchor(chunk + 1);
-      }
+      // Rounding errors of the turns must not add up.
+      if ((chunk + 1 - cursor.first) % kAnchorChunks == 0 && chunk + 1 < cursor.stop) anchor(chunk + 1);
     }
   }
 }
@@ -895,10 +906,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   }
   cluster_sync();  // no CTA may write into another that has not started
   if (threadIdx.x < kKeyThreads) {
-    set_registers<168, true>();
+    set_registers<144, true>();
     score_keys<Blocks, Lanes>(layer, call, plan, constants, shared, cursor, rank);
   } else {
-    set_registers<88, false>();
+    set_registers<112, false>();
     bin_values<Lanes, Stride>(layer, call, plan, memory, shared, cursor, rank, cluster);
   }
   cluster_sync();  // nor leave while others write into it

@@ -46,7 +46,7 @@ struct DecodePlan {
 };
 
 inline int decode_shared_bytes(const DecodePlan& p) {
-  return p.blocks * kBlockBytes + p.bins() * 4 + kBuffers * p.cluster * p.own_tiles * kTile * p.lanes * 4 + 512;
+  return p.blocks * kBlockBytes + p.bins() * 4 + kBuffers * p.cluster * p.own_tiles * kTile * p.lanes * 4 + 1024;
 }
 
 // False where the fast decode does not apply.
