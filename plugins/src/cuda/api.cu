@@ -124,6 +124,8 @@ __global__ void inspect_codewords(gsrq_codebook book, Traits* traits) {
   atomicMin(&traits->finest[stage], finest);
 }
 
+constexpr float kGeometric = 2e-4f;
+
 // Row j must be row (j - j % 16) turned by row j % 16 and, so that the rows 16 apart are right too, row 16 i must be
 // that of 16 (i - 1) turned by row 16.
 __global__ void inspect_rope(gsrq_layer layer, Traits* traits) {
@@ -145,7 +147,6 @@ __global__ void inspect_rope(gsrq_layer layer, Traits* traits) {
 }
 
 constexpr int kExponentSpread = 6;  // stages are multiplied by up to 2^6 in int8
-constexpr float kGeometric = 2e-4f;
 
 }  // namespace
 
