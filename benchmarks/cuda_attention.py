@@ -14,6 +14,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Setting:
 SETTINGS = [Setting(1, 128, 16), Setting(0.75, 128, 12), Setting(0.375, 256, 12), Setting(1, 128, 16, int8=False)]
 
 
+@lru_cache(maxsize=64)
 def codebook(setting: Setting, seed: int) -> Codebook:
     """Random codewords whose stages shrink as trained ones do."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +65,8 @@ def codebook(setting: Setting, seed: int) -> Codebook:
 
 
 def make_layer(setting: Setting, positions: int, seed: int, exact_prefill: bool = False) -> CudaLayer:
-    angle = torch.arange(positions).double()[:, None] * 500000.0 ** (-torch.arange(64).double() / 64)
+    angle = torch.arange(positions, device=DEVICE).double()[:, None]
+    angle = angle * 500000.0 ** (-torch.arange(64, device=DEVICE).double() / 64)
     config = AttentionConfig(HEAD_DIM**-0.5, RULE, exact_prefill=exact_prefill)
     books = codebook(setting, 2 * seed), codebook(setting, 2 * seed + 1)
     return CudaLayer(HEADS, HEAD_DIM, *books, angle.cos().float(), angle.sin().float(), config, DEVICE)
