@@ -56,28 +56,43 @@ struct Memory {  // of a call
   float2* exact_state;  // [batch][vheads][splits][lanes]
 };
 
+// gsrq_coded() and gsrq_slot() of layout.h in 32 bits, which positions fit: 64-bit divisions take hundreds of cycles.
+__device__ inline int coded_tokens(const gsrq_layer& layer, int total) {
+  const int full = total - layer.sinks - layer.window;
+  const uint32_t block = static_cast<uint32_t>(layer.block);
+  return full > 0 ? static_cast<int>(static_cast<uint32_t>(full) / block * block) : 0;
+}
+
+__device__ inline int exact_slot(const gsrq_layer& layer, int token) {
+  const uint32_t ring = static_cast<uint32_t>(layer.window + layer.block);
+  return token < layer.sinks ? token : layer.sinks + static_cast<int>(static_cast<uint32_t>(token - layer.sinks) % ring);
+}
+
 struct Range {
-  int64_t first;  // token
-  int32_t count;  // coded tokens that the query sees
+  int first;  // token
+  int count;  // coded tokens that the query sees
 };
 
 __device__ inline Range coded_range(const gsrq_layer& layer, const gsrq_call& call, int b) {
   if (call.new_lengths[b] <= 0) return {layer.sinks, 0};
-  int64_t total = call.past_lengths[b] + 1;
-  if (total > call.max_total) total = call.max_total;  // never read past what the host sized
-  int64_t first = layer.sinks;
+  // Never past what the host sized.
+  const int total = static_cast<int>(min(call.past_lengths[b] + 1, call.max_total));
+  int first = layer.sinks;
   if (layer.sliding_window > 0 && total - layer.sliding_window > first) first = total - layer.sliding_window;
-  const int64_t count = layer.sinks + gsrq_coded(total, layer.sinks, layer.window, layer.block) - first;
-  return {first, static_cast<int32_t>(count > 0 ? count : 0)};
+  const int count = layer.sinks + coded_tokens(layer, total) - first;
+  return {first, count > 0 ? count : 0};
 }
 
 // Chunks of all heads stand in one line, head by head, row by row; cluster k takes an equal stretch of it.
 struct Line {
   int64_t per_head, total;
   int clusters;
-  __device__ int64_t begin(int64_t k) const { return k * total / clusters; }
+  __device__ int64_t divide(int64_t a, int64_t b) const {
+    return a >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+  }
+  __device__ int64_t begin(int64_t k) const { return divide(k * total, clusters); }
   __device__ int owner(int64_t chunk) const {  // the cluster whose stretch holds the chunk
-    int64_t k = total > 0 ? chunk * clusters / total : 0;
+    int64_t k = total > 0 ? divide(chunk * clusters, total) : 0;
     while (k + 1 < clusters && begin(k + 1) <= chunk) ++k;
     while (begin(k) > chunk) --k;
     return static_cast<int>(k);
@@ -110,8 +125,8 @@ struct Cursor {
     chunk = cluster < line.clusters ? line.begin(cluster) : line.total;
     end = cluster < line.clusters ? line.begin(cluster + 1) : line.total;
     if (chunk >= end) return;
-    vhead = static_cast<int>(chunk / line.per_head);
-    int64_t rest = chunk % line.per_head;
+    vhead = static_cast<int>(line.divide(chunk, line.per_head));
+    int64_t rest = chunk - vhead * line.per_head;
     row = 0;
     for (int at = 0; at < call.batch; at += 32) {  // 32 rows at a time
       const int b = at + threadIdx.x % 32;
@@ -200,7 +215,7 @@ __device__ inline void sync_warps(int id) {
 }
 
 // Scoring holds many values in registers, binning few; the pool is split unevenly where the target can. The sum must not
-// exceed what the block is launched with, 128 a thread: 8 * 144 + 8 * 112 = 16 * 128.
+// exceed what the block is launched with, 128 a thread: 8 * 168 + 8 * 88 = 16 * 128.
 template <int Registers, bool More>
 __device__ inline void set_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
@@ -230,8 +245,6 @@ __device__ inline void keep(T& x) {
   else asm volatile("" : "+r"(x));
 }
 
-__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 __device__ inline uint32_t word_of_bytes(const int8_t* row, int first, int last) {
   uint32_t word = 0;
 #pragma unroll 1
@@ -240,24 +253,26 @@ __device__ inline uint32_t word_of_bytes(const int8_t* row, int first, int last)
   return word;
 }
 
-__device__ inline int64_t paged_row(const gsrq_call& call, int b, int row) {
+__device__ inline int64_t row_of(const gsrq_call& call, int b, int row) {
+  if (call.block_table == nullptr) return b * call.capacity + row;
   const uint32_t page = static_cast<uint32_t>(call.page), at = static_cast<uint32_t>(row) / page;
   return static_cast<int64_t>(call.block_table[b * static_cast<int64_t>(call.table_stride) + at]) * page +
          (static_cast<uint32_t>(row) - at * page);
 }
 
-// Bytes first .. last - 1 of a token's codes, as words; wide: what the addresses are multiples of. Past the last: 0.
-template <int Words>
-__device__ inline void load_codes(uint32_t (&out)[Words], const int8_t* row, int first, int last, int wide) {
-  if (Words == 4 && wide == 16) {
+// Bytes first .. last - 1 of a token's codes, as words; past the last: 0. Fast: all words are there and aligned, four also
+// together.
+template <int Words, bool Fast>
+__device__ inline void load_codes(uint32_t (&out)[Words], const int8_t* row, int first, int last) {
+  if constexpr (Fast && Words == 4) {
     const uint4 v = __ldg(reinterpret_cast<const uint4*>(row + first));
     out[0] = v.x;
-    out[1 % Words] = v.y;
-    out[2 % Words] = v.z;
-    out[3 % Words] = v.w;
-  } else if (wide >= 4) {
+    out[1] = v.y;
+    out[2] = v.z;
+    out[3] = v.w;
+  } else if constexpr (Fast) {
 #pragma unroll
-    for (int i = 0; i < Words; ++i) out[i] = first + 4 * i < last ? __ldg(reinterpret_cast<const uint32_t*>(row + first) + i) : 0;
+    for (int i = 0; i < Words; ++i) out[i] = __ldg(reinterpret_cast<const uint32_t*>(row + first) + i);
   } else {
 #pragma unroll
     for (int i = 0; i < Words; ++i) out[i] = word_of_bytes(row, first + 4 * i, last);
@@ -269,7 +284,8 @@ struct Shared {  // a CTA's shared memory, by the plan; the key slice lies first
   float* scores;   // [kBuffers][cluster][own tiles][16][lanes]: partial, of the tokens that the CTA weighs
   float* maxima;   // [kValueWarps][lanes]
   float* scales;   // [kKeyWarps][8]: of a warp's products, by head
-  uint2* targets;  // [kKeyWarps][2]: for each tile of a warp the addresses of its scores and of the barrier there
+  uint4* targets;  // [kKeyWarps][2]: for each tile of a warp the addresses of its scores and of the barrier there, and the
+                   // bytes from a buffer of scores to the next
   uint32_t full, empty, done;  // addresses of barriers: kBuffers, kBuffers, one
 };
 
@@ -279,7 +295,7 @@ __device__ inline Shared shared_of(const DecodePlan& p) {
   s.scores = reinterpret_cast<float*>(s.bins + p.bins());
   s.maxima = s.scores + kBuffers * p.cluster * p.own_tiles * kTile * p.lanes;
   s.scales = s.maxima + kValueWarps * 8;
-  s.targets = reinterpret_cast<uint2*>(s.scales + kKeyWarps * 8);
+  s.targets = reinterpret_cast<uint4*>(s.scales + kKeyWarps * 8);
   s.full = shared_address(s.targets + kKeyWarps * 2);
   s.empty = s.full + 8 * kBuffers;
   s.done = s.empty + 8 * kBuffers;
@@ -288,7 +304,7 @@ __device__ inline Shared shared_of(const DecodePlan& p) {
 
 // ---------------------------------------------------------------------------------------------------------------- keys
 
-template <int Blocks, int Lanes>
+template <int Blocks, int Lanes, bool Fast>
 __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Constants& constants,
                            const Shared& shared, Cursor cursor, uint32_t rank) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4, parity = g & 1;
@@ -353,12 +369,11 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
   }
   // Rarely needed values wait in shared memory, which is nearer than spilled registers: where the scores of the warp's two
   // tiles go, in their owners' memory, and by what they are multiplied.
-  const uint32_t buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4;
   if (lane < 2) {
     const int tile = lane * kKeyWarps + warp, owner = tile % plan.owners, place = tile / plan.owners;
     shared.targets[warp * 2 + lane] =
-        make_uint2(remote(shared_address(shared.scores) + (rank * plan.own_tiles + place) * kTile * Lanes * 4, owner),
-                   remote(shared.full, owner));
+        make_uint4(remote(shared_address(shared.scores) + (rank * plan.own_tiles + place) * kTile * Lanes * 4, owner),
+                   remote(shared.full, owner), plan.cluster * plan.own_tiles * kTile * Lanes * 4, 0);
   }
   __syncwarp();
   int loaded = -1;
@@ -380,9 +395,6 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     const int group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.keys.width) *
                            layer.keys.stages;
     const int first_byte = group_byte + first_block * kBlockStages, last_byte = group_byte + layer.keys.stages;
-    const int wide = layer.keys.stages % 4 != 0 ? 1
-                     : Blocks == 4 && bytes % 16 == 0 && first_byte % 16 == 0 && first_byte + 16 <= last_byte ? 16
-                                                                                                             : 4;
 
     // The queries: head g's pairs of the slice, turned to the new token's position and back by a tile's first token.
     const int head = kv_head * plan.group + part * plan.part_heads + g;
@@ -390,7 +402,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     float query_x[2][2], query_y[2][2], query_scale = 0;
     const auto anchor = [&](int chunk) {
       const int64_t position = min(call.past_lengths[cursor.row], static_cast<int64_t>(layer.positions) - 1);
-      const int64_t base = min(range.first + chunk * kChunk + warp * kTile, static_cast<int64_t>(layer.positions) - 1);
+      const int64_t base = min(range.first + chunk * kChunk + warp * kTile, layer.positions - 1);
       float most = 0;
 #pragma unroll
       for (int u = 0; u < 2; ++u)
@@ -433,10 +445,10 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     if (t == 0) shared.scales[warp * 8 + g] = query_scale;
     __syncwarp();
 
-    uint32_t codes[2][2][Blocks];  // [tile][octet]
-    const int first_row = static_cast<int>(range.first - layer.sinks);
-    const int8_t* linear =
-        call.block_table == nullptr ? call.key_codes + (cursor.row * call.capacity + first_row) * bytes : nullptr;
+    uint32_t codes[2][2][Blocks], coming[2][2][Blocks];  // [tile][octet]
+    const int first_row = range.first - layer.sinks;
+    const int8_t* linear = call.key_codes + (cursor.row * call.capacity + first_row) * bytes;
+    if constexpr (Fast) linear += first_byte;
     int last_token = range.count - 1;
     keep(linear);
     keep(last_token);
@@ -446,19 +458,24 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
         for (int o = 0; o < 2; ++o) {
           const int i = min(chunk * kChunk + token_in_chunk + m * kStride + 8 * o, last_token);
-          const int8_t* row = linear != nullptr ? linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes)
-                                                : call.key_codes + paged_row(call, cursor.row, first_row + i) * bytes;
-          load_codes<Blocks>(codes[m][o], row, first_byte, last_byte, wide);
+          if constexpr (Fast)
+            load_codes<Blocks, true>(coming[m][o], linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes), 0, 0);
+          else
+            load_codes<Blocks, false>(coming[m][o], call.key_codes + row_of(call, cursor.row, first_row + i) * bytes, first_byte,
+                                      last_byte);
         }
     };
     fetch(cursor.first);
-    const auto prefetch = [&](int chunk) {  // into L2: one lane a row
-      const int i = chunk * kChunk + warp * kTile + lane % kTile + lane / kTile * kStride;
-      if (linear != nullptr && i <= last_token) prefetch_l2(linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes));
-    };
-    prefetch(cursor.first + 1);
 
     for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int o = 0; o < 2; ++o)
+#pragma unroll
+          for (int i = 0; i < Blocks; ++i) codes[m][o][i] = coming[m][o][i];
+      if (chunk + 1 < cursor.stop) fetch(chunk + 1);
+
       int sums[2][2][2][4];  // [tile][octet][half]
 #pragma unroll
       for (int m = 0; m < 2; ++m)
@@ -489,9 +506,6 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
               mma_int8(sums[m][o][u], v.x, v.y, v.z, v.w, low[i], high[i]);
             }
       }
-
-      if (chunk + 1 < cursor.stop) fetch(chunk + 1);
-      prefetch(chunk + 2);
 
       const uint32_t buffer = chunk_index % kBuffers;
       barrier_wait(shared.empty + 8 * buffer, (chunk_index / kBuffers & 1) ^ 1);
@@ -528,10 +542,12 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
             query_y[u][k] = y * step_c[u][k] - x * step_s[u][k];
           }
         if (2 * t < Lanes) {
-          const uint2 target = shared.targets[warp * 2 + m];
+          const uint4 target = shared.targets[warp * 2 + m];
           // The products' columns of a thread are heads 2 t and 2 t + 1.
           const float2 scale = *reinterpret_cast<const float2*>(shared.scales + warp * 8 + 2 * t);
-          uint32_t to = target.x + buffer * buffer_bytes + (g * Lanes + 2 * t) * 4, barrier = target.y + 8 * buffer;
+          uint32_t me;
+          asm volatile("mov.u32 %0, %%laneid;" : "=r"(me));  // again, rather than from a spilled register
+          uint32_t to = target.x + buffer * target.z + (me / 4 * Lanes + 2 * (me % 4)) * 4, barrier = target.y + 8 * buffer;
 #pragma unroll 1
           for (int way = 0;;) {
             if constexpr (Lanes == 1) {
@@ -550,7 +566,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
         }
       }
       // Rounding errors of the turns must not add up.
-      if ((chunk + 1 - cursor.first) % kAnchorChunks == 0 && chunk + 1 < cursor.stop) anchor(chunk + 1);
+      if (chunk_index % kAnchorChunks == kAnchorChunks - 1 && chunk + 1 < cursor.stop) anchor(chunk + 1);
     }
   }
 }
@@ -580,7 +596,7 @@ __device__ inline float warp_max(float x) {
 
 // A warp weighs a tile of the CTA's and bins it for up to 32 / Lanes slots: each half of the warp has the tile's 16 tokens,
 // a thread a token, and half of the slots.
-template <int Lanes, int Stride>
+template <int Lanes, int Stride, bool Fast>
 __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                            const Shared& shared, Cursor cursor, uint32_t rank, int cluster) {
   int thread = threadIdx.x - kKeyThreads, lane = thread % 32;
@@ -612,8 +628,8 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     const Range range = coded_range(layer, call, cursor.row);
     const int group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.values.width) *
                            layer.values.stages;
-    const int first_row = static_cast<int>(range.first - layer.sinks);
-    const int8_t* linear = call.block_table == nullptr ? call.value_codes + (cursor.row * call.capacity + first_row) * bytes : nullptr;
+    const int first_row = range.first - layer.sinks;
+    const int8_t* linear = call.value_codes + (cursor.row * call.capacity + first_row) * bytes;
     int last_token = range.count - 1;
     keep(linear);
     keep(last_token);
@@ -631,11 +647,15 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
       const int i = min(chunk * kChunk + offset, last_token);
       const int first_byte = group_byte + way * plan.slots_per_cta +
                              (round * kValueWarps + warp) % kParts * kPartSlots + (kSlots < 4 ? 0 : lane / kTile * kSlots);
-      const int last_byte = group_byte + plan.slots;
-      const int wide = bytes % 4 == 0 && first_byte % 4 == 0 && plan.slots % 4 == 0 ? 4 : 1;
-      const int8_t* row = linear != nullptr ? linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes)
-                                            : call.value_codes + paged_row(call, cursor.row, first_row + i) * bytes;
-      load_codes<kWords>(coming, row, first_byte, last_byte, wide);
+      if constexpr (Fast) {
+        const int8_t* row = linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
+#pragma unroll
+        for (int w = 0; w < kWords; ++w)
+          coming[w] = first_byte - group_byte + 4 * w < plan.slots ? __ldg(reinterpret_cast<const uint32_t*>(row + first_byte) + w) : 0;
+      } else {
+        load_codes<kWords, false>(coming, call.value_codes + row_of(call, cursor.row, first_row + i) * bytes, first_byte,
+                                  group_byte + plan.slots);
+      }
     };
     fetch(cursor.first, 0);
 
@@ -886,7 +906,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   }
 }
 
-template <int Blocks, int Lanes, int Stride>
+template <int Blocks, int Lanes, int Stride, bool Fast>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ DecodePlan plan, Constants constants, Memory memory, int vheads) {
@@ -906,17 +926,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   }
   cluster_sync();  // no CTA may write into another that has not started
   if (threadIdx.x < kKeyThreads) {
-    set_registers<144, true>();
-    score_keys<Blocks, Lanes>(layer, call, plan, constants, shared, cursor, rank);
+    set_registers<168, true>();
+    score_keys<Blocks, Lanes, Fast>(layer, call, plan, constants, shared, cursor, rank);
   } else {
-    set_registers<112, false>();
-    bin_values<Lanes, Stride>(layer, call, plan, memory, shared, cursor, rank, cluster);
+    set_registers<88, false>();
+    bin_values<Lanes, Stride, Fast>(layer, call, plan, memory, shared, cursor, rank, cluster);
   }
   cluster_sync();  // nor leave while others write into it
 }
 
 #else
-template <int Blocks, int Lanes, int Stride>
+template <int Blocks, int Lanes, int Stride, bool Fast>
 __global__ void decode_kernel(gsrq_layer, gsrq_call, DecodePlan, Constants, Memory, int) {}
 #endif
 
@@ -924,7 +944,7 @@ __global__ void decode_kernel(gsrq_layer, gsrq_call, DecodePlan, Constants, Memo
 
 constexpr int kCombineThreads = 256, kPadHalves = 8;
 // (row, query head) pairs and codewords of a block at a time: many rows, or few and all codewords in flight at once.
-constexpr int kManyRows = 64, kManyCodes = 64, kFewRows = 16, kFewCodes = 256;
+constexpr int kManyRows = 32, kManyCodes = 64, kFewRows = 16, kFewCodes = 256;
 constexpr int kExactTokens = 32;  // of a block
 
 __device__ inline void mma_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -1096,17 +1116,17 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
 
 // The exact tokens that a row's query sees, in order: sinks, then the newest, the new one last.
 struct ExactTokens {
-  int64_t past, first_recent, lowest;  // lowest: the first that a sliding window leaves visible
+  int past, first_recent, lowest;  // lowest: the first that a sliding window leaves visible
   int sinks, count;
   __device__ ExactTokens(const gsrq_layer& layer, const gsrq_call& call, int row) {
-    past = min(call.past_lengths[row], call.max_total - 1);
-    const int64_t total = past + 1;
-    first_recent = layer.sinks + gsrq_coded(total, layer.sinks, layer.window, layer.block);
-    sinks = static_cast<int>(min(static_cast<int64_t>(layer.sinks), total));
-    count = sinks + static_cast<int>(total > first_recent ? total - first_recent : 0);
+    past = static_cast<int>(min(call.past_lengths[row], call.max_total - 1));
+    const int total = past + 1;
+    first_recent = layer.sinks + coded_tokens(layer, total);
+    sinks = min(layer.sinks, total);
+    count = sinks + max(total - first_recent, 0);
     lowest = layer.sliding_window > 0 ? total - layer.sliding_window : 0;
   }
-  __device__ int64_t token(int i) const { return i < sinks ? i : first_recent + i - sinks; }
+  __device__ int token(int i) const { return i < sinks ? i : first_recent + i - sinks; }
 };
 
 // Up to 32 exact tokens of one (row, vhead): their weighted values, reference and sum.
@@ -1131,8 +1151,8 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
   const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
   const int64_t head_row = static_cast<int64_t>(row) * layer.kv_heads + kv_head;
   if (thread < here) {
-    const int64_t token = exact.token(first + thread);
-    place[thread] = token == exact.past ? -1 : head_row * slots + gsrq_slot(token, layer.sinks, layer.window, layer.block);
+    const int token = exact.token(first + thread);
+    place[thread] = token == exact.past ? -1 : head_row * slots + exact_slot(layer, token);
   }
   for (int i = thread; i < 8 * (d / 2); i += kCombineThreads) {
     const int h = i / (d / 2), p = i % (d / 2);
@@ -1145,7 +1165,7 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
       x = load_constant(call.query, base + e0, call.dtype) * scale;
       y = load_constant(call.query, base + e1, call.dtype) * scale;
     }
-    const float c = p < half ? __ldg(layer.cos + exact.past * half + p) : 1.0f, s = p < half ? __ldg(layer.sin + exact.past * half + p) : 0.0f;
+    const float c = p < half ? __ldg(layer.cos + static_cast<int64_t>(exact.past) * half + p) : 1.0f, s = p < half ? __ldg(layer.sin + static_cast<int64_t>(exact.past) * half + p) : 0.0f;
     queries[h * d + 2 * p] = x * c - y * s;
     queries[h * d + 2 * p + 1] = y * c + x * s;
   }
@@ -1234,7 +1254,7 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
 }
 
 template <int Rows, int Codes>
-__global__ void __launch_bounds__(kCombineThreads, 2)
+__global__ void __launch_bounds__(kCombineThreads, 3)
     combine(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
             const __grid_constant__ DecodePlan plan, Memory memory, int vheads, int clusters, int value_blocks, int splits) {
   const int block = blockIdx.x;
@@ -1358,30 +1378,40 @@ bool multipliers_fit(const gsrq_layer& layer) {
 
 using Kernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Constants, Memory, int);
 
-template <int Lanes, int Stride>
+template <int Lanes, int Stride, bool Fast>
 Kernel kernel_of(int blocks) {
   switch (blocks) {
+    case 3: return decode_kernel<3, Lanes, Stride, Fast>;
+    case 4: return decode_kernel<4, Lanes, Stride, Fast>;
 #ifndef GSRQ_DECODE_FEW
-    case 1: return decode_kernel<1, Lanes, Stride>;
-    case 2: return decode_kernel<2, Lanes, Stride>;
-    case 6: return decode_kernel<6, Lanes, Stride>;
+    case 1: return decode_kernel<1, Lanes, Stride, Fast>;
+    case 2: return decode_kernel<2, Lanes, Stride, Fast>;
+    case 6: return decode_kernel<6, Lanes, Stride, Fast>;
 #endif
-    case 3: return decode_kernel<3, Lanes, Stride>;
-    case 4: return decode_kernel<4, Lanes, Stride>;
     default: return nullptr;
   }
 }
 
-Kernel kernel_of(const DecodePlan& plan) {
+// Fast kernels exist for four or eight query heads a KV head and up to 16 value stages.
+Kernel kernel_of(const DecodePlan& plan, bool fast) {
   switch (plan.lanes * 1000 + plan.stride) {
+    case 4064: return fast ? kernel_of<4, 64, true>(plan.blocks) : kernel_of<4, 64, false>(plan.blocks);
 #ifndef GSRQ_DECODE_FEW
-    case 1032: return kernel_of<1, 32>(plan.blocks);
-    case 4032: return kernel_of<4, 32>(plan.blocks);
-    case 8064: return kernel_of<8, 64>(plan.blocks);
+    case 1032: return kernel_of<1, 32, false>(plan.blocks);
+    case 4032: return kernel_of<4, 32, false>(plan.blocks);
+    case 8064: return fast ? kernel_of<8, 64, true>(plan.blocks) : kernel_of<8, 64, false>(plan.blocks);
 #endif
-    case 4064: return kernel_of<4, 64>(plan.blocks);
     default: return nullptr;
   }
+}
+
+// The codes lie linearly and in whole words: the kernel needs no bounds inside a row and no page table.
+bool is_fast(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan) {
+  const int key_bytes = layer.keys.groups * layer.keys.stages, value_bytes = layer.values.groups * layer.values.stages;
+  const int word = plan.blocks == 4 ? 16 : 4;
+  return call.block_table == nullptr && plan.lanes >= 4 && plan.ways == 1 && layer.keys.stages % kBlockStages == 0 &&
+         plan.all_blocks == plan.blocks * plan.splits && key_bytes % word == 0 && layer.keys.stages % word == 0 &&
+         value_bytes % 4 == 0 && plan.slots % 4 == 0;
 }
 
 cudaLaunchConfig_t launch_config(const DecodePlan& plan, cudaLaunchAttribute* attribute, int clusters) {
@@ -1405,11 +1435,16 @@ int exact_splits(const gsrq_layer& layer) {
   return static_cast<int>((gsrq_exact_slots(layer.sinks, layer.window, layer.block) + kExactTokens - 1) / kExactTokens);
 }
 
+bool prepare_kernel(Kernel kernel, const DecodePlan& plan) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit) == cudaSuccess &&
+         (plan.cluster <= 8 || cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess);
+}
+
 // Clusters that run at once on the current device, 0 where none can; asked once a device and kernel.
 int resident_clusters(const DecodePlan& plan) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, int>, int> known;
-  const Kernel kernel = kernel_of(plan);
+  const Kernel kernel = kernel_of(plan, false), fast = kernel_of(plan, true);
   int device = 0, major = 0;
   if (kernel == nullptr || cudaGetDevice(&device) != cudaSuccess) return 0;
   const auto key = std::make_tuple(device, reinterpret_cast<const void*>(kernel), plan.cluster, plan.shared_bytes);
@@ -1421,8 +1456,7 @@ int resident_clusters(const DecodePlan& plan) {
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config = launch_config(plan, &attribute, 1);
     const bool ready =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit) == cudaSuccess &&
-        (plan.cluster <= 8 || cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) &&
+        prepare_kernel(kernel, plan) && prepare_kernel(fast, plan) &&
         cudaFuncSetAttribute(combine<kFewRows, kFewCodes>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit - 8192) ==
             cudaSuccess &&
         cudaFuncSetAttribute(combine<kManyRows, kManyCodes>, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -1497,7 +1531,7 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     cudaLaunchAttribute attribute;
     cudaLaunchConfig_t config = launch_config(plan, &attribute, clusters);
     config.stream = stream;
-    if (cudaLaunchKernelEx(&config, kernel_of(plan), layer, call, plan, constants, memory, vheads) != cudaSuccess)
+    if (cudaLaunchKernelEx(&config, kernel_of(plan, is_fast(layer, call, plan)), layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
   }
   const bool few = call.batch * plan.lanes <= kFewRows;
