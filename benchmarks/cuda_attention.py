@@ -151,6 +151,12 @@ def copy_bandwidth() -> float:
     return 2 * a.numel() / (milliseconds([lambda: b.copy_(a)] * 4) / 1e3)
 
 
+def read_bandwidth() -> float:
+    """Bytes a second that a sum over a large tensor reads."""
+    a = torch.randn(2**30, device=DEVICE)
+    return 4 * a.numel() / (milliseconds([lambda: a.sum()] * 4) / 1e3)
+
+
 def sdpa(batch: int, length: int) -> dict[str, float]:
     """torch's attention of one bf16 token a row, the query heads of a KV head as rows of one head; ms a backend."""
     k, v = (torch.randn(batch, KV_HEADS, length, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -166,7 +172,7 @@ def sdpa(batch: int, length: int) -> dict[str, float]:
     return found
 
 
-def decode_row(setting: Setting, batch: int, length: int, bandwidth: float) -> dict[str, Any]:
+def decode_row(setting: Setting, batch: int, length: int, bandwidth: float, fastest_torch: float) -> dict[str, Any]:
     code_bytes = batch * length * 2 * (KV_HEADS * HEAD_DIM // setting.width) * setting.stages
     sets = max(2, min(6, -(-COLD // code_bytes)))
     calls = [decode_call(make_layer(setting, length, i), batch, length, i) for i in range(sets)]
@@ -187,6 +193,7 @@ def decode_row(setting: Setting, batch: int, length: int, bandwidth: float) -> d
         "bf16_floor_ms": floor,
         "over_bf16_floor": attend / floor,
         "over_fp8_floor": 2 * attend / floor,
+        "over_fastest_torch": attend / fastest_torch,
         "workspace_bytes": calls[0].workspace.numel(),
     }
     # The step in which a block of every row leaves the window, and is coded.
@@ -258,11 +265,16 @@ def main() -> None:
     result: dict[str, Any] = {
         "environment": environment(),
         "copy_bytes_a_second": bandwidth,
+        "read_bytes_a_second": read_bandwidth(),
         "decode": [],
         "sdpa": [],
         "prefill": [],
     }
-    print(f"{result['environment']['gpu']}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    print(
+        f"{result['environment']['gpu']}, copy {bandwidth / 1e12:.2f} TB/s, "
+        f"read {result['read_bytes_a_second'] / 1e12:.2f} TB/s",
+        flush=True,
+    )
 
     def keep(part: str, row: dict[str, Any]) -> None:
         result[part].append(row)
@@ -277,10 +289,11 @@ def main() -> None:
             flush=True,
         )
         for setting in SETTINGS:
-            row = decode_row(setting, batch, length, bandwidth)
+            row = decode_row(setting, batch, length, bandwidth, min(times.values()))
             keep("decode", row)
             print(
-                f"  {setting.name:36s} {row['attend_ms']:.3f} ms, {row['over_bf16_floor']:.2f} of the floor, error "
+                f"  {setting.name:36s} {row['attend_ms']:.3f} ms, {row['over_bf16_floor']:.2f} of the floor, "
+                f"{row['over_fastest_torch']:.2f} of torch, error "
                 f"{row['relative_error']:.1e}, coding {row['encode_block_ms']:.3f} ms a block "
                 f"({100 * row['encode_share_of_a_step']:.1f} % a step)",
                 flush=True,

@@ -215,7 +215,7 @@ __device__ inline void sync_warps(int id) {
 }
 
 // Scoring holds many values in registers, binning few; the pool is split unevenly where the target can. The sum must not
-// exceed what the block is launched with, 128 a thread: 8 * 168 + 8 * 88 = 16 * 128.
+// exceed what the block is launched with, 128 a thread: 8 * 160 + 8 * 96 = 16 * 128.
 template <int Registers, bool More>
 __device__ inline void set_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
@@ -926,10 +926,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   }
   cluster_sync();  // no CTA may write into another that has not started
   if (threadIdx.x < kKeyThreads) {
-    set_registers<168, true>();
+    set_registers<160, true>();
     score_keys<Blocks, Lanes, Fast>(layer, call, plan, constants, shared, cursor, rank);
   } else {
-    set_registers<88, false>();
+    set_registers<96, false>();
     bin_values<Lanes, Stride, Fast>(layer, call, plan, memory, shared, cursor, rank, cluster);
   }
   cluster_sync();  // nor leave while others write into it
@@ -955,17 +955,17 @@ __device__ inline void mma_half(float (&c)[4], const uint32_t (&a)[4], uint32_t 
 
 // One value slot of one head: the bins of up to Rows (row, query head) pairs times the slot's 256 codewords. The bins, at
 // most 1 after division by their sum, are split into two float16 of 22 bits together.
-template <int Rows, int Codes>
+template <int Rows, int Codes, int Lanes>
 __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                                int vheads, int clusters, int block) {
   char* const raw = shared_memory;
   const int slot = block % plan.slots, vhead = block / plan.slots % vheads, kv_head = vhead / plan.parts;
-  const int rows_at_once = Rows / plan.lanes, first_row = block / (plan.slots * vheads) * rows_at_once;
-  const int rows = min(rows_at_once, call.batch - first_row), pairs = rows * plan.lanes, tiles = (pairs + 15) / 16;
+  const int rows_at_once = Rows / Lanes, first_row = block / (plan.slots * vheads) * rows_at_once;
+  const int rows = min(rows_at_once, call.batch - first_row), pairs = rows * Lanes, tiles = (pairs + 15) / 16;
   const int width = plan.width, pitch = width + kPadHalves;
   constexpr int kBinPitch = Codes + kPadHalves;
-  __half* words = reinterpret_cast<__half*>(raw);   // [64][pitch]
-  __half* high = words + Codes * pitch;     // [64][kBinPitch]
+  __half* words = reinterpret_cast<__half*>(raw);  // [Codes][pitch]
+  __half* high = words + Codes * pitch;            // [Rows][kBinPitch]
   __half* low = high + Rows * kBinPitch;
   __shared__ int first_owner[Rows], last_owner[Rows];
   __shared__ float reference[Rows], inverse[Rows];
@@ -992,17 +992,17 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   }
   __syncthreads();
   for (int i = thread; i < pairs; i += kCombineThreads) {
-    const int r = i / plan.lanes, h = i % plan.lanes;
+    const int r = i / Lanes, h = i % Lanes;
     const int64_t base = static_cast<int64_t>(vhead) * call.batch + first_row + r;
     float most = kNone, sum = 0;
-    for (int k = first_owner[r]; k <= last_owner[r]; ++k) most = fmaxf(most, memory.state[(base + k) * plan.lanes + h].x);
+    for (int k = first_owner[r]; k <= last_owner[r]; ++k) most = fmaxf(most, memory.state[(base + k) * Lanes + h].x);
     for (int k = first_owner[r]; k <= last_owner[r]; ++k) {
-      const float2 s = memory.state[(base + k) * plan.lanes + h];
+      const float2 s = memory.state[(base + k) * Lanes + h];
       if (s.x != kNone) sum += s.y * exp2f(s.x - most);
     }
     reference[i] = most;
     inverse[i] = sum > 0 ? 1 / sum : 0.0f;
-    if (slot == 0) memory.combined[base * plan.lanes + h] = make_float2(most, sum);
+    if (slot == 0) memory.combined[base * Lanes + h] = make_float2(most, sum);
   }
   __syncthreads();
 
@@ -1011,7 +1011,6 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   const int64_t group = element / layer.values.width, column = element % layer.values.width;
   const __half* from = static_cast<const __half*>(layer.values.codewords) +
                        (group * layer.values.stages + slot % layer.values.stages) * kCodewords * layer.values.width + column;
-  const bool aligned = layer.values.width % 8 == 0 && column % 8 == 0;
   const int vectors = width / 8, way = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
   const int g = lane / 4, t = lane % 4;
   constexpr int kWarps = kCombineThreads / 32, kPieces = 256 / 8 / kWarps;  // pieces of 8 dims of a warp
@@ -1028,39 +1027,36 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
     for (int i = thread; i < Codes * vectors; i += kCombineThreads) {
       const int code = i / vectors, at = i % vectors * 8;
       const __half* source = from + static_cast<int64_t>(first_code + code) * layer.values.width + at;
-      if (aligned) *reinterpret_cast<uint4*>(words + code * pitch + at) = __ldg(reinterpret_cast<const uint4*>(source));
-      else
-        for (int j = 0; j < 8; ++j) words[code * pitch + at + j] = source[j];
+      *reinterpret_cast<uint4*>(words + code * pitch + at) = __ldg(reinterpret_cast<const uint4*>(source));
     }
     // Bins of all owners, scaled and added in the owners' order; a thread has the heads of one (row, codeword).
-#pragma unroll 4
-    for (int i = thread; i < (tiles * 16 + plan.lanes - 1) / plan.lanes * Codes; i += kCombineThreads) {
+#pragma unroll 2
+    for (int i = thread; i < tiles * 16 / Lanes * Codes; i += kCombineThreads) {
       const int code = i % Codes, r = i / Codes;
-      float totals[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+      float totals[Lanes] = {};
       if (r < rows) {
         const int64_t base = static_cast<int64_t>(vhead) * call.batch + first_row + r;
-        const float* bins = memory.bins + way * plan.bins() + (first_code + code) * plan.stride + place * plan.lanes;
+        const float* bins = memory.bins + way * plan.bins() + (first_code + code) * plan.stride + place * Lanes;
 #pragma unroll 2
         for (int k = first_owner[r]; k <= last_owner[r]; ++k) {
           const float* from_bins = bins + (base + k) * plan.ways * plan.bins();
-          const float2* state = memory.state + (base + k) * plan.lanes;
-          float v[8];
-          if (plan.lanes == 1) {
+          const float2* state = memory.state + (base + k) * Lanes;
+          float v[Lanes];
+          if constexpr (Lanes == 1) {
             v[0] = __ldg(from_bins);
           } else {
-            *reinterpret_cast<float4*>(v) = __ldg(reinterpret_cast<const float4*>(from_bins));
-            if (plan.lanes == 8) *reinterpret_cast<float4*>(v + 4) = __ldg(reinterpret_cast<const float4*>(from_bins) + 1);
+#pragma unroll
+            for (int h = 0; h < Lanes; h += 4)
+              *reinterpret_cast<float4*>(v + h) = __ldg(reinterpret_cast<const float4*>(from_bins + h));
           }
 #pragma unroll
-          for (int h = 0; h < 8; ++h)
-            if (h < plan.lanes) totals[h] += exp2_fast(__ldg(state + h).x - reference[r * plan.lanes + h]) * v[h];
+          for (int h = 0; h < Lanes; ++h) totals[h] += exp2_fast(__ldg(state + h).x - reference[r * Lanes + h]) * v[h];
         }
       }
 #pragma unroll
-      for (int h = 0; h < 8; ++h) {
-        const int at = r * plan.lanes + h;
-        if (h >= plan.lanes || at >= tiles * 16) continue;
-        const float total = at < pairs ? totals[h] * inverse[at] : 0.0f;
+      for (int h = 0; h < Lanes; ++h) {
+        const int at = r * Lanes + h;
+        const float total = r < rows ? totals[h] * inverse[at] : 0.0f;
         const __half top = __float2half_rn(total);
         high[at * kBinPitch + code] = top;
         low[at * kBinPitch + code] = __float2half_rn(total - __half2float(top));
@@ -1068,7 +1064,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
     }
     __syncthreads();
 
-#pragma unroll 4
+#pragma unroll 1
     for (int k = 0; k < Codes; k += 16) {
       uint32_t b[kPieces][2];  // codewords k .. k + 15 of 8 dims, as the product wants them
 #pragma unroll
@@ -1106,9 +1102,9 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
       for (int r = 0; r < 2; ++r) {
         const int at = i * 16 + g + 8 * r, piece = warp + j * kWarps;
         if (at >= pairs || piece * 8 >= width) continue;
-        const int64_t row = first_row + at / plan.lanes;
+        const int64_t row = first_row + at / Lanes;
         float* to = memory.values +
-                    (((static_cast<int64_t>(vhead) * plan.slots + slot) * call.batch + row) * plan.lanes + at % plan.lanes) * width +
+                    (((static_cast<int64_t>(vhead) * plan.slots + slot) * call.batch + row) * Lanes + at % Lanes) * width +
                     piece * 8 + 2 * t;
         *reinterpret_cast<float2*>(to) = make_float2(sums[i][j][2 * r], sums[i][j][2 * r + 1]);
       }
@@ -1130,6 +1126,7 @@ struct ExactTokens {
 };
 
 // Up to 32 exact tokens of one (row, vhead): their weighted values, reference and sum.
+template <int Lanes>
 __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                              int vheads, int splits, int block) {
   const int split = block % splits, vhead = block / splits % vheads, row = block / (splits * vheads);
@@ -1154,7 +1151,7 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
     const int token = exact.token(first + thread);
     place[thread] = token == exact.past ? -1 : head_row * slots + exact_slot(layer, token);
   }
-  for (int i = thread; i < 8 * (d / 2); i += kCombineThreads) {
+  for (int i = thread; i < Lanes * (d / 2); i += kCombineThreads) {
     const int h = i / (d / 2), p = i % (d / 2);
     float x = 0, y = 0;
     if (h < heads) {
@@ -1171,7 +1168,7 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
   }
   __syncthreads();
 
-#pragma unroll 4
+#pragma unroll 2
   for (int i = thread; i < here * (d / 2); i += kCombineThreads) {
     const int n = i / (d / 2), p = i % (d / 2);
     const int64_t at = place[n] * d, fresh = head_row * d, token = exact.token(first + n);
@@ -1200,17 +1197,17 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
 
   {  // eight threads a token
     const int n = thread / 8, j = thread % 8;
-    float dots[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    float dots[Lanes] = {};
     if (n < here)
       for (int e = j; e < d; e += 8) {
         const float k = keys[n * pitch + e];
 #pragma unroll
-        for (int h = 0; h < 8; ++h)
-          if (h < plan.lanes) dots[h] += queries[h * d + e] * k;
+        for (int h = 0; h < Lanes; ++h)
+          dots[h] += queries[h * d + e] * k;
       }
 #pragma unroll
-    for (int h = 0; h < 8; ++h)
-      if (h < plan.lanes) {
+    for (int h = 0; h < Lanes; ++h)
+      {
 #pragma unroll
         for (int o = 4; o > 0; o /= 2) dots[h] += __shfl_xor_sync(~0u, dots[h], o);
         if (j == h && n < here) {
@@ -1220,7 +1217,7 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
       }
   }
   __syncthreads();
-  if (warp < plan.lanes) {  // one warp a head
+  if (warp < Lanes) {  // one warp a head
     const float s = lane < here ? weights[warp][lane] : kNone;
     float most = s;
     for (int o = 16; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
@@ -1228,38 +1225,38 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
     float sum = w;
     for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     weights[warp][lane] = w;
-    if (lane == 0) memory.exact_state[at * plan.lanes + warp] = make_float2(most, sum);
+    if (lane == 0) memory.exact_state[at * Lanes + warp] = make_float2(most, sum);
   }
   __syncthreads();
 
   // A thread has one dim of all heads, of every groups-th token; groups are added in order.
   const int groups = kCombineThreads / d > 1 ? 2 : 1, group = thread / d, e = thread % d;
-  float out[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  float out[Lanes] = {};
   if (group < groups)
 #pragma unroll 4
     for (int i = group; i < here; i += groups) {
       const float x = values[i * pitch + e];
 #pragma unroll
-      for (int h = 0; h < 8; ++h)
-        if (h < plan.lanes) out[h] += weights[h][i] * x;
+      for (int h = 0; h < Lanes; ++h)
+        out[h] += weights[h][i] * x;
     }
   if (group == 1 && groups == 2)
-    for (int h = 0; h < 8; ++h)
-      if (h < plan.lanes) keys[h * d + e] = out[h];
+    for (int h = 0; h < Lanes; ++h)
+      keys[h * d + e] = out[h];
   __syncthreads();
   if (group == 0)
 #pragma unroll
-    for (int h = 0; h < 8; ++h)
-      if (h < plan.lanes) memory.exact[(at * plan.lanes + h) * d + e] = out[h] + (groups == 2 ? keys[h * d + e] : 0.0f);
+    for (int h = 0; h < Lanes; ++h)
+      memory.exact[(at * Lanes + h) * d + e] = out[h] + (groups == 2 ? keys[h * d + e] : 0.0f);
 }
 
-template <int Rows, int Codes>
+template <int Rows, int Codes, int Lanes>
 __global__ void __launch_bounds__(kCombineThreads, 3)
     combine(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
             const __grid_constant__ DecodePlan plan, Memory memory, int vheads, int clusters, int value_blocks, int splits) {
   const int block = blockIdx.x;
-  if (block < value_blocks) combine_values<Rows, Codes>(layer, call, plan, memory, vheads, clusters, block);
-  else attend_exact(layer, call, plan, memory, vheads, splits, block - value_blocks);
+  if (block < value_blocks) combine_values<Rows, Codes, Lanes>(layer, call, plan, memory, vheads, clusters, block);
+  else attend_exact<Lanes>(layer, call, plan, memory, vheads, splits, block - value_blocks);
 }
 
 constexpr int kFinishThreads = 128;
@@ -1405,6 +1402,17 @@ Kernel kernel_of(const DecodePlan& plan, bool fast) {
   }
 }
 
+using CombineKernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Memory, int, int, int, int);
+
+template <int Rows, int Codes>
+CombineKernel combine_of(int lanes) {
+  return lanes == 1 ? combine<Rows, Codes, 1> : lanes == 4 ? combine<Rows, Codes, 4> : combine<Rows, Codes, 8>;
+}
+
+CombineKernel combine_of(const DecodePlan& plan, bool few) {
+  return few ? combine_of<kFewRows, kFewCodes>(plan.lanes) : combine_of<kManyRows, kManyCodes>(plan.lanes);
+}
+
 // The codes lie linearly and in whole words: the kernel needs no bounds inside a row and no page table.
 bool is_fast(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan) {
   const int key_bytes = layer.keys.groups * layer.keys.stages, value_bytes = layer.values.groups * layer.values.stages;
@@ -1457,10 +1465,10 @@ int resident_clusters(const DecodePlan& plan) {
     const cudaLaunchConfig_t config = launch_config(plan, &attribute, 1);
     const bool ready =
         prepare_kernel(kernel, plan) && prepare_kernel(fast, plan) &&
-        cudaFuncSetAttribute(combine<kFewRows, kFewCodes>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit - 8192) ==
+        cudaFuncSetAttribute(combine_of(plan, true), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit - 8192) ==
             cudaSuccess &&
-        cudaFuncSetAttribute(combine<kManyRows, kManyCodes>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kSharedLimit - 8192) == cudaSuccess &&
+        cudaFuncSetAttribute(combine_of(plan, false), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit - 8192) ==
+            cudaSuccess &&
         cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
     if (!ready) clusters = 0;
     cudaGetLastError();
@@ -1539,7 +1547,7 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
   const int64_t value_blocks =
       has_coded ? static_cast<int64_t>(plan.slots) * vheads * ((call.batch + rows_at_once - 1) / rows_at_once) : 0;
   const int64_t blocks = value_blocks + static_cast<int64_t>(splits) * vheads * call.batch;
-  const auto combine_kernel = few ? combine<kFewRows, kFewCodes> : combine<kManyRows, kManyCodes>;
+  const CombineKernel combine_kernel = combine_of(plan, few);
   combine_kernel<<<static_cast<unsigned>(blocks), kCombineThreads,
                    combine_bytes(plan, rows, few ? kFewCodes : kManyCodes), stream>>>(
       layer, call, plan, memory, vheads, clusters, static_cast<int>(value_blocks), splits);
