@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 DEVICE = "cuda"
-# Decoding multiplies queries and keys as float16 whatever the type of the call; a bfloat16 output's own rounding is 1.7e-3.
+# Decoding multiplies queries and keys as float16 whatever the type of the call; bfloat16 outputs are rounded to 1.7e-3.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 3e-3}
 DECODE = Scene((301, 17, 0, 96), (1, 1, 1, 0))
 WIDE = replace(DECODE, head_dim=128, half_rope=64, keys=(128, 16), values=(128, 16), heads=8)
