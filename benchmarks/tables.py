@@ -257,6 +257,38 @@ def int8(data: dict[str, Any]) -> str:
     return table([*header, *(f"nats a token more, {t}" for t in texts)], lines)
 
 
+def cuda_decode(data: dict[str, Any]) -> str:
+    torch = {(r["batch"], r["length"]): r for r in data["sdpa"]}
+    rows = []
+    for row in data["decode"]:
+        found = torch[row["batch"], row["length"]]
+        cells = [f"{row['batch']} x {row['length'] // 1024}k", row["setting"], f"{1e3 * row['attend_ms']:.0f}"]
+        cells += [f"{1e3 * row['bf16_floor_ms']:.0f}", f"{1e3 * min(found['ms'].values()):.0f}"]
+        cells += [f"**{row['over_bf16_floor']:.2f}**", f"{row['over_fastest_torch']:.2f}"]
+        cells += [f"{row['relative_error']:.1e}", f"{1e3 * row['encode_block_ms']:.0f}"]
+        rows.append([*cells, f"{100 * row['encode_share_of_a_step']:.1f} %"])
+    header = [
+        "batch x length",
+        "setting",
+        "ours, µs",
+        "bf16 floor, µs",
+        "torch bf16, µs",
+        "over the floor",
+        "over torch",
+    ]
+    return table([*header, "relative error", "coding a block, µs", "of a step"], rows)
+
+
+def cuda_prefill(data: dict[str, Any]) -> str:
+    rows = []
+    for row in data["prefill"]:
+        cells = [str(row["steps"]), "exact" if row["exact_prefill"] else "coded"]
+        cells += [f"{row[name]:.1f}" for name in ("attend_ms", "torch_flash_ms", "encode_ms")]
+        rows.append([*cells, f"**{row['attend_over_flash']:.2f}**", f"{row['encode_over_flash']:.2f}"])
+    header = ["tokens", "prefill", "attention, ms", "torch flash bf16, ms", "coding, ms"]
+    return table([*header, "attention over torch", "coding over torch"], rows)
+
+
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew, and the plots."""
     data = {f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json")}
@@ -266,6 +298,8 @@ def documents() -> dict[Path, str]:
         "depths": ("quality_recall-28m", depths),
         "decode": ("cpu_decode", decode),
         "demo": ("demo_build", demo),
+        "cuda_decode": ("cuda_attention", cuda_decode),
+        "cuda_prefill": ("cuda_attention", cuda_prefill),
         "gskm": ("gskm_gaussian", gskm),
         "gskm_use": ("gskm_gaussian", gskm_use),
         "tune": ("tune_demo-6m", tune),
