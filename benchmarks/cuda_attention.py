@@ -4,7 +4,7 @@ Each setting is checked against float64 before it is timed. Times are of CUDA gr
 its own codebooks and cache, so that neither stays in the L2 cache from call to call. Floors: the bytes of a bf16
 (fp8) cache over the bandwidth of a device-to-device copy measured in the same run.
 
-    python benchmarks/cuda_attention.py --out benchmarks/results/cuda_attention.json [--plot FILE.png]
+    python benchmarks/cuda_attention.py --out benchmarks/results/cuda_attention.json; python benchmarks/tables.py
 """
 
 from __future__ import annotations
@@ -231,33 +231,9 @@ def prefill_row(setting: Setting, steps: int, exact: bool) -> dict[str, Any]:
     }
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shapes = list(dict.fromkeys((r["batch"], r["length"]) for r in result["decode"]))
-    names = list(dict.fromkeys(r["setting"] for r in result["decode"]))
-    figure, axes = plt.subplots(figsize=(8, 4))
-    for i, name in enumerate(names):
-        rows = {(r["batch"], r["length"]): r["over_bf16_floor"] for r in result["decode"] if r["setting"] == name}
-        at = [j + i / (len(names) + 1) for j, shape in enumerate(shapes) if shape in rows]
-        axes.bar(at, [rows[s] for s in shapes if s in rows], 1 / (len(names) + 1), label=name, align="edge")
-    axes.axhline(1, color="black", label="reading the bf16 cache")
-    axes.axhline(0.5, color="black", linestyle=":", label="reading an fp8 cache")
-    axes.set_xticks([j + 0.4 for j in range(len(shapes))], [f"{b} x {n // 1024}k" for b, n in shapes])
-    axes.set_ylabel("decode attention over the bf16 floor")
-    axes.set_title(f"{result['environment']['gpu']}: 32 query heads, 8 KV heads, head_dim 128")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--plot", type=Path)
     parser.add_argument("--shapes", nargs="+", default=[f"{b}x{n}" for b, n in SHAPES], help="as 16x32768")
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192, 32768])
     args = parser.parse_args()
@@ -304,8 +280,6 @@ def main() -> None:
             row = prefill_row(SETTINGS[0], steps, exact)
             keep("prefill", row)
             print(f"prefill {steps}, {'exact' if exact else 'coded'}: {row}", flush=True)
-    if args.plot:
-        plot(result, args.plot)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from environment import ROOT, environment
+from markupsafe import Markup
 
 from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.codec.cluster import cluster, nearest
@@ -160,9 +161,15 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
 
 
+def standalone(chart: Markup) -> str:
+    """A chart as a file of its own: with its colours, wide enough for a document."""
+    css = (ROOT / "gsrq_export/report/chart.css").read_text()
+    text = str(chart).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="560" ', 1)
+    return text.replace("</title>", f"</title><style>{css}svg {{ background: var(--card); }}</style>", 1) + "\n"
+
+
 def plots(rows: list[dict[str, Any]]) -> dict[str, str]:
     """SVG files by name: distortion by stages, and by the slope of the spectrum."""
-    css = (ROOT / "gsrq_export/report/chart.css").read_text()
 
     def picture(title: str, x_axis: Axis, y_label: str, of: Callable[[str], list[tuple[float, list[float]]]]) -> str:
         curves = []
@@ -170,9 +177,7 @@ def plots(rows: list[dict[str, Any]]) -> dict[str, str]:
             figures = [(x, *spread(values)) for x, values in of(method)]
             low, high = [m - s for _, m, s in figures], [m + s for _, m, s in figures]
             curves.append(Curve(method, style, [(x, m) for x, m, _ in figures], low, high))
-        chart = str(plot(title, x_axis, Axis(y_label), curves))
-        chart = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="560" ', 1)
-        return chart.replace("</title>", f"</title><style>{css}svg {{ background: var(--card); }}</style>", 1) + "\n"
+        return standalone(plot(title, x_axis, Axis(y_label), curves))
 
     widest = max((r for r in rows if r["slope"] == 0), key=lambda r: r["dimension"])
     slopes = sorted((r for r in rows if r["dimension"] == SLOPE_DIMENSION), key=lambda r: r["slope"])

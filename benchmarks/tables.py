@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from environment import ROOT
-from gskm_gaussian import plots, spread
+from gskm_gaussian import plots, spread, standalone
 
 from gsrq_export.cache.rule import CacheRule
+from gsrq_export.report.svg import Axis, Series, bars
 
 RESULTS = ROOT / "benchmarks/results"
 RULE = CacheRule(4, 64, 64)
@@ -279,6 +280,18 @@ def cuda_decode(data: dict[str, Any]) -> str:
     return table([*header, "relative error", "coding a block, µs", "of a step"], rows)
 
 
+def cuda_plot(data: dict[str, Any]) -> str:
+    """The int8 settings and torch's fastest attention over the time that reading the bf16 cache takes."""
+    shapes = [(r["batch"], r["length"]) for r in data["sdpa"]]
+    found = {(r["setting"], r["batch"], r["length"]): r["over_bf16_floor"] for r in data["decode"] if r["int8"]}
+    series = [Series("torch, bf16", "exact", [min(r["ms"].values()) / r["bf16_floor_ms"] for r in data["sdpa"]])]
+    for name, style in zip(dict.fromkeys(key[0] for key in found), ("coded", "value", "third"), strict=False):
+        series.append(Series(name, style, [found[(name, *shape)] for shape in shapes]))
+    ticks = [f"{b} x {n // 1024}k" for b, n in shapes]
+    title = f"{data['environment']['gpu']}: decode attention over the time that copying a bf16 cache takes"
+    return standalone(bars(title, "batch x cached tokens", Axis("time over the floor"), ticks, series))
+
+
 def cuda_prefill(data: dict[str, Any]) -> str:
     rows = []
     for row in data["prefill"]:
@@ -312,6 +325,7 @@ def documents() -> dict[Path, str]:
         "int8": ("int8_demo-6m", int8),
     }
     out = {ROOT / "docs/img" / name: text for name, text in plots(data["gskm_gaussian"]["rows"]).items()}
+    out[ROOT / "docs/img/cuda_decode.svg"] = cuda_plot(data["cuda_attention"])
     for name in ("method", "quality", "speed", "tune"):
         path = ROOT / f"docs/{name}.md"
 
