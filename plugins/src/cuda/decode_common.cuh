@@ -1,0 +1,159 @@
+// What the parts of the fast decode share: constants, memory, and how a call's tokens are cut into work. docs/cuda.md.
+#pragma once
+
+#include <cmath>
+
+#include "decode_plan.hpp"
+#include "internal.cuh"
+
+namespace gsrq::cuda::decoding {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kFixedBits = 19;       // weights are integers of 2^-19 of their window's reference
+constexpr float kHeadroom = 2.0f;    // log2 by which a weight may exceed it
+constexpr int kWindowTokens = 2047;  // of that size fit a bin: 2047 * 2^(19 + 2) < 2^32
+constexpr int kAnchorChunks = 32;    // between two exact turns of the queries; a power of two
+constexpr float kNone = -INFINITY;
+static_assert(kWindowTokens * 4LL * (1 << kFixedBits) < (1LL << 32), "bins would overflow");
+
+extern __shared__ __align__(128) char shared_memory[];
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+struct KeyScale {  // of a CTA's stages: codeword sum = integers * unit
+  float unit, shrink;
+  signed char multipliers[kMostBlocks * kBlockStages];
+};
+
+struct Constants {  // what prepare() derives
+  const signed char* words;  // [kv_heads][cluster][blocks][256][4 stages][2 halves][16 dims]
+  const KeyScale* scales;    // [planes * splits]
+};
+
+struct Memory {  // of a call
+  float* bins;       // [partials][ways][256][stride]
+  float* scratch;    // [CTAs][2][256][stride]: of an item, before the owners' are added
+  float2* scratch_state;  // [CTAs][2][lanes]
+  float2* state;     // [partials][lanes]: reference (log2) and sum of weights
+  float2* combined;  // [vheads][batch][lanes]: the same over all partials
+  float* values;     // [vheads][slots][batch][lanes][width], divided by the sum
+  float* exact;      // [batch][vheads][splits][lanes][head_dim]: of exact tokens
+  float2* exact_state;  // [batch][vheads][splits][lanes]
+};
+
+// gsrq_coded() and gsrq_slot() of layout.h in 32 bits, which positions fit: 64-bit divisions take hundreds of cycles.
+__device__ inline int coded_tokens(const gsrq_layer& layer, int total) {
+  const int full = total - layer.sinks - layer.window;
+  const uint32_t block = static_cast<uint32_t>(layer.block);
+  return full > 0 ? static_cast<int>(static_cast<uint32_t>(full) / block * block) : 0;
+}
+
+__device__ inline int exact_slot(const gsrq_layer& layer, int token) {
+  const uint32_t ring = static_cast<uint32_t>(layer.window + layer.block);
+  return token < layer.sinks ? token : layer.sinks + static_cast<int>(static_cast<uint32_t>(token - layer.sinks) % ring);
+}
+
+struct Range {
+  int first;  // token
+  int count;  // coded tokens that the query sees
+};
+
+__device__ inline Range coded_range(const gsrq_layer& layer, const gsrq_call& call, int b) {
+  if (call.new_lengths[b] <= 0) return {layer.sinks, 0};
+  // Never past what the host sized.
+  const int total = static_cast<int>(min(call.past_lengths[b] + 1, call.max_total));
+  int first = layer.sinks;
+  if (layer.sliding_window > 0 && total - layer.sliding_window > first) first = total - layer.sliding_window;
+  const int count = layer.sinks + coded_tokens(layer, total) - first;
+  return {first, count > 0 ? count : 0};
+}
+
+// Chunks of all heads stand in one line, head by head, row by row; cluster k takes an equal stretch of it.
+struct Line {
+  int64_t per_head, total;
+  int clusters;
+  __device__ int64_t divide(int64_t a, int64_t b) const {
+    return a >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+  }
+  __device__ int64_t begin(int64_t k) const { return divide(k * total, clusters); }
+  __device__ int owner(int64_t chunk) const {  // the cluster whose stretch holds the chunk
+    int64_t k = total > 0 ? divide(chunk * clusters, total) : 0;
+    while (k + 1 < clusters && begin(k + 1) <= chunk) ++k;
+    while (begin(k) > chunk) --k;
+    return static_cast<int>(k);
+  }
+};
+
+__device__ inline int chunks_of(const gsrq_layer& layer, const gsrq_call& call, int b) {
+  return (coded_range(layer, call, b).count + kChunk - 1) / kChunk;
+}
+
+// Sum over rows [0, stop) of their chunks; all lanes get it.
+__device__ inline int64_t chunks_before(const gsrq_layer& layer, const gsrq_call& call, int stop) {
+  int64_t sum = 0;
+  for (int b = threadIdx.x % 32; b < stop; b += 32) sum += chunks_of(layer, call, b);
+  for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+  return sum;
+}
+
+__device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int vheads, int clusters) {
+  const int64_t per_head = chunks_before(layer, call, call.batch), total = per_head * vheads;
+  // No cluster between two that have some of a row may have nothing.
+  return {per_head, total, static_cast<int>(total < clusters ? (total > 0 ? total : 1) : clusters)};
+}
+
+// Walks a cluster's stretch item by item; an item is what it has of one (head, row).
+struct Cursor {
+  int64_t chunk, end;  // in the line
+  int vhead, row, first, stop;  // chunks first .. stop - 1 of the row
+  __device__ void start(const gsrq_layer& layer, const gsrq_call& call, const Line& line, int cluster) {
+    chunk = cluster < line.clusters ? line.begin(cluster) : line.total;
+    end = cluster < line.clusters ? line.begin(cluster + 1) : line.total;
+    if (chunk >= end) return;
+    vhead = static_cast<int>(line.divide(chunk, line.per_head));
+    int64_t rest = chunk - vhead * line.per_head;
+    row = 0;
+    for (int at = 0; at < call.batch; at += 32) {  // 32 rows at a time
+      const int b = at + threadIdx.x % 32;
+      int64_t sum = b < call.batch ? chunks_of(layer, call, b) : 0;
+      const int64_t own = sum;
+      for (int o = 1; o < 32; o *= 2) {
+        const int64_t up = __shfl_up_sync(~0u, sum, o);
+        if (threadIdx.x % 32 >= o) sum += up;
+      }
+      const unsigned found = __ballot_sync(~0u, sum > rest);
+      if (found != 0) {
+        const int lane = __ffs(found) - 1;
+        row = at + lane;
+        rest -= __shfl_sync(~0u, sum - own, lane);
+        break;
+      }
+      rest -= __shfl_sync(~0u, sum, 31);
+    }
+    first = static_cast<int>(rest);
+    settle(layer, call);
+  }
+  __device__ void settle(const gsrq_layer& layer, const gsrq_call& call) {
+    const int64_t all = chunks_of(layer, call, row), left = end - chunk;
+    stop = static_cast<int>(all < first + left ? all : first + left);
+  }
+  __device__ bool done() const { return chunk >= end; }
+  __device__ void next(const gsrq_layer& layer, const gsrq_call& call) {
+    chunk += stop - first;
+    if (done()) return;
+    first = 0;
+    do {
+      if (++row == call.batch) {
+        row = 0;
+        ++vhead;
+      }
+    } while (chunks_of(layer, call, row) == 0);
+    settle(layer, call);
+  }
+};
+
+}  // namespace gsrq::cuda::decoding

@@ -1,0 +1,151 @@
+// Attention over the exact tokens of a decoding row: sinks, the window, the new token.
+#pragma once
+
+#include "decode_common.cuh"
+
+namespace gsrq::cuda::decoding {
+
+constexpr int kCombineThreads = 256;
+constexpr int kExactTokens = 32;  // of a block
+
+// The exact tokens that a row's query sees, in order: sinks, then the newest, the new one last.
+struct ExactTokens {
+  int past, first_recent, lowest;  // lowest: the first that a sliding window leaves visible
+  int sinks, count;
+  __device__ ExactTokens(const gsrq_layer& layer, const gsrq_call& call, int row) {
+    past = static_cast<int>(min(call.past_lengths[row], call.max_total - 1));
+    const int total = past + 1;
+    first_recent = layer.sinks + coded_tokens(layer, total);
+    sinks = min(layer.sinks, total);
+    count = sinks + max(total - first_recent, 0);
+    lowest = layer.sliding_window > 0 ? total - layer.sliding_window : 0;
+  }
+  __device__ int token(int i) const { return i < sinks ? i : first_recent + i - sinks; }
+};
+
+// Up to 32 exact tokens of one (row, vhead): their weighted values, reference and sum.
+template <int Lanes>
+__device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
+                             int vheads, int splits, int block) {
+  const int split = block % splits, vhead = block / splits % vheads, row = block / (splits * vheads);
+  const int kv_head = vhead / plan.parts, part = vhead % plan.parts;
+  const int d = layer.head_dim, half = layer.half_rope, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int heads = min(plan.part_heads, plan.group - part * plan.part_heads);
+  const int64_t at = (static_cast<int64_t>(row) * vheads + vhead) * splits + split;
+  if (call.new_lengths[row] <= 0) return;
+  const ExactTokens exact(layer, call, row);
+  const int first = split * kExactTokens, here = min(kExactTokens, exact.count - first);
+  if (here <= 0) return;
+  const int pitch = d + 8;
+  float* const queries = reinterpret_cast<float*>(shared_memory);  // [8][d], turned and scaled, pair by pair
+  float* const keys = queries + 8 * d;                             // [32][pitch], later the second half of the sums
+  float* const values = keys + kExactTokens * pitch;               // [32][pitch]
+  __shared__ float weights[8][kExactTokens];
+  __shared__ int64_t place[kExactTokens];  // of the token's vector, in vectors; -1: the new token
+  const float scale = layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
+  const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
+  const int64_t head_row = static_cast<int64_t>(row) * layer.kv_heads + kv_head;
+  if (thread < here) {
+    const int token = exact.token(first + thread);
+    place[thread] = token == exact.past ? -1 : head_row * slots + exact_slot(layer, token);
+  }
+  for (int i = thread; i < Lanes * (d / 2); i += kCombineThreads) {
+    const int h = i / (d / 2), p = i % (d / 2);
+    float x = 0, y = 0;
+    if (h < heads) {
+      int e0, e1;
+      pair_elements(layer, p, &e0, &e1);
+      const int64_t base =
+          (static_cast<int64_t>(row) * layer.heads + kv_head * plan.group + part * plan.part_heads + h) * d;
+      x = load_constant(call.query, base + e0, call.dtype) * scale;
+      y = load_constant(call.query, base + e1, call.dtype) * scale;
+    }
+    const float c = p < half ? __ldg(layer.cos + static_cast<int64_t>(exact.past) * half + p) : 1.0f, s = p < half ? __ldg(layer.sin + static_cast<int64_t>(exact.past) * half + p) : 0.0f;
+    queries[h * d + 2 * p] = x * c - y * s;
+    queries[h * d + 2 * p + 1] = y * c + x * s;
+  }
+  __syncthreads();
+
+#pragma unroll 2
+  for (int i = thread; i < here * (d / 2); i += kCombineThreads) {
+    const int n = i / (d / 2), p = i % (d / 2);
+    const int64_t at = place[n] * d, fresh = head_row * d, token = exact.token(first + n);
+    int e0, e1;
+    pair_elements(layer, p, &e0, &e1);
+    const bool is_new = place[n] < 0;
+    float x, y, v0, v1;
+    if (is_new) {
+      x = rounded(load_constant(call.key, fresh + e0, call.dtype), call.exact_dtype);
+      y = rounded(load_constant(call.key, fresh + e1, call.dtype), call.exact_dtype);
+      v0 = rounded(load_constant(call.value, fresh + 2 * p, call.dtype), call.exact_dtype);
+      v1 = rounded(load_constant(call.value, fresh + 2 * p + 1, call.dtype), call.exact_dtype);
+    } else {
+      x = load_constant(call.key_exact, at + e0, call.exact_dtype);
+      y = load_constant(call.key_exact, at + e1, call.exact_dtype);
+      v0 = load_constant(call.value_exact, at + 2 * p, call.exact_dtype);
+      v1 = load_constant(call.value_exact, at + 2 * p + 1, call.exact_dtype);
+    }
+    const float c = p < half ? __ldg(layer.cos + token * half + p) : 1.0f, s = p < half ? __ldg(layer.sin + token * half + p) : 0.0f;
+    keys[n * pitch + 2 * p] = x * c - y * s;
+    keys[n * pitch + 2 * p + 1] = y * c + x * s;
+    values[n * pitch + 2 * p] = v0;
+    values[n * pitch + 2 * p + 1] = v1;
+  }
+  __syncthreads();
+
+  {  // eight threads a token
+    const int n = thread / 8, j = thread % 8;
+    float dots[Lanes] = {};
+    if (n < here)
+      for (int e = j; e < d; e += 8) {
+        const float k = keys[n * pitch + e];
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h)
+          dots[h] += queries[h * d + e] * k;
+      }
+#pragma unroll
+    for (int h = 0; h < Lanes; ++h)
+      {
+#pragma unroll
+        for (int o = 4; o > 0; o /= 2) dots[h] += __shfl_xor_sync(~0u, dots[h], o);
+        if (j == h && n < here) {
+          const float s = layer.softcap > 0 ? layer.softcap * tanhf(dots[h] / layer.softcap) * kLog2e : dots[h];
+          weights[h][n] = exact.token(first + n) >= exact.lowest ? s : kNone;
+        }
+      }
+  }
+  __syncthreads();
+  if (warp < Lanes) {  // one warp a head
+    const float s = lane < here ? weights[warp][lane] : kNone;
+    float most = s;
+    for (int o = 16; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+    const float w = s == kNone ? 0.0f : exp2f(s - most);
+    float sum = w;
+    for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    weights[warp][lane] = w;
+    if (lane == 0) memory.exact_state[at * Lanes + warp] = make_float2(most, sum);
+  }
+  __syncthreads();
+
+  // A thread has one dim of all heads, of every groups-th token; groups are added in order.
+  const int groups = kCombineThreads / d > 1 ? 2 : 1, group = thread / d, e = thread % d;
+  float out[Lanes] = {};
+  if (group < groups)
+#pragma unroll 4
+    for (int i = group; i < here; i += groups) {
+      const float x = values[i * pitch + e];
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h)
+        out[h] += weights[h][i] * x;
+    }
+  if (group == 1 && groups == 2)
+    for (int h = 0; h < Lanes; ++h)
+      keys[h * d + e] = out[h];
+  __syncthreads();
+  if (group == 0)
+#pragma unroll
+    for (int h = 0; h < Lanes; ++h)
+      memory.exact[(at * Lanes + h) * d + e] = out[h] + (groups == 2 ? keys[h * d + e] : 0.0f);
+}
+
+}  // namespace gsrq::cuda::decoding

@@ -1,0 +1,65 @@
+// The decode kernel: eight warps score keys, eight bin values. Instances are spread over files so that they compile side by
+// side.
+#pragma once
+
+#include "decode_keys.cuh"
+#include "decode_values.cuh"
+
+namespace gsrq::cuda::decoding {
+
+using Kernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Constants, Memory, int);
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+template <int Blocks, int Lanes, int Stride, bool Fast>
+__global__ void __launch_bounds__(kDecodeThreads, 1)
+    decode_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
+                  const __grid_constant__ DecodePlan plan, Constants constants, Memory memory, int vheads) {
+  const Shared shared = shared_of(plan);
+  const uint32_t rank = cluster_rank();
+  const int cluster = blockIdx.x / plan.cluster, clusters = gridDim.x / plan.cluster;
+  const Line line = line_of(layer, call, vheads, clusters);
+  Cursor cursor{};
+  cursor.start(layer, call, line, cluster);
+  if (threadIdx.x == 0) {
+    for (int b = 0; b < kBuffers; ++b) {
+      barrier_init(shared.full + 8 * b, 1);
+      barrier_init(shared.empty + 8 * b, plan.cluster);
+      barrier_expect(shared.full + 8 * b, plan.cluster * plan.tiles_of(rank % plan.owners) * kTile * Lanes * 4);
+    }
+    barrier_init(shared.done, plan.cluster);
+  }
+  cluster_sync();  // no CTA may write into another that has not started
+  if (threadIdx.x < kKeyThreads) {
+    set_registers<160, true>();
+    score_keys<Blocks, Lanes, Fast>(layer, call, plan, constants, shared, cursor, rank);
+  } else {
+    set_registers<96, false>();
+    bin_values<Lanes, Stride, Fast>(layer, call, plan, memory, shared, cursor, rank, cluster);
+  }
+  cluster_sync();  // nor leave while others write into it
+}
+
+#else
+template <int Blocks, int Lanes, int Stride, bool Fast>
+__global__ void decode_kernel(gsrq_layer, gsrq_call, DecodePlan, Constants, Memory, int) {}
+#endif
+
+template <int Lanes, int Stride, bool Fast>
+Kernel kernel_of(int blocks) {
+  switch (blocks) {
+    case 3: return decode_kernel<3, Lanes, Stride, Fast>;
+    case 4: return decode_kernel<4, Lanes, Stride, Fast>;
+    case 1: return decode_kernel<1, Lanes, Stride, Fast>;
+    case 2: return decode_kernel<2, Lanes, Stride, Fast>;
+    case 6: return decode_kernel<6, Lanes, Stride, Fast>;
+    default: return nullptr;
+  }
+}
+
+// Instances for 1, 4 or 8 query heads at a time, by how many bins a codeword has; null where none exists.
+Kernel kernel_of_one(const DecodePlan& plan);
+Kernel kernel_of_four(const DecodePlan& plan, bool fast);
+Kernel kernel_of_four_narrow(const DecodePlan& plan);
+Kernel kernel_of_eight(const DecodePlan& plan, bool fast);
+
+}  // namespace gsrq::cuda::decoding

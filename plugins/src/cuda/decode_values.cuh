@@ -1,0 +1,345 @@
+// Softmax weights of coded tokens, added into a bin for each (value stage, codeword, head). docs/cuda.md.
+#pragma once
+
+#include "decode_cluster.cuh"
+
+namespace gsrq::cuda::decoding {
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// softcap * tanh(x / softcap) in units of log2, without the slow paths of a division.
+__device__ inline float soft_capped(float x, float cap) {
+  return cap * kLog2e * (1 - __fdividef(2.0f, 1 + exp2_fast(x * __fdividef(2 * kLog2e, cap))));
+}
+
+__device__ inline bool any_value_thread(bool x) {
+  uint32_t any;
+  asm volatile(
+      "{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %1, 0;\n\t"
+      "barrier.red.or.pred q, 2, %2, p;\n\tselp.u32 %0, 1, 0, q;\n\t}"
+      : "=r"(any) : "r"(static_cast<uint32_t>(x)), "n"(kValueThreads) : "memory");
+  return any != 0;
+}
+
+// Largest over a warp, by integer comparison of the floats' bits.
+__device__ inline float warp_max(float x) {
+  const int bits = __float_as_int(x);
+  const int most = __reduce_max_sync(~0u, bits ^ ((bits >> 31) & 0x7fffffff));
+  return __int_as_float(most ^ ((most >> 31) & 0x7fffffff));
+}
+
+// A warp weighs a tile of the CTA's and bins it for up to 32 / Lanes slots: each half of the warp has the tile's 16 tokens,
+// a thread a token, and half of the slots.
+template <int Lanes, int Stride, bool Fast>
+__device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
+                           const Shared& shared, Cursor cursor, uint32_t rank, int cluster) {
+  int thread = threadIdx.x - kKeyThreads, lane = thread % 32;
+  const int warp = thread / 32;
+  constexpr int kPadded = Stride / Lanes, kPartSlots = kPadded < 32 / Lanes ? kPadded : 32 / Lanes;
+  constexpr int kParts = kPadded / kPartSlots, kSlots = kPartSlots / 2, kWords = (kSlots + 3) / 4;
+  const int owner = rank % plan.owners, way = rank / plan.owners, own_tiles = plan.tiles_of(owner);
+  const int bytes = layer.values.groups * layer.values.stages;
+  const int units = own_tiles * kParts, rounds = (units + kValueWarps - 1) / kValueWarps;
+  const int round_tokens = kParts >= kValueWarps ? kTile : kTile * kValueWarps / kParts;  // no round has more
+  const uint32_t full_bytes = plan.cluster * own_tiles * kTile * Lanes * 4;
+  const int64_t cta = static_cast<int64_t>(cluster) * plan.cluster + rank;
+  // In step (a, b) lanes differ in (slot, head), so that they meet in no bank: theirs are a and b, exclusive-or the lane's.
+  const int half = lane / kTile, head_turn = lane % Lanes, slot_turn = lane % kTile / Lanes % kSlots;
+  int turn = ((half * kSlots + slot_turn) * Lanes + head_turn) * 4;  // in bytes of a codeword's bins
+  uint32_t byte_turn = 0x3210 ^ 0x1111 * (slot_turn & 3);
+  if constexpr (kSlots < 4) byte_turn >>= 8 * half;  // the loaded word has both halves' codes
+  keep(thread);
+  keep(lane);
+  keep(turn);
+  keep(byte_turn);
+  uint32_t chunk_index = 0, item = 0;
+
+  for (int i = thread; i < plan.bins(); i += kValueThreads) shared.bins[i] = 0;
+  sync_warps<kValueThreads>(2);
+
+  for (; !cursor.done(); cursor.next(layer, call), ++item) {
+    const int kv_head = cursor.vhead / plan.parts;
+    const Range range = coded_range(layer, call, cursor.row);
+    const int group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.values.width) *
+                           layer.values.stages;
+    const int first_row = range.first - layer.sinks;
+    const int8_t* linear = call.value_codes + (cursor.row * call.capacity + first_row) * bytes;
+    int last_token = range.count - 1;
+    keep(linear);
+    keep(last_token);
+
+    // Token of the chunk that the thread has in a round; past all others if none.
+    const auto offset_of = [&](int round) {
+      const int unit = round * kValueWarps + warp;
+      return unit < units ? (unit / kParts * plan.owners + owner) * kTile + lane % kTile : 1 << 30;
+    };
+    int first_offset = offset_of(0);
+    keep(first_offset);
+    uint32_t coming[kWords];
+    const auto fetch = [&](int chunk, int round) {
+      const int offset = rounds == 1 ? first_offset : offset_of(round);
+      const int i = min(chunk * kChunk + offset, last_token);
+      const int first_byte = group_byte + way * plan.slots_per_cta +
+                             (round * kValueWarps + warp) % kParts * kPartSlots + (kSlots < 4 ? 0 : lane / kTile * kSlots);
+      if constexpr (Fast) {
+        const int8_t* row = linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
+#pragma unroll
+        for (int w = 0; w < kWords; ++w)
+          coming[w] = first_byte - group_byte + 4 * w < plan.slots ? __ldg(reinterpret_cast<const uint32_t*>(row + first_byte) + w) : 0;
+      } else {
+        load_codes<kWords, false>(coming, call.value_codes + row_of(call, cursor.row, first_row + i) * bytes, first_byte,
+                                  group_byte + plan.slots);
+      }
+    };
+    fetch(cursor.first, 0);
+
+    // Reference exponents of the item and of the window; of the thread's tokens the sums of weights under each.
+    float item_reference[Lanes], reference[Lanes], item_sum[Lanes];
+    uint32_t window_sum[Lanes];
+    int window_tokens = 0;
+    bool flushed = false;
+#pragma unroll
+    for (int h = 0; h < Lanes; ++h) {
+      item_reference[h] = reference[h] = kNone;
+      item_sum[h] = 0;
+      window_sum[h] = 0;
+    }
+    float* const scratch = memory.scratch + (2 * cta + (item & 1)) * plan.bins();
+
+    // Adds the window's bins to the item's in global memory. All value threads call it together.
+    const auto flush = [&]() {
+      float kept[Lanes], added[Lanes];
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h) {
+        const float most = fmaxf(item_reference[h], reference[h]);
+        kept[h] = item_reference[h] == kNone ? 0.0f : exp2_fast(item_reference[h] - most);
+        added[h] = reference[h] == kNone ? 0.0f : exp2_fast(reference[h] - most - kFixedBits);
+        item_sum[h] = item_sum[h] * kept[h] + static_cast<float>(window_sum[h]) * added[h];
+        item_reference[h] = most;
+        window_sum[h] = 0;
+      }
+      sync_warps<kValueThreads>(2);
+      const bool upper = Lanes == 8 && thread % 2 == 1;  // of a thread's four bins the heads: always the same
+      float4 keep4, add4;
+      if constexpr (Lanes == 1) {
+        keep4 = make_float4(kept[0], kept[0], kept[0], kept[0]);
+        add4 = make_float4(added[0], added[0], added[0], added[0]);
+      } else {
+        keep4 = make_float4(kept[0], kept[1], kept[2], kept[3]);
+        add4 = make_float4(added[0], added[1], added[2], added[3]);
+        if (upper) {
+          keep4 = make_float4(kept[Lanes - 4], kept[Lanes - 3], kept[Lanes - 2], kept[Lanes - 1]);
+          add4 = make_float4(added[Lanes - 4], added[Lanes - 3], added[Lanes - 2], added[Lanes - 1]);
+        }
+      }
+      constexpr int kVectors = kCodewords * Stride / 4;
+#pragma unroll 8
+      for (int i = thread; i < kVectors; i += kValueThreads) {
+        uint4* bins = reinterpret_cast<uint4*>(shared.bins) + i;
+        const uint4 u = *bins;
+        *bins = make_uint4(0, 0, 0, 0);
+        float4 total = make_float4(0, 0, 0, 0);
+        if (flushed) total = __ldcg(reinterpret_cast<const float4*>(scratch) + i);
+        total.x = total.x * keep4.x + static_cast<float>(u.x) * add4.x;
+        total.y = total.y * keep4.y + static_cast<float>(u.y) * add4.y;
+        total.z = total.z * keep4.z + static_cast<float>(u.z) * add4.z;
+        total.w = total.w * keep4.w + static_cast<float>(u.w) * add4.w;
+        __stcg(reinterpret_cast<float4*>(scratch) + i, total);
+      }
+      sync_warps<kValueThreads>(2);
+      flushed = true;
+      window_tokens = 0;
+    };
+
+    for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
+      const uint32_t buffer = chunk_index % kBuffers;
+      for (int round = 0; round < rounds; ++round) {
+        uint32_t codes[kWords];
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) codes[w] = coming[w];
+        if (round + 1 < rounds) fetch(chunk, round + 1);
+        else if (chunk + 1 < cursor.stop) fetch(chunk + 1, 0);
+        if (round == 0) barrier_wait(shared.full + 8 * buffer, chunk_index / kBuffers & 1);
+
+        const int unit = round * kValueWarps + warp, offset = rounds == 1 ? first_offset : offset_of(round);
+        const bool valid = chunk * kChunk + offset <= last_token;
+        float score[Lanes];
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) score[h] = 0;
+        if (valid) {
+          const int stride = plan.own_tiles * kTile * Lanes;
+          const float* scores = shared.scores + buffer * plan.cluster * stride + (unit / kParts * kTile + lane % kTile) * Lanes;
+          if constexpr (Lanes == 1) {
+            for (int other = 0; other < plan.cluster; ++other) score[0] += scores[other * stride];
+          } else {
+            for (int first = 0; first < plan.cluster; first += 4) {
+              float4 v[4][Lanes / 4];
+#pragma unroll
+              for (int j = 0; j < 4; ++j)
+#pragma unroll
+                for (int h = 0; h < Lanes / 4; ++h)
+                  v[j][h] = first + j < plan.cluster ? reinterpret_cast<const float4*>(scores + (first + j) * stride)[h]
+                                                     : make_float4(0, 0, 0, 0);
+#pragma unroll
+              for (int j = 0; j < 4; ++j)
+#pragma unroll
+                for (int h = 0; h < Lanes / 4; ++h) {
+                  score[4 * h] += v[j][h].x;
+                  score[4 * h + 1] += v[j][h].y;
+                  score[4 * h + 2] += v[j][h].z;
+                  score[4 * h + 3] += v[j][h].w;
+                }
+            }
+          }
+          if (layer.softcap > 0)
+#pragma unroll
+            for (int h = 0; h < Lanes; ++h) score[h] = soft_capped(score[h], layer.softcap);
+        }
+        bool exceeds = window_tokens + round_tokens > kWindowTokens || window_tokens == 0;
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) {
+          if (!valid) score[h] = kNone;
+          exceeds |= score[h] > reference[h] + kHeadroom;
+        }
+        exceeds = any_value_thread(exceeds);
+        if (round == rounds - 1) {  // all have read the scores: the buffer may be filled again, by all CTAs
+          if (thread == 0) barrier_expect(shared.full + 8 * buffer, full_bytes);
+          if (thread < plan.cluster) barrier_arrive_remote(remote(shared.empty + 8 * buffer, thread));
+        }
+        if (exceeds) {  // a new window, whose reference is the largest here
+          if (window_tokens > 0) flush();
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h) {
+            const float most = warp_max(score[h]);
+            if (lane == h) shared.maxima[warp * Lanes + h] = most;
+          }
+          sync_warps<kValueThreads>(2);
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h) {
+            float most = kNone;
+#pragma unroll
+            for (int w = 0; w < kValueWarps; ++w) most = fmaxf(most, shared.maxima[w * Lanes + h]);
+            reference[h] = most;
+          }
+          sync_warps<kValueThreads>(2);
+        }
+        window_tokens += round_tokens;
+
+        if (valid) {
+          uint32_t weight[Lanes];
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h) {
+            weight[h] = __float2uint_rn(exp2_fast(score[h] - reference[h] + kFixedBits));
+            if (unit % kParts == 0 && lane < kTile) window_sum[h] += weight[h];
+          }
+          // Step b's is head b ^ head_turn, byte a of the codes that of slot a ^ slot_turn.
+#pragma unroll
+          for (int by = 1; by < Lanes; by *= 2)
+#pragma unroll
+            for (int h = 0; h < Lanes; ++h)
+              if ((h & by) == 0) {
+                const uint32_t low = weight[h], high = weight[h + by];
+                weight[h] = turn & 4 * by ? high : low;
+                weight[h + by] = turn & 4 * by ? low : high;
+              }
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) codes[w] = __byte_perm(codes[w], 0, byte_turn);
+#pragma unroll
+          for (int by = 1; by < kWords; by *= 2)
+#pragma unroll
+            for (int w = 0; w < kWords; ++w)
+              if ((w & by) == 0) {
+                const uint32_t low = codes[w], high = codes[w + by];
+                codes[w] = turn & 16 * Lanes * by ? high : low;
+                codes[w + by] = turn & 16 * Lanes * by ? low : high;
+              }
+          char* const part = reinterpret_cast<char*>(shared.bins) + unit % kParts * (kPartSlots * Lanes * 4);
+#pragma unroll
+          for (int a = 0; a < kSlots; ++a) {
+            const uint32_t row = (codes[a / 4] >> (8 * (a % 4)) & 0xff) * (Stride * 4);
+#pragma unroll
+            for (int b = 0; b < Lanes; ++b)
+              atomicAdd(reinterpret_cast<uint32_t*>(part + (row | (turn ^ ((a * Lanes + b) * 4)))), weight[b]);
+          }
+        }
+      }
+    }
+    flush();
+
+    // The sum of weights over the threads, and the references, for the other owners.
+#pragma unroll
+    for (int h = 0; h < Lanes; ++h) {
+      float sum = item_sum[h];
+      for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+      if (lane == h) shared.maxima[warp * Lanes + h] = sum;
+    }
+    sync_warps<kValueThreads>(2);
+    if (thread < Lanes) {
+      float total = 0, most = kNone;
+      for (int w = 0; w < kValueWarps; ++w) total += shared.maxima[w * Lanes + thread];
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h)
+        if (h == thread) most = item_reference[h];
+      __stcg(memory.scratch_state + (2 * cta + (item & 1)) * Lanes + thread, make_float2(most, total));
+    }
+    __threadfence();
+    sync_warps<kValueThreads>(2);
+    if (thread < plan.cluster) barrier_arrive_remote(remote(shared.done, thread));
+    barrier_wait(shared.done, item & 1);
+    __threadfence();
+
+    // Each owner adds an equal share of its way's bins.
+    const int64_t partial = static_cast<int64_t>(cursor.vhead) * call.batch + cursor.row + cluster;
+    const int64_t first_cta = static_cast<int64_t>(cluster) * plan.cluster + way * plan.owners;
+    const int vectors = plan.bins() / 4, share = (vectors + plan.owners - 1) / plan.owners;
+    float most[Lanes];
+#pragma unroll
+    for (int h = 0; h < Lanes; ++h) most[h] = kNone;
+    for (int k = 0; k < plan.owners; ++k)
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h)
+        most[h] = fmaxf(most[h], __ldcg(memory.scratch_state + (2 * (first_cta + k) + (item & 1)) * Lanes + h).x);
+    if (rank == 0 && thread < Lanes) {
+      float total = 0, reference_out = kNone;
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h)
+        if (h == thread) reference_out = most[h];
+      for (int k = 0; k < plan.owners; ++k) {
+        const float2 state = __ldcg(memory.scratch_state + (2 * (first_cta + k) + (item & 1)) * Lanes + thread);
+        if (state.x != kNone) total += state.y * exp2_fast(state.x - reference_out);
+      }
+      memory.state[partial * Lanes + thread] = make_float2(reference_out, total);
+    }
+    float4* const out = reinterpret_cast<float4*>(memory.bins + (partial * plan.ways + way) * plan.bins());
+    const int first_head = Lanes == 8 ? 4 : 0;  // of odd vectors
+#pragma unroll 2
+    for (int i = owner * share + thread; i < min(vectors, (owner + 1) * share); i += kValueThreads) {
+      float4 total = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+      for (int k = 0; k < plan.owners; ++k) {
+        const int64_t other = 2 * (first_cta + k) + (item & 1);
+        const float4 v = __ldcg(reinterpret_cast<const float4*>(memory.scratch + other * plan.bins()) + i);
+        const float2* state = memory.scratch_state + other * Lanes;
+        float factor[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int head = Lanes == 1 ? 0 : j + (i % 2 ? first_head : 0);
+          float reference_out = most[0];
+#pragma unroll
+          for (int h = 1; h < Lanes; ++h) reference_out = h == head ? most[h] : reference_out;
+          const float own = __ldcg(state + head).x;
+          factor[j] = own == kNone ? 0.0f : exp2_fast(own - reference_out);
+        }
+        total.x += v.x * factor[0];
+        total.y += v.y * factor[1];
+        total.z += v.z * factor[2];
+        total.w += v.w * factor[3];
+      }
+      out[i] = total;
+    }
+  }
+}
+
+#endif
+
+}  // namespace gsrq::cuda::decoding
