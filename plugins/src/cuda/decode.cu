@@ -20,14 +20,17 @@ namespace decoding {
 namespace {
 
 // The key codewords as int8 slices; see Constants::words. One thread a byte.
-__global__ void slice_keys(const __grid_constant__ gsrq_layer layer, const __grid_constant__ DecodePlan plan, signed char* out) {
+__global__ void slice_keys(const __grid_constant__ gsrq_layer layer, const __grid_constant__ DecodePlan plan,
+                           signed char* out) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   const int64_t per_cta = static_cast<int64_t>(plan.blocks) * kBlockBytes;
   if (i >= layer.kv_heads * static_cast<int64_t>(plan.cluster) * per_cta) return;
   const int kv_head = static_cast<int>(i / (plan.cluster * per_cta)), rank = static_cast<int>(i / per_cta % plan.cluster);
   const int byte = static_cast<int>(i % per_cta);
-  const int block = byte / kBlockBytes, code = byte / 128 % kCodewords, stage_in_block = byte / 32 % 4, inside = byte % 32;
-  const int slice = rank % plan.slices, split = rank / plan.slices % plan.splits, plane = rank / (plan.slices * plan.splits);
+  const int block = byte / kBlockBytes, code = byte / 128 % kCodewords;
+  const int stage_in_block = byte / 32 % 4, inside = byte % 32;
+  const int slice = rank % plan.slices, split = rank / plan.slices % plan.splits;
+  const int plane = rank / (plan.slices * plan.splits);
   const int stage = (split * plan.blocks + block) * kBlockStages + stage_in_block;
   signed char result = 0;
   if (stage < layer.keys.stages && split * plan.blocks + block < plan.all_blocks) {
@@ -112,7 +115,11 @@ cudaLaunchConfig_t launch_config(const DecodePlan& plan, cudaLaunchAttribute* at
   config.numAttrs = 1;
   return config;
 }
+
 bool prepare_kernel(Kernel kernel, const DecodePlan& plan) {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90)
+    return false;  // compiled for an older one, from whose code the kernel is left out
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit) == cudaSuccess &&
          (plan.cluster <= 8 || cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess);
 }
@@ -133,8 +140,7 @@ int resident_clusters(const DecodePlan& plan) {
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config = launch_config(plan, &attribute, 1);
     const bool ready =
-        prepare_kernel(kernel, plan) && prepare_kernel(fast, plan) &&
-        prepare_combine(plan) &&
+        prepare_kernel(kernel, plan) && prepare_kernel(fast, plan) && prepare_combine(plan) &&
         cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
     if (!ready) clusters = 0;
     cudaGetLastError();
@@ -143,7 +149,8 @@ int resident_clusters(const DecodePlan& plan) {
   return clusters;
 }
 
-Memory take_memory(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, int vheads, int clusters, Arena& workspace) {
+Memory take_memory(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, int vheads, int clusters,
+                   Arena& workspace) {
   const int64_t rows = static_cast<int64_t>(vheads) * call.batch, partials = rows + clusters;
   Memory m{};
   m.bins = workspace.take<float>(partials * plan.ways * plan.bins());
@@ -208,7 +215,8 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     cudaLaunchAttribute attribute;
     cudaLaunchConfig_t config = launch_config(plan, &attribute, clusters);
     config.stream = stream;
-    if (cudaLaunchKernelEx(&config, kernel_of(plan, is_fast(layer, call, plan)), layer, call, plan, constants, memory, vheads) != cudaSuccess)
+    const Kernel kernel = kernel_of(plan, is_fast(layer, call, plan));
+    if (cudaLaunchKernelEx(&config, kernel, layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
   }  return combine(layer, call, plan, memory, vheads, clusters, has_coded, stream);
 }

@@ -60,7 +60,8 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
       x = load_constant(call.query, base + e0, call.dtype) * scale;
       y = load_constant(call.query, base + e1, call.dtype) * scale;
     }
-    const float c = p < half ? __ldg(layer.cos + static_cast<int64_t>(exact.past) * half + p) : 1.0f, s = p < half ? __ldg(layer.sin + static_cast<int64_t>(exact.past) * half + p) : 0.0f;
+    const int64_t table = static_cast<int64_t>(exact.past) * half + p;
+    const float c = p < half ? __ldg(layer.cos + table) : 1.0f, s = p < half ? __ldg(layer.sin + table) : 0.0f;
     queries[h * d + 2 * p] = x * c - y * s;
     queries[h * d + 2 * p + 1] = y * c + x * s;
   }
@@ -85,7 +86,8 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
       v0 = load_constant(call.value_exact, at + 2 * p, call.exact_dtype);
       v1 = load_constant(call.value_exact, at + 2 * p + 1, call.exact_dtype);
     }
-    const float c = p < half ? __ldg(layer.cos + token * half + p) : 1.0f, s = p < half ? __ldg(layer.sin + token * half + p) : 0.0f;
+    const int64_t table = token * half + p;
+    const float c = p < half ? __ldg(layer.cos + table) : 1.0f, s = p < half ? __ldg(layer.sin + table) : 0.0f;
     keys[n * pitch + 2 * p] = x * c - y * s;
     keys[n * pitch + 2 * p + 1] = y * c + x * s;
     values[n * pitch + 2 * p] = v0;

@@ -9,11 +9,11 @@ namespace gsrq::cuda::decoding {
 
 using Kernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Constants, Memory, int);
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 template <int Blocks, int Lanes, int Stride, bool Fast>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ DecodePlan plan, Constants constants, Memory memory, int vheads) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // never launched on others
   const Shared shared = shared_of(plan);
   const uint32_t rank = cluster_rank();
   const int cluster = blockIdx.x / plan.cluster, clusters = gridDim.x / plan.cluster;
@@ -37,20 +37,16 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     bin_values<Lanes, Stride, Fast>(layer, call, plan, memory, shared, cursor, rank, cluster);
   }
   cluster_sync();  // nor leave while others write into it
-}
-
-#else
-template <int Blocks, int Lanes, int Stride, bool Fast>
-__global__ void decode_kernel(gsrq_layer, gsrq_call, DecodePlan, Constants, Memory, int) {}
 #endif
+}
 
 template <int Lanes, int Stride, bool Fast>
 Kernel kernel_of(int blocks) {
   switch (blocks) {
-    case 3: return decode_kernel<3, Lanes, Stride, Fast>;
-    case 4: return decode_kernel<4, Lanes, Stride, Fast>;
     case 1: return decode_kernel<1, Lanes, Stride, Fast>;
     case 2: return decode_kernel<2, Lanes, Stride, Fast>;
+    case 3: return decode_kernel<3, Lanes, Stride, Fast>;
+    case 4: return decode_kernel<4, Lanes, Stride, Fast>;
     case 6: return decode_kernel<6, Lanes, Stride, Fast>;
     default: return nullptr;
   }

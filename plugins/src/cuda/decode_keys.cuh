@@ -161,11 +161,13 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
         for (int o = 0; o < 2; ++o) {
           const int i = min(chunk * kChunk + token_in_chunk + m * kStride + 8 * o, last_token);
-          if constexpr (Fast)
-            load_codes<Blocks, true>(coming[m][o], linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes), 0, 0);
-          else
-            load_codes<Blocks, false>(coming[m][o], call.key_codes + row_of(call, cursor.row, first_row + i) * bytes, first_byte,
-                                      last_byte);
+          if constexpr (Fast) {
+            const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
+            load_codes<Blocks, true>(coming[m][o], linear + at, 0, 0);
+          } else {
+            const int8_t* row = call.key_codes + row_of(call, cursor.row, first_row + i) * bytes;
+            load_codes<Blocks, false>(coming[m][o], row, first_byte, last_byte);
+          }
         }
     };
     fetch(cursor.first);

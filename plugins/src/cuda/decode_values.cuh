@@ -85,7 +85,9 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
         const int8_t* row = linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
 #pragma unroll
         for (int w = 0; w < kWords; ++w)
-          coming[w] = first_byte - group_byte + 4 * w < plan.slots ? __ldg(reinterpret_cast<const uint32_t*>(row + first_byte) + w) : 0;
+          coming[w] = first_byte - group_byte + 4 * w < plan.slots
+                          ? __ldg(reinterpret_cast<const uint32_t*>(row + first_byte) + w)
+                          : 0;
       } else {
         load_codes<kWords, false>(coming, call.value_codes + row_of(call, cursor.row, first_row + i) * bytes, first_byte,
                                   group_byte + plan.slots);
