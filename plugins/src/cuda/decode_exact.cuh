@@ -13,7 +13,7 @@ struct ExactTokens {
   int past, first_recent, lowest;  // lowest: the first that a sliding window leaves visible
   int sinks, count;
   __device__ ExactTokens(const gsrq_layer& layer, const gsrq_call& call, int row) {
-    past = static_cast<int>(min(call.past_lengths[row], call.max_total - 1));
+    past = static_cast<int>(max(min(call.past_lengths[row], call.max_total - 1), static_cast<int64_t>(0)));
     const int total = past + 1;
     first_recent = layer.sinks + coded_tokens(layer, total);
     sinks = min(layer.sinks, total);

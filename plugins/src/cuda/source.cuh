@@ -17,8 +17,11 @@ __host__ __device__ inline RowLengths row_lengths(const gsrq_layer& layer, int64
           gsrq_coded(total, layer.sinks, layer.window, layer.block)};
 }
 
+// A row whose lengths cannot be is left alone: hosts check them, but no length may lead out of the caller's memory.
 __device__ inline RowLengths row_lengths(const gsrq_layer& layer, const gsrq_call& call, int64_t b) {
-  return row_lengths(layer, call.past_lengths[b], call.new_lengths[b]);
+  const int64_t past = call.past_lengths[b], fresh = call.new_lengths[b];
+  const bool possible = past >= 0 && fresh >= 0 && fresh <= call.steps && past <= call.max_total - fresh;
+  return possible ? row_lengths(layer, past, fresh) : row_lengths(layer, 0, 0);
 }
 
 // Most tokens that a call of so many steps codes in one row.
