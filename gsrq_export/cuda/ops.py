@@ -5,6 +5,8 @@ On CUDA tensors the kernels run, on CPU tensors the reference. Both check everyt
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gsrq_export.cache.reference import LayerCache, gsrq_attention
@@ -38,43 +40,15 @@ def attention(
 
 
 @attention.register_kernel("cpu")
-def _reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    past_lengths: torch.Tensor,
-    new_lengths: torch.Tensor,
-    key_codes: torch.Tensor,
-    value_codes: torch.Tensor,
-    key_exact: torch.Tensor,
-    value_exact: torch.Tensor,
-    block_table: torch.Tensor | None,
-    layer: int,
-    max_total: int | None,
-) -> torch.Tensor:
-    tensors = CallTensors(
-        query, key, value, past_lengths, new_lengths, key_codes, value_codes, key_exact, value_exact, block_table
-    )
-    owner = layer_of(layer)
+def _reference(*arguments: Any) -> torch.Tensor:
+    *of_call, layer, max_total = arguments
+    tensors, owner = CallTensors(*of_call), layer_of(layer)
     check_lengths(owner.shape, tensors, check_call(owner.shape, tensors, max_total))
     return run_reference(owner, tensors)
 
 
 @attention.register_fake
-def _shape(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    past_lengths: torch.Tensor,
-    new_lengths: torch.Tensor,
-    key_codes: torch.Tensor,
-    value_codes: torch.Tensor,
-    key_exact: torch.Tensor,
-    value_exact: torch.Tensor,
-    block_table: torch.Tensor | None,
-    layer: int,
-    max_total: int | None,
-) -> torch.Tensor:
+def _shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
     batch, heads, steps, head_dim = query.shape
     return query.new_empty(batch, steps, heads, head_dim)
 

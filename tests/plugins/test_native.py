@@ -23,6 +23,8 @@ LAYOUT_PROGRAM = """
 #include "gsrq/layout.h"
 extern "C" int64_t coded(int64_t n, int64_t s, int64_t w, int64_t p) { return gsrq_coded(n, s, w, p); }
 extern "C" int64_t slot(int64_t j, int64_t s, int64_t w, int64_t p) { return gsrq_slot(j, s, w, p); }
+extern "C" int64_t coded32(int64_t n, int64_t s, int64_t w, int64_t p) { return gsrq_coded32(n, s, w, p); }
+extern "C" int64_t slot32(int64_t j, int64_t s, int64_t w, int64_t p) { return gsrq_slot32(j, s, w, p); }
 extern "C" int64_t slots(int64_t s, int64_t w, int64_t p) { return gsrq_exact_slots(s, w, p); }
 extern "C" int64_t row(int64_t j, int64_t s) { return gsrq_code_row(j, s); }
 extern "C" int64_t byte(int64_t g, int64_t r, int64_t stages) { return gsrq_code_byte(g, r, stages); }
@@ -36,7 +38,7 @@ def test_the_header_and_python_state_the_same_layout(tmp_path: Path) -> None:
     include = f"-I{native.source_dir() / 'include'}"
     subprocess.run([COMPILER, "-shared", "-fPIC", include, str(source), "-o", str(shared)], check=True)
     c = ctypes.CDLL(str(shared))
-    for name in ("coded", "slot", "slots", "row", "byte", "size"):
+    for name in ("coded", "slot", "coded32", "slot32", "slots", "row", "byte", "size"):
         getattr(c, name).restype = ctypes.c_int64
     i64 = ctypes.c_int64
     assert c.size() == CODEBOOK_SIZE
@@ -46,6 +48,9 @@ def test_the_header_and_python_state_the_same_layout(tmp_path: Path) -> None:
         tokens = torch.tensor([*range(400), 2**33, 2**33 + 1])
         assert [c.coded(i64(n), *swp) for n in tokens.tolist()] == [rule.coded(n) for n in tokens.tolist()]
         assert [c.slot(i64(n), *swp) for n in tokens.tolist()] == rule.slot(tokens).tolist()
+        narrow = torch.tensor([*range(400), 2**31 - 2, 2**31 - 1])
+        assert [c.coded32(i64(n), *swp) for n in narrow.tolist()] == [rule.coded(n) for n in narrow.tolist()]
+        assert [c.slot32(i64(n), *swp) for n in narrow.tolist()] == rule.slot(narrow).tolist()
         assert c.row(i64(rule.sinks + 17), i64(rule.sinks)) == 17
     # docs/operator.md: byte g * R + r is stage r of sub-vector g, as Codebook.encode lays them out.
     order = torch.arange(5 * 3).reshape(5, 3)

@@ -4,8 +4,8 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <vector>
 
+#include "decode_plan.hpp"
 #include "internal.cuh"
 
 namespace gsrq::cuda {
@@ -14,8 +14,6 @@ namespace {
 thread_local char message[512];
 
 constexpr int64_t kMostHeadDim = 256, kMostStages = 256, kMostGroup = 16;
-
-bool is_dtype(int32_t dtype) { return dtype == GSRQ_F32 || dtype == GSRQ_F16 || dtype == GSRQ_BF16; }
 
 int check_codebook(const gsrq_layer& layer, const gsrq_codebook& book, const char* side) {
   const int64_t total = static_cast<int64_t>(layer.kv_heads) * layer.head_dim;
@@ -146,7 +144,18 @@ __global__ void inspect_rope(gsrq_layer layer, Traits* traits) {
   atomicMax(&traits->deviation, __float_as_int(worst >= 0 ? worst : INFINITY));
 }
 
-constexpr int kExponentSpread = 6;  // stages are multiplied by up to 2^6 in int8
+// What a call's parts do once the call and its memory have been checked.
+int encode_checked(const gsrq_layer& layer, const gsrq_call& call, const void* prepared, void* workspace, void* stream) {
+  Arena constants{static_cast<char*>(const_cast<void*>(prepared))}, scratch{static_cast<char*>(workspace)};
+  decode_prepare(layer, constants, nullptr, false);  // skips its share
+  return encode(layer, call, constants, scratch, static_cast<cudaStream_t>(stream));
+}
+
+int attend_checked(const gsrq_layer& layer, const gsrq_call& call, const void* prepared, void* workspace, void* stream) {
+  Arena constants{static_cast<char*>(const_cast<void*>(prepared))}, scratch{static_cast<char*>(workspace)};
+  return decode_supported(layer, call) ? decode(layer, call, constants, scratch, static_cast<cudaStream_t>(stream))
+                                       : prefill(layer, call, scratch, static_cast<cudaStream_t>(stream));
+}
 
 }  // namespace
 
@@ -240,29 +249,25 @@ int64_t gsrq_cuda_workspace_bytes(const gsrq_layer* layer, const gsrq_call* call
 
 int gsrq_cuda_encode(const gsrq_layer* layer, const gsrq_call* call, const void* prepared, void* workspace, int64_t bytes,
                      void* stream) {
-  if (check_memory(*layer, *call, prepared, workspace, bytes)) return 1;
-  Arena constants{static_cast<char*>(const_cast<void*>(prepared))}, scratch{static_cast<char*>(workspace)};
-  decode_prepare(*layer, constants, nullptr, false);  // skips its share
-  return encode(*layer, *call, constants, scratch, static_cast<cudaStream_t>(stream));
+  return check_memory(*layer, *call, prepared, workspace, bytes) ||
+         encode_checked(*layer, *call, prepared, workspace, stream);
 }
 
 int gsrq_cuda_attend(const gsrq_layer* layer, const gsrq_call* call, const void* prepared, void* workspace, int64_t bytes,
                      void* stream) {
-  if (check_memory(*layer, *call, prepared, workspace, bytes)) return 1;
-  Arena constants{static_cast<char*>(const_cast<void*>(prepared))}, scratch{static_cast<char*>(workspace)};
-  return decode_supported(*layer, *call)
-             ? decode(*layer, *call, constants, scratch, static_cast<cudaStream_t>(stream))
-             : prefill(*layer, *call, scratch, static_cast<cudaStream_t>(stream));
+  return check_memory(*layer, *call, prepared, workspace, bytes) ||
+         attend_checked(*layer, *call, prepared, workspace, stream);
 }
 
 int gsrq_cuda_append(const gsrq_layer* layer, const gsrq_call* call, void* stream) {
-  if (check(*layer, *call)) return 1;
-  return append(*layer, *call, static_cast<cudaStream_t>(stream));
+  return check(*layer, *call) || append(*layer, *call, static_cast<cudaStream_t>(stream));
 }
 
 int gsrq_cuda_attention(const gsrq_layer* layer, const gsrq_call* call, const void* prepared, void* workspace,
                         int64_t bytes, void* stream) {
   if (call->batch == 0 || call->steps == 0) return check(*layer, *call);
-  return gsrq_cuda_encode(layer, call, prepared, workspace, bytes, stream) ||
-         gsrq_cuda_attend(layer, call, prepared, workspace, bytes, stream) || gsrq_cuda_append(layer, call, stream);
+  return check_memory(*layer, *call, prepared, workspace, bytes) ||
+         encode_checked(*layer, *call, prepared, workspace, stream) ||
+         attend_checked(*layer, *call, prepared, workspace, stream) ||
+         append(*layer, *call, static_cast<cudaStream_t>(stream));
 }

@@ -85,7 +85,7 @@ bool multipliers_fit(const gsrq_layer& layer) {
     least = std::min(least, layer.exponents[r]);
     most = std::max(most, layer.exponents[r]);
   }
-  return most - least <= kMostMultiplier;
+  return most - least <= kExponentSpread;
 }
 
 // Fast kernels exist for four or eight query heads a KV head and up to 16 value stages.
@@ -218,7 +218,8 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     const Kernel kernel = kernel_of(plan, is_fast(layer, call, plan));
     if (cudaLaunchKernelEx(&config, kernel, layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
-  }  return combine(layer, call, plan, memory, vheads, clusters, has_coded, stream);
+  }
+  return combine(layer, call, plan, memory, vheads, clusters, has_coded, stream);
 }
 
 }  // namespace gsrq::cuda

@@ -173,7 +173,8 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
 template <int Rows, int Codes, int Lanes>
 __global__ void __launch_bounds__(kCombineThreads, 3)
     combine_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
-            const __grid_constant__ DecodePlan plan, Memory memory, int vheads, int clusters, int value_blocks, int splits) {
+                   const __grid_constant__ DecodePlan plan, Memory memory, int vheads, int clusters, int value_blocks,
+                   int splits) {
   const int block = blockIdx.x;
   if (block < value_blocks) combine_values<Rows, Codes, Lanes>(layer, call, plan, memory, vheads, clusters, block);
   else attend_exact<Lanes>(layer, call, plan, memory, vheads, splits, block - value_blocks);
@@ -264,8 +265,8 @@ int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& pl
       has_coded ? static_cast<int64_t>(plan.slots) * vheads * ((call.batch + rows_at_once - 1) / rows_at_once) : 0;
   const int64_t blocks = value_blocks + static_cast<int64_t>(splits) * vheads * call.batch;
   const CombineKernel kernel = combine_of(plan, few);
-  kernel<<<static_cast<unsigned>(blocks), kCombineThreads,
-                   combine_bytes(plan, rows, few ? kFewCodes : kManyCodes), stream>>>(
+  const int bytes = combine_bytes(plan, rows, few ? kFewCodes : kManyCodes);
+  kernel<<<static_cast<unsigned>(blocks), kCombineThreads, bytes, stream>>>(
       layer, call, plan, memory, vheads, clusters, static_cast<int>(value_blocks), splits);
   if (launched("combine")) return 1;
   finish<<<dim3(static_cast<unsigned>(vheads * plan.part_heads), static_cast<unsigned>(call.batch)), kFinishThreads, 0,

@@ -45,18 +45,6 @@ struct Memory {  // of a call
   float2* exact_state;  // [batch][vheads][splits][lanes]
 };
 
-// gsrq_coded() and gsrq_slot() of layout.h in 32 bits, which positions fit: 64-bit divisions take hundreds of cycles.
-__device__ inline int coded_tokens(const gsrq_layer& layer, int total) {
-  const int full = total - layer.sinks - layer.window;
-  const uint32_t block = static_cast<uint32_t>(layer.block);
-  return full > 0 ? static_cast<int>(static_cast<uint32_t>(full) / block * block) : 0;
-}
-
-__device__ inline int exact_slot(const gsrq_layer& layer, int token) {
-  const uint32_t ring = static_cast<uint32_t>(layer.window + layer.block);
-  return token < layer.sinks ? token : layer.sinks + static_cast<int>(static_cast<uint32_t>(token - layer.sinks) % ring);
-}
-
 struct Range {
   int first;  // token
   int count;  // coded tokens that the query sees
@@ -68,7 +56,7 @@ __device__ inline Range coded_range(const gsrq_layer& layer, const gsrq_call& ca
   const int total = static_cast<int>(min(call.past_lengths[b] + 1, call.max_total));
   int first = layer.sinks;
   if (layer.sliding_window > 0 && total - layer.sliding_window > first) first = total - layer.sliding_window;
-  const int count = layer.sinks + coded_tokens(layer, total) - first;
+  const int count = layer.sinks + gsrq_coded32(total, layer.sinks, layer.window, layer.block) - first;
   return {first, count > 0 ? count : 0};
 }
 

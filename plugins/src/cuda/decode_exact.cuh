@@ -15,7 +15,7 @@ struct ExactTokens {
   __device__ ExactTokens(const gsrq_layer& layer, const gsrq_call& call, int row) {
     past = static_cast<int>(max(min(call.past_lengths[row], call.max_total - 1), static_cast<int64_t>(0)));
     const int total = past + 1;
-    first_recent = layer.sinks + coded_tokens(layer, total);
+    first_recent = layer.sinks + gsrq_coded32(total, layer.sinks, layer.window, layer.block);
     sinks = min(layer.sinks, total);
     count = sinks + max(total - first_recent, 0);
     lowest = layer.sliding_window > 0 ? total - layer.sliding_window : 0;
@@ -47,7 +47,9 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
   const int64_t head_row = static_cast<int64_t>(row) * layer.kv_heads + kv_head;
   if (thread < here) {
     const int token = exact.token(first + thread);
-    place[thread] = token == exact.past ? -1 : head_row * slots + exact_slot(layer, token);
+    place[thread] = token == exact.past
+                        ? -1
+                        : head_row * slots + gsrq_slot32(token, layer.sinks, layer.window, layer.block);
   }
   for (int i = thread; i < Lanes * (d / 2); i += kCombineThreads) {
     const int h = i / (d / 2), p = i % (d / 2);
@@ -106,15 +108,14 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
           dots[h] += queries[h * d + e] * k;
       }
 #pragma unroll
-    for (int h = 0; h < Lanes; ++h)
-      {
+    for (int h = 0; h < Lanes; ++h) {
 #pragma unroll
-        for (int o = 4; o > 0; o /= 2) dots[h] += __shfl_xor_sync(~0u, dots[h], o);
-        if (j == h && n < here) {
-          const float s = layer.softcap > 0 ? layer.softcap * tanhf(dots[h] / layer.softcap) * kLog2e : dots[h];
-          weights[h][n] = exact.token(first + n) >= exact.lowest ? s : kNone;
-        }
+      for (int o = 4; o > 0; o /= 2) dots[h] += __shfl_xor_sync(~0u, dots[h], o);
+      if (j == h && n < here) {
+        const float s = layer.softcap > 0 ? layer.softcap * tanhf(dots[h] / layer.softcap) * kLog2e : dots[h];
+        weights[h][n] = exact.token(first + n) >= exact.lowest ? s : kNone;
       }
+    }
   }
   __syncthreads();
   if (warp < Lanes) {  // one warp a head

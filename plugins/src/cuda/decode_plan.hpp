@@ -4,10 +4,11 @@
 #include <cstdint>
 
 #include "gsrq/cuda/gsrq_cuda.h"
+#include "gsrq/layout.h"
 
 namespace gsrq::cuda {
 
-constexpr int kCodewords = 256;
+constexpr int kCodewords = GSRQ_CODEBOOK_SIZE;
 constexpr int kTile = 16;       // tokens of a tensor-core tile
 constexpr int kKeyWarps = 8;    // score tokens, two tiles a chunk each
 constexpr int kValueWarps = 8;  // turn scores into weights and add them into bins
@@ -18,10 +19,9 @@ constexpr int kDecodeThreads = 32 * (kKeyWarps + kValueWarps);
 constexpr int kSliceDims = 32;             // dims of a key slice: 16 RoPE pairs
 constexpr int kBlockStages = 4;            // stages of a slice that lie in one row of 128 bytes
 constexpr int kBlockBytes = kCodewords * kBlockStages * kSliceDims;
-constexpr int kMostBlocks = 6, kMostSlots = 32, kMostCluster = 16, kMostMultiplier = 6;
+constexpr int kMostBlocks = 6, kMostSlots = 32, kMostCluster = 16;
+constexpr int kExponentSpread = 6;  // key stages are multiplied by up to 2^6 in int8
 constexpr int kSharedLimit = 227 * 1024;
-
-__host__ __device__ constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
 // For scores, cluster rank = (plane * splits + split) * slices + slice: a CTA scores its slice of the dims over its blocks
 // of stages. For values, rank = way * owners + owner: it weighs tile t of a chunk where t % owners = owner, and bins the

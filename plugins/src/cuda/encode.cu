@@ -165,7 +165,7 @@ namespace {
 int64_t workspace_need(const gsrq_layer& layer, const gsrq_call& call) {
   int64_t need = 0;
   for (const gsrq_codebook* book : {&layer.keys, &layer.values}) {
-    if (layer.beam == 1 && book->width <= kGreedyWidth) continue;
+    if (is_greedy(layer, *book)) continue;
     need = std::max(need, encode_exact_slice(layer, *book) *
                               encode_exact_blocks(layer, *book, call.batch, most_coded(layer, call)));
   }
@@ -196,7 +196,7 @@ int gsrq_cuda_encode_vectors(const gsrq_layer* layer, int32_t side, const void* 
                              void* stream) {
   if (gsrq_cuda_prepared_bytes(layer) < 0) return 1;  // checks the layer
   if (side != 0 && side != 1) return fail("side %d must be 0 (keys) or 1 (values)", side);
-  if (dtype != GSRQ_F32 && dtype != GSRQ_F16 && dtype != GSRQ_BF16) return fail("dtype %d is unknown", dtype);
+  if (!is_dtype(dtype)) return fail("dtype %d is unknown", dtype);
   if (n < 0) return fail("n = %lld is negative", static_cast<long long>(n));
   if (n == 0) return 0;
   if (vectors == nullptr || codes == nullptr || prepared == nullptr) return fail("vectors, codes or prepared is null");

@@ -30,12 +30,16 @@ struct EncodeBook {
   StageBounds* bounds; // [G, R]
 };
 
+inline bool is_greedy(const gsrq_layer& layer, const gsrq_codebook& book) {
+  return layer.beam == 1 && book.width <= kGreedyWidth;
+}
+
 inline EncodeBook encode_book(const gsrq_layer& layer, const gsrq_codebook& book, Arena& prepared) {
   const int64_t groups = book.groups, width = book.width, words = groups * book.stages * 256;
   EncodeBook out{};
   out.book = book;
   out.padded = (book.width + 15) / 16 * 16;
-  out.greedy = layer.beam == 1 && book.width <= kGreedyWidth;
+  out.greedy = is_greedy(layer, book);
   out.metric = prepared.take<double>(groups * width * width);
   out.turned = prepared.take<double>(groups * width * width);
   out.norms = prepared.take<double>(words);

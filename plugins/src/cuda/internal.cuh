@@ -12,6 +12,8 @@
 
 namespace gsrq::cuda {
 
+inline bool is_dtype(int32_t dtype) { return dtype == GSRQ_F32 || dtype == GSRQ_F16 || dtype == GSRQ_BF16; }
+
 // Sets gsrq_cuda_error() of the thread; returns 1.
 int fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // 0, or the failure of the last launch under its name.
@@ -75,7 +77,6 @@ __host__ __device__ inline void pair_elements(const gsrq_layer& layer, int32_t p
 }
 
 // Parts of the library. Each states its memory with an Arena whose base may be null.
-struct DecodePrepared;
 int decode_prepare(const gsrq_layer& layer, Arena& prepared, cudaStream_t stream, bool launch);
 bool decode_supported(const gsrq_layer& layer, const gsrq_call& call);
 void decode_workspace(const gsrq_layer& layer, const gsrq_call& call, Arena& workspace);
