@@ -108,6 +108,7 @@ class CudaLayer:
             sin=self.sin.data_ptr(),
             keys=self._book(self.keys),
             values=self._book(self.values),
+            key_centre=self._centre(),
         )
         self.pointer = ctypes.byref(self.struct)
         device = self.shape.device
@@ -127,6 +128,14 @@ class CudaLayer:
         self._kept += [words, transform]
         sizes = {"groups": book.groups, "stages": book.stages, "width": book.width}
         return CodebookStruct(**sizes, codewords=words.data_ptr(), transform=transform.data_ptr())
+
+    def _centre(self) -> int | None:
+        """Address of the keys' centre; None where keys are coded before RoPE."""
+        center = getattr(self.keys, "center", None)
+        if center is None:
+            return None
+        self._kept.append(center.contiguous())
+        return self._kept[-1].data_ptr()
 
     def __call__(
         self,

@@ -16,7 +16,7 @@ import torch
 from gsrq_export import native
 from gsrq_export.errors import GsrqError
 
-ABI = 1
+ABI = 2
 MOST_STAGES = 256  # of a codebook
 INSPECT_SCRATCH = 4096  # bytes
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -44,6 +44,7 @@ class LayerStruct(ctypes.Structure):
         ("sin", c_void_p),
         ("keys", CodebookStruct),
         ("values", CodebookStruct),
+        ("key_centre", c_void_p),
         ("exponents", c_int32 * MOST_STAGES),
     ]
 

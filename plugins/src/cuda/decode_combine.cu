@@ -31,7 +31,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   __shared__ float reference[Rows], inverse[Rows];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
-  const Line line = line_of(layer, call, vheads, clusters);
+  const Line line = line_of(layer, call, vheads, clusters, false);
   if (warp == 0) {
     int64_t before = chunks_before(layer, call, first_row);
     for (int at = 0; at < rows; at += 32) {

@@ -60,10 +60,12 @@ __device__ inline Range coded_range(const gsrq_layer& layer, const gsrq_call& ca
   return {first, count > 0 ? count : 0};
 }
 
-// Chunks of all heads stand in one line, head by head, row by row; cluster k takes an equal stretch of it.
+// Chunks of all heads and rows stand in one line, of which cluster k takes an equal stretch: head by head, so that a
+// cluster keeps a head's codebook, or row by row, so that neighbours read the codes of the same tokens at the same time.
 struct Line {
   int64_t per_head, total;
-  int clusters;
+  int clusters, vheads;
+  bool by_row;
   __device__ int64_t divide(int64_t a, int64_t b) const {
     return a >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
   }
@@ -73,6 +75,10 @@ struct Line {
     while (k + 1 < clusters && begin(k + 1) <= chunk) ++k;
     while (begin(k) > chunk) --k;
     return static_cast<int>(k);
+  }
+  // First chunk of a row of `chunks` chunks, with `before` chunks in the rows before it.
+  __device__ int64_t first_chunk(int vhead, int64_t before, int64_t chunks) const {
+    return by_row ? before * vheads + vhead * chunks : vhead * per_head + before;
   }
 };
 
@@ -88,26 +94,29 @@ __device__ inline int64_t chunks_before(const gsrq_layer& layer, const gsrq_call
   return sum;
 }
 
-__device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int vheads, int clusters) {
+__device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int vheads, int clusters, bool by_row) {
   const int64_t per_head = chunks_before(layer, call, call.batch), total = per_head * vheads;
   // No cluster between two that have some of a row may have nothing.
-  return {per_head, total, static_cast<int>(total < clusters ? (total > 0 ? total : 1) : clusters)};
+  return {per_head, total, static_cast<int>(total < clusters ? (total > 0 ? total : 1) : clusters), vheads, by_row};
 }
 
 // Walks a cluster's stretch item by item; an item is what it has of one (head, row).
 struct Cursor {
   int64_t chunk, end;  // in the line
   int vhead, row, first, stop;  // chunks first .. stop - 1 of the row
+  // ByRow: as the line is.
+  template <bool ByRow>
   __device__ void start(const gsrq_layer& layer, const gsrq_call& call, const Line& line, int cluster) {
     chunk = cluster < line.clusters ? line.begin(cluster) : line.total;
     end = cluster < line.clusters ? line.begin(cluster + 1) : line.total;
     if (chunk >= end) return;
-    vhead = static_cast<int>(line.divide(chunk, line.per_head));
+    vhead = ByRow ? 0 : static_cast<int>(line.divide(chunk, line.per_head));
+    const int times = ByRow ? line.vheads : 1;  // that a row's chunks stand together
     int64_t rest = chunk - vhead * line.per_head;
     row = 0;
     for (int at = 0; at < call.batch; at += 32) {  // 32 rows at a time
       const int b = at + threadIdx.x % 32;
-      int64_t sum = b < call.batch ? chunks_of(layer, call, b) : 0;
+      int64_t sum = b < call.batch ? static_cast<int64_t>(chunks_of(layer, call, b)) * times : 0;
       const int64_t own = sum;
       for (int o = 1; o < 32; o *= 2) {
         const int64_t up = __shfl_up_sync(~0u, sum, o);
@@ -122,6 +131,11 @@ struct Cursor {
       }
       rest -= __shfl_sync(~0u, sum, 31);
     }
+    if (ByRow) {
+      const int64_t chunks = chunks_of(layer, call, row);
+      vhead = static_cast<int>(line.divide(rest, chunks));
+      rest -= vhead * chunks;
+    }
     first = static_cast<int>(rest);
     settle(layer, call);
   }
@@ -130,10 +144,16 @@ struct Cursor {
     stop = static_cast<int>(all < first + left ? all : first + left);
   }
   __device__ bool done() const { return chunk >= end; }
-  __device__ void next(const gsrq_layer& layer, const gsrq_call& call) {
+  template <bool ByRow>
+  __device__ void next(const gsrq_layer& layer, const gsrq_call& call, int vheads = 0) {
     chunk += stop - first;
     if (done()) return;
     first = 0;
+    if (ByRow && ++vhead < vheads) {
+      settle(layer, call);
+      return;
+    }
+    if (ByRow) vhead = 0;
     do {
       if (++row == call.batch) {
         row = 0;

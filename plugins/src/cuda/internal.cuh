@@ -82,6 +82,12 @@ bool decode_supported(const gsrq_layer& layer, const gsrq_call& call);
 void decode_workspace(const gsrq_layer& layer, const gsrq_call& call, Arena& workspace);
 int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Arena& workspace, cudaStream_t stream);
 
+// Those of decode for keys in the rotated frame.
+int lookup_prepare(const gsrq_layer& layer, Arena& prepared, cudaStream_t stream, bool launch);
+bool lookup_supported(const gsrq_layer& layer);
+void lookup_workspace(const gsrq_layer& layer, const gsrq_call& call, Arena& workspace);
+int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Arena& workspace, cudaStream_t stream);
+
 int encode_prepare(const gsrq_layer& layer, Arena& prepared, cudaStream_t stream, bool launch);
 void encode_workspace(const gsrq_layer& layer, const gsrq_call& call, Arena& workspace);
 int encode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Arena& workspace, cudaStream_t stream);

@@ -62,7 +62,13 @@ __global__ void __launch_bounds__(kThreads) gather(gsrq_layer layer, gsrq_call c
                         exact_element(layer, call, true, b, token, row.past, head, second));
     at = ((b * layer.kv_heads + head) * plan.exact + e) * plan.stride;
   }
-  key = rotated(layer, pair, token, key);
+  if (coded && layer.key_centre != nullptr) {  // turned already, less the turned centre
+    const float* m = layer.key_centre + head * d;
+    const float2 centre = rotated(layer, pair, token, make_float2(m[first], m[second]));
+    key = make_float2(key.x + centre.x, key.y + centre.y);
+  } else {
+    key = rotated(layer, pair, token, key);
+  }
   T* keys = static_cast<T*>(coded ? plan.coded_keys : plan.exact_keys) + at;
   T* values = static_cast<T*>(coded ? plan.coded_values : plan.exact_values) + at;
   put(keys + first, key.x), put(keys + second, key.y);

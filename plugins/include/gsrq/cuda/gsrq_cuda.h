@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define GSRQ_CUDA_ABI 1
+#define GSRQ_CUDA_ABI 2
 #define GSRQ_CUDA_API __attribute__((visibility("default")))
 
 enum { GSRQ_F32 = 0, GSRQ_F16 = 1, GSRQ_BF16 = 2 };
@@ -38,6 +38,7 @@ typedef struct {
   float scale, softcap;
   const float *cos, *sin;
   gsrq_codebook keys, values;
+  const float* key_centre; /* float [kv_heads, head_dim]: keys are coded turned, less this; NULL: coded before RoPE */
   int32_t exponents[256]; /* host: of each key stage, for planes = 1: codeword = int8 * 2^exponent */
 } gsrq_layer;
 

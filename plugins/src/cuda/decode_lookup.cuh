@@ -1,0 +1,47 @@
+// Decode over keys coded in the rotated frame: scores are sums of table entries. docs/cuda.md.
+#pragma once
+
+#include "decode_common.cuh"
+
+namespace gsrq::cuda::decoding {
+
+constexpr int kLookupThreads = 512;
+constexpr int kLookupLanes = 4;                            // query heads of a KV head that are served together
+constexpr int kPartSlots = 8;                              // slots whose (slot, head) pairs fill the 32 banks once
+constexpr int kPartWords = kPartSlots * kLookupLanes;
+constexpr int kPartBytes = kCodewords * kPartWords * 4;    // of a table or of bins
+constexpr int kStagedBytes = kLookupThreads * kPartSlots;  // codes of a part of a round
+constexpr int kLookupBits = 18;                            // weights are integers of 2^-18 of their window's reference
+constexpr int kLookupTokens = 4095;                        // of a window: 4095 * 2^(18 + 2) < 2^32
+constexpr int kCentreSteps = 8, kCentrePairs = 8 * kCentreSteps;  // RoPE pairs that the tensor-core kernel takes
+static_assert(kLookupTokens * 4LL * (1 << kLookupBits) < (1LL << 32), "bins would overflow");
+
+// A slot is a code byte of a head: stage r of the sub-vector, or of the part of one, that lies in the head.
+struct LookupPlan {
+  DecodePlan head;  // heads, parts and value slots, as attend_exact reads them
+  int key_slots, key_parts, value_parts, key_width;
+  int shared_bytes;
+};
+
+struct LookupMemory {
+  Memory exact;           // exact and exact_state of it
+  __half *high, *low;     // [batch][vheads][4][head_dim]: turned and scaled queries = high + low
+  float2* drifts;         // [batch][vheads][pairs][4]: u and v of q . RoPE_t(m) = sum of u cos(t) + v sin(t)
+  float* rest;            // [batch][vheads][4]: of the pairs that do not turn
+  float* tables;          // [batch][vheads][key parts][256][8 slots][4 heads]: query times codeword
+  float4* centre;         // [batch][vheads][padded]: query times the turned centre, by coded token
+  int64_t padded;         // coded tokens of a row, rounded up
+  float* scratch;         // [blocks][value parts][256][8 slots][4 heads]: bins of an item's earlier windows
+  float* values;          // [items + blocks][4][head_dim], divided by the sum of weights
+  float2* state;          // [items + blocks][4]: reference (log2) and sum of weights
+  const uint4* offsets;   // of prepare: [2 tiles][steps][32 lanes], cosines and sines of positions 0 to 31
+};
+
+// Launches what must be known of the queries and the exact tokens before coded tokens are looked up.
+int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan, const LookupMemory& memory,
+                   cudaStream_t stream);
+
+// Fills LookupMemory::offsets.
+int fill_offsets(const gsrq_layer& layer, uint4* offsets, cudaStream_t stream);
+
+}  // namespace gsrq::cuda::decoding
