@@ -33,7 +33,9 @@ from gsrq_export.compare.schema import Model, Prefill, Rule, save_comparison
 from gsrq_export.compare.store import merge
 from gsrq_export.compare.subject import EvaluationText, Ours, Subject, perplexity_only
 from gsrq_export.errors import GsrqError
+from gsrq_export.evaluate.fidelity import FidelitySettings
 from gsrq_export.evaluate.suite import EvaluationSettings
+from gsrq_export.evaluate.tasks.measure import TASKS, TaskSettings
 from gsrq_export.model.introspect import inspect_model
 from gsrq_export.model.loading import load_model, weight_hash
 from gsrq_export.stages.progress import make_reporter
@@ -66,6 +68,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=24, help="perplexity windows of a text")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048, 8192], help="of recall; none skips it")
     parser.add_argument("--cases", type=int, default=48, help="recall cases a length")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[], help="context lengths of the RULER-like tasks")
+    parser.add_argument("--task-cases", type=int, default=24, help="of a task and length")
+    parser.add_argument("--fidelity", type=int, default=0, help="tokens of each of 8 generations; 0 skips them")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
@@ -94,6 +99,8 @@ def subject(args: argparse.Namespace, folder: Path) -> Subject:
         recall_lengths=tuple(args.lengths),
         recall_cases=args.cases,
         batch=args.batch,
+        tasks=TaskSettings(tuple(TASKS), tuple(args.tasks), args.task_cases) if args.tasks else None,
+        fidelity=FidelitySettings(new_tokens=args.fidelity) if args.fidelity else None,
     )
     texts: list[EvaluationText] = []
     for name, file in (entry.split("=", 1) for entry in args.evaluation):

@@ -35,40 +35,55 @@ DEVICE = "cuda"
 
 @dataclass(frozen=True)
 class Setting:
-    """Nominal bits, width and stages of keys and values; int8: codewords on an int8 grid."""
+    """Nominal bits, width and stages of keys and values; int8: codewords on an int8 grid; rotated: the keys' frame."""
 
     bits: float
     width: int
-    stages: int
+    key_stages: int
+    value_stages: int
     int8: bool = True
+    rotated: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.bits:g} bit, D {self.width} R {self.stages}{'' if self.int8 else ', float16 codewords'}"
+        same = self.key_stages == self.value_stages
+        stages = f"R {self.key_stages}" if same else f"R {self.key_stages} / {self.value_stages}"
+        traits = ", rotated" * self.rotated + ", float16 codewords" * (not self.int8)
+        return f"{self.bits:g} bit, D {self.width} {stages}{traits}"
 
 
-SETTINGS = [Setting(1, 128, 16), Setting(0.75, 128, 12), Setting(0.375, 256, 12), Setting(1, 128, 16, int8=False)]
+SETTINGS = [
+    Setting(1, 128, 16, 16),
+    Setting(0.75, 128, 12, 12),
+    Setting(0.375, 256, 12, 12),
+    Setting(1, 128, 16, 16, int8=False),
+    Setting(1, 128, 16, 16, rotated=True),
+    Setting(1, 128, 24, 8, rotated=True),
+    Setting(0.75, 128, 16, 8, rotated=True),
+    Setting(0.375, 256, 16, 8, rotated=True),
+]
 
 
 @lru_cache(maxsize=64)
-def codebook(setting: Setting, seed: int) -> Codebook:
+def codebook(setting: Setting, side: str, seed: int) -> Codebook:
     """Random codewords whose stages shrink as trained ones do."""
     generator = torch.Generator().manual_seed(seed)
-    groups = KV_HEADS * HEAD_DIM // setting.width
-    words = torch.randn(groups, setting.stages, 256, setting.width, generator=generator)
-    shrink = 0.85 ** torch.arange(setting.stages)
+    groups, stages = KV_HEADS * HEAD_DIM // setting.width, getattr(setting, f"{side}_stages")
+    words = torch.randn(groups, stages, 256, setting.width, generator=generator)
+    shrink = 0.85 ** torch.arange(stages)
     if setting.int8:
         words = (32 * words).round().clamp(-127, 127) * 2.0 ** (shrink.log2().round() - 6)[:, None, None]
     else:
         words *= 0.5 * shrink[:, None, None]
-    return Codebook(words.half(), torch.eye(setting.width).expand(groups, -1, -1).contiguous())
+    center = torch.randn(KV_HEADS * HEAD_DIM, generator=generator) if setting.rotated and side == "key" else None
+    return Codebook(words.half(), torch.eye(setting.width).expand(groups, -1, -1).contiguous(), center)
 
 
 def make_layer(setting: Setting, positions: int, seed: int, exact_prefill: bool = False) -> CudaLayer:
     angle = torch.arange(positions, device=DEVICE).double()[:, None]
     angle = angle * 500000.0 ** (-torch.arange(64, device=DEVICE).double() / 64)
     config = AttentionConfig(HEAD_DIM**-0.5, RULE, exact_prefill=exact_prefill)
-    books = codebook(setting, 2 * seed), codebook(setting, 2 * seed + 1)
+    books = codebook(setting, "key", 2 * seed), codebook(setting, "value", 2 * seed + 1)
     return CudaLayer(HEADS, HEAD_DIM, *books, angle.cos().float(), angle.sin().float(), config, DEVICE)
 
 
@@ -100,25 +115,34 @@ def float64_row(call: Call, row: int, step: int = 65536) -> torch.Tensor:
     q = q.reshape(KV_HEADS, -1, HEAD_DIM) * layer.config.scale
     exact = torch.cat([torch.arange(RULE.sinks), torch.arange(RULE.sinks + coded, n - 1)]).to(DEVICE)
     slot = RULE.slot(exact)
-    pieces = [(exact, t.key_exact[row][:, slot].double(), t.value_exact[row][:, slot].double())]
-    fresh = [x[row].to(t.key_exact.dtype).double() for x in (t.key, t.value)]
-    pieces.append((position[0], *fresh))
+
+    def turned(token: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return rotate(keys[None], layer.cos[token][None].double(), layer.sin[token][None].double(), False)[0]
+
+    pieces = [(turned(exact, t.key_exact[row][:, slot].double()), t.value_exact[row][:, slot].double())]
+    key, value = (x[row].to(t.key_exact.dtype).double() for x in (t.key, t.value))
+    pieces.append((turned(position[0], key), value))
+    center = layer.keys.center
     for first in range(0, coded, step):
         token = torch.arange(first, min(first + step, coded), device=DEVICE)
-        vectors = [
+        keys, values = (
             book.decode(codes[row, token]).double().reshape(-1, KV_HEADS, HEAD_DIM).transpose(0, 1)
             for book, codes in ((layer.keys, t.key_codes), (layer.values, t.value_codes))
-        ]
-        pieces.append((token + RULE.sinks, *vectors))
+        )
+        if center is None:
+            keys = turned(token + RULE.sinks, keys)
+        else:
+            mean = center.double().reshape(KV_HEADS, 1, HEAD_DIM).expand(-1, len(token), -1)
+            keys = keys + turned(token + RULE.sinks, mean)
+        pieces.append((keys, values))
     most = torch.full((KV_HEADS, q.shape[1], 1), float("-inf"), dtype=torch.float64, device=DEVICE)
     total = torch.zeros_like(most)
     out = torch.zeros_like(q)
-    for token, keys, vals in pieces:
-        turned = rotate(keys[None], layer.cos[token][None].double(), layer.sin[token][None].double(), False)[0]
-        score = q @ turned.transpose(1, 2)
+    for keys, values in pieces:
+        score = q @ keys.transpose(1, 2)
         peak = torch.maximum(most, score.amax(-1, keepdim=True))
         weight = (score - peak).exp()
-        out = out * (most - peak).exp() + weight @ vals
+        out = out * (most - peak).exp() + weight @ values
         total = total * (most - peak).exp() + weight.sum(-1, keepdim=True)
         most = peak
     return (out / total).reshape(HEADS, HEAD_DIM)
@@ -173,7 +197,8 @@ def sdpa(batch: int, length: int) -> dict[str, float]:
 
 
 def decode_row(setting: Setting, batch: int, length: int, bandwidth: float, fastest_torch: float) -> dict[str, Any]:
-    code_bytes = batch * length * 2 * (KV_HEADS * HEAD_DIM // setting.width) * setting.stages
+    stages = setting.key_stages + setting.value_stages
+    code_bytes = batch * length * (KV_HEADS * HEAD_DIM // setting.width) * stages
     sets = max(2, min(6, -(-COLD // code_bytes)))
     calls = [decode_call(make_layer(setting, length, i), batch, length, i) for i in range(sets)]
     expected = float64_row(calls[0], batch - 1)

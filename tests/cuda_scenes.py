@@ -52,6 +52,7 @@ class Scene:
     page: int = 0
     seed: int = 0
     spare: int = 0  # positions and coded rows beyond what the call needs
+    rotated: bool = False  # the keys' frame
 
     def __str__(self) -> str:
         c, r = self.config, self.config.rule
@@ -62,7 +63,8 @@ class Scene:
         return (
             f"past{self.past}new{self.new} {self.heads}/{self.kv_heads}x{self.head_dim} "
             f"rope {self.half_rope} {self.rope} "
-            f"k{self.keys} v{self.values} {'grid' if self.grid else 'float'}{' A' if self.transform else ''} {types} "
+            f"k{self.keys} v{self.values} {'grid' if self.grid else 'float'}{' A' if self.transform else ''}"
+            f"{' rotated' if self.rotated else ''} {types} "
             f"S{r.sinks} W{r.window} P{r.block} page {self.page} beam {c.beam} {' '.join(traits)}"
         )
 
@@ -117,8 +119,9 @@ def random_scene(seed: int) -> Scene:
         types[str(pick("f32", "f16", "bf16"))],
         types[str(pick("f16", "f16", "bf16", "f32"))],
         int(str(pick(0, 1, 3))) * rule.block,
-        seed,
-        between(0, 40),
+        seed=seed,
+        spare=between(0, 40),
+        rotated=bool(between(0, 1)),
     )
 
 
@@ -144,6 +147,8 @@ class Stage:
         self.keys = book(total, *scene.keys, 1 + scene.seed, scene.transform).to(device)
         self.values = book(total, *scene.values, 2 + scene.seed, scene.transform).to(device)
         self.generator = torch.Generator(self.device).manual_seed(scene.seed)
+        if scene.rotated:
+            self.keys = replace(self.keys, center=self.randn(total))
         precision = torch.float32 if scene.rope == "float32" else torch.float64
         frequency = torch.logspace(0, -4, scene.half_rope, dtype=precision, device=device)
         angle = torch.arange(scene.total, device=device)[:, None] * frequency

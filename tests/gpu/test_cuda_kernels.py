@@ -117,7 +117,7 @@ def test_the_shared_cases_in_parts_of_any_size(case: Case, chunk: int, page: int
     assert_same(cache_to(cache, "cpu"), after)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(90))
 def test_random_scenes(seed: int) -> None:
     scene = random_scene(seed)
     print(scene)
@@ -128,10 +128,11 @@ def test_random_scenes(seed: int) -> None:
         check(stage)
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 16])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-def test_decode_for_any_number_of_query_heads(head_dim: int, group: int) -> None:
-    scene = replace(DECODE, heads=2 * group, head_dim=head_dim, half_rope=head_dim // 2, seed=group)
+def test_decode_for_any_number_of_query_heads(head_dim: int, group: int, rotated: bool) -> None:
+    scene = replace(DECODE, heads=2 * group, head_dim=head_dim, half_rope=head_dim // 2, seed=group, rotated=rotated)
     check(Stage(replace(scene, keys=(head_dim, 5), values=(head_dim, 7)), DEVICE))
 
 
@@ -141,6 +142,17 @@ def test_decode_for_any_number_of_stages(stages: int, grid: bool) -> None:
     scene = replace(WIDE, keys=(128, stages), values=(128, 1 + stages // 3), grid=grid, seed=stages)
     check(Stage(scene, DEVICE))
     check(Stage(replace(scene, keys=(256, stages), values=(64, stages)), DEVICE))
+
+
+@pytest.mark.parametrize(
+    "stages", [(1, 1), (3, 9), (4, 4), (8, 8), (12, 12), (16, 8), (16, 16), (24, 8), (17, 12), (32, 33)]
+)
+def test_decode_in_the_rotated_frame_for_any_number_of_stages(stages: tuple[int, int]) -> None:
+    """By lookups as far as tables and bins fit into shared memory, else by the prefill kernels."""
+    scene = replace(WIDE, keys=(128, stages[0]), values=(128, stages[1]), rotated=True, seed=stages[0])
+    check(Stage(scene, DEVICE))
+    check(Stage(replace(scene, keys=(256, stages[0]), values=(64, stages[1])), DEVICE))
+    check(Stage(replace(scene, keys=(64, stages[0]), values=(256, stages[1]), page=16), DEVICE))
 
 
 def test_the_form_of_the_codebooks_is_seen() -> None:
@@ -159,7 +171,19 @@ def test_the_form_of_the_codebooks_is_seen() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    "traits", [{}, {"grid": False}, {"rope": "float32"}, {"rope": "random"}, {"page": 64}], ids=str
+    "traits",
+    [
+        {},
+        {"grid": False},
+        {"rope": "float32"},
+        {"rope": "random"},
+        {"page": 64},
+        {"rotated": True},
+        {"rotated": True, "page": 64},
+        {"rotated": True, "rope": "random"},
+        {"rotated": True, "rope": "float32", "grid": False},
+    ],
+    ids=str,
 )
 def test_long_caches(traits: dict[str, object], dtype: torch.dtype) -> None:
     rule = AttentionConfig(128**-0.5, CacheRule(4, 64, 64))
@@ -169,18 +193,21 @@ def test_long_caches(traits: dict[str, object], dtype: torch.dtype) -> None:
     check(stage, 20012)
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("traits", [{"softcap": 3.0}, {"sliding_window": 1000}, {"sliding_window": 9}], ids=str)
-def test_long_caches_with_masks(traits: dict[str, object]) -> None:
-    scene = replace(WIDE, past=(6011, 700), new=(1, 1), config=AttentionConfig(0.1, CacheRule(4, 64, 64)))
+def test_long_caches_with_masks(traits: dict[str, object], rotated: bool) -> None:
+    config = AttentionConfig(0.1, CacheRule(4, 64, 64))
+    scene = replace(WIDE, past=(6011, 700), new=(1, 1), config=config, rotated=rotated)
     check(Stage(with_config(scene, **traits), DEVICE))
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("exact_prefill", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_long_prefill(dtype: torch.dtype, exact_prefill: bool) -> None:
+def test_long_prefill(dtype: torch.dtype, exact_prefill: bool, rotated: bool) -> None:
     config = AttentionConfig(128**-0.5, CacheRule(4, 64, 64), exact_prefill=exact_prefill)
     scene = replace(WIDE, past=(0, 1500, 129), new=(1100, 700, 0), dtype=dtype, config=config, keys=(128, 4))
-    check(Stage(scene, DEVICE))
+    check(Stage(replace(scene, rotated=rotated), DEVICE))
 
 
 def test_scores_far_apart() -> None:
@@ -191,10 +218,18 @@ def test_scores_far_apart() -> None:
     scene = replace(WIDE, past=(9000, 40, 700), new=(1, 1, 1), dtype=torch.float32, grid=True)
     check(Stage(with_config(scene, scale=2.0), DEVICE), limit=0.05)
     check(Stage(with_config(replace(scene, new=(20, 3, 7)), scale=2.0), DEVICE), limit=1e-4)
+    check(Stage(with_config(replace(scene, rotated=True), scale=2.0), DEVICE), limit=0.01)
 
 
 @pytest.mark.parametrize(
-    "scene", [WIDE, replace(WIDE, new=(70, 9, 0, 33)), replace(WIDE, past=(9000, 0, 3, 500))], ids=str
+    "scene",
+    [
+        WIDE,
+        replace(WIDE, new=(70, 9, 0, 33)),
+        replace(WIDE, past=(9000, 0, 3, 500)),
+        replace(WIDE, past=(90000, 0, 3, 500), rotated=True),
+    ],
+    ids=str,
 )
 def test_the_same_bits_run_to_run(scene: Scene) -> None:
     stage = Stage(scene, DEVICE)
@@ -217,7 +252,15 @@ def test_the_parts_are_the_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "scene", [WIDE, replace(WIDE, page=8), replace(WIDE, rope="random", dtype=torch.bfloat16)], ids=str
+    "scene",
+    [
+        WIDE,
+        replace(WIDE, page=8),
+        replace(WIDE, rope="random", dtype=torch.bfloat16),
+        replace(WIDE, rotated=True),
+        replace(WIDE, rotated=True, page=8),
+    ],
+    ids=str,
 )
 def test_a_cuda_graph_is_replayed_while_the_sequences_grow(scene: Scene) -> None:
     """Captured once by way of the torch operator; blocks leave the window on the way, rows pause."""
