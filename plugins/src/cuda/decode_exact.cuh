@@ -23,6 +23,20 @@ struct ExactTokens {
   __device__ int token(int i) const { return i < sinks ? i : first_recent + i - sinks; }
 };
 
+// Eight consecutive elements, 16-bit ones.
+__device__ inline void load_eight(const void* data, int64_t at, int dtype, float (&to)[8]) {
+  const uint4 words = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + at));
+  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = dtype == GSRQ_F16
+                         ? __half22float2(*reinterpret_cast<const __half2*>(&pairs[i]))
+                         : make_float2(__uint_as_float(pairs[i] << 16), __uint_as_float(pairs[i] & 0xffff0000));
+    to[2 * i] = x.x;
+    to[2 * i + 1] = x.y;
+  }
+}
+
 // Up to 32 exact tokens of one (row, vhead): their weighted values, reference and sum.
 template <int Lanes>
 __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
@@ -69,31 +83,75 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
   }
   __syncthreads();
 
-#pragma unroll 2
-  for (int i = thread; i < here * (d / 2); i += kCombineThreads) {
-    const int n = i / (d / 2), p = i % (d / 2);
-    const int64_t at = place[n] * d, fresh = head_row * d, token = exact.token(first + n);
-    int e0, e1;
-    pair_elements(layer, p, &e0, &e1);
+  // Eight pairs at a time where 16-bit vectors can be read in pieces of 16 bytes, else one.
+  const bool pieces = call.exact_dtype != GSRQ_F32 && d % 16 == 0 && half % 8 == 0;
+  const int step = pieces ? 8 : 1, steps = d / 2 / step;
+  for (int i = thread; i < here * steps; i += kCombineThreads) {
+    const int n = i / steps, p = (i - n * steps) * step;
+    const int64_t at = place[n] * d, fresh = head_row * d, table = static_cast<int64_t>(exact.token(first + n)) * half + p;
+    float* const key = keys + n * pitch + 2 * p;
+    float* const value = values + n * pitch + 2 * p;
     const bool is_new = place[n] < 0;
-    float x, y, v0, v1;
-    if (is_new) {
-      x = rounded(load_constant(call.key, fresh + e0, call.dtype), call.exact_dtype);
-      y = rounded(load_constant(call.key, fresh + e1, call.dtype), call.exact_dtype);
-      v0 = rounded(load_constant(call.value, fresh + 2 * p, call.dtype), call.exact_dtype);
-      v1 = rounded(load_constant(call.value, fresh + 2 * p + 1, call.dtype), call.exact_dtype);
-    } else {
-      x = load_constant(call.key_exact, at + e0, call.exact_dtype);
-      y = load_constant(call.key_exact, at + e1, call.exact_dtype);
-      v0 = load_constant(call.value_exact, at + 2 * p, call.exact_dtype);
-      v1 = load_constant(call.value_exact, at + 2 * p + 1, call.exact_dtype);
+    if (pieces && (!is_new || call.dtype != GSRQ_F32)) {
+      const void* const from[2] = {is_new ? call.key : call.key_exact, is_new ? call.value : call.value_exact};
+      const int64_t base = is_new ? fresh : at;
+      const int type = is_new ? call.dtype : call.exact_dtype;
+      int e0, e1;
+      pair_elements(layer, p, &e0, &e1);
+      const bool adjacent = e1 == e0 + 1;
+      float x[8], y[8], v[16];
+      load_eight(from[0], base + e0, type, x);
+      load_eight(from[0], base + (adjacent ? e0 + 8 : e1), type, y);
+      load_eight(from[1], base + 2 * p, type, *reinterpret_cast<float(*)[8]>(v));
+      load_eight(from[1], base + 2 * p + 8, type, *reinterpret_cast<float(*)[8]>(v + 8));
+      if (type != call.exact_dtype) {  // as the cache will have them
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          x[j] = rounded(x[j], call.exact_dtype), y[j] = rounded(y[j], call.exact_dtype);
+          v[j] = rounded(v[j], call.exact_dtype), v[8 + j] = rounded(v[8 + j], call.exact_dtype);
+        }
+      }
+      if (adjacent) {
+        float z[16];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) z[j] = x[j], z[8 + j] = y[j];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) x[j] = z[2 * j], y[j] = z[2 * j + 1];
+      }
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        const bool turns = p < half;
+        const float c0 = turns ? __ldg(layer.cos + table + j) : 1.0f, s0 = turns ? __ldg(layer.sin + table + j) : 0.0f;
+        const float c1 = turns ? __ldg(layer.cos + table + j + 1) : 1.0f, s1 = turns ? __ldg(layer.sin + table + j + 1) : 0.0f;
+        *reinterpret_cast<float4*>(key + 2 * j) = make_float4(x[j] * c0 - y[j] * s0, y[j] * c0 + x[j] * s0,
+                                                              x[j + 1] * c1 - y[j + 1] * s1, y[j + 1] * c1 + x[j + 1] * s1);
+        *reinterpret_cast<float4*>(value + 2 * j) = make_float4(v[2 * j], v[2 * j + 1], v[2 * j + 2], v[2 * j + 3]);
+      }
+      continue;
     }
-    const int64_t table = token * half + p;
-    const float c = p < half ? __ldg(layer.cos + table) : 1.0f, s = p < half ? __ldg(layer.sin + table) : 0.0f;
-    keys[n * pitch + 2 * p] = x * c - y * s;
-    keys[n * pitch + 2 * p + 1] = y * c + x * s;
-    values[n * pitch + 2 * p] = v0;
-    values[n * pitch + 2 * p + 1] = v1;
+#pragma unroll 1
+    for (int j = 0; j < step; ++j) {
+      int e0, e1;
+      pair_elements(layer, p + j, &e0, &e1);
+      float x, y, v0, v1;
+      if (is_new) {
+        x = rounded(load_constant(call.key, fresh + e0, call.dtype), call.exact_dtype);
+        y = rounded(load_constant(call.key, fresh + e1, call.dtype), call.exact_dtype);
+        v0 = rounded(load_constant(call.value, fresh + 2 * (p + j), call.dtype), call.exact_dtype);
+        v1 = rounded(load_constant(call.value, fresh + 2 * (p + j) + 1, call.dtype), call.exact_dtype);
+      } else {
+        x = load_constant(call.key_exact, at + e0, call.exact_dtype);
+        y = load_constant(call.key_exact, at + e1, call.exact_dtype);
+        v0 = load_constant(call.value_exact, at + 2 * (p + j), call.exact_dtype);
+        v1 = load_constant(call.value_exact, at + 2 * (p + j) + 1, call.exact_dtype);
+      }
+      const bool turns = p + j < half;
+      const float c = turns ? __ldg(layer.cos + table + j) : 1.0f, s = turns ? __ldg(layer.sin + table + j) : 0.0f;
+      key[2 * j] = x * c - y * s;
+      key[2 * j + 1] = y * c + x * s;
+      value[2 * j] = v0;
+      value[2 * j + 1] = v1;
+    }
   }
   __syncthreads();
 

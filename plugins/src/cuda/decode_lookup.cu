@@ -3,6 +3,7 @@
 // the softmax weight is added, as an integer, to one bin a (value slot, head), and the bins are multiplied with the value
 // codebook at the end. Neither keys nor values are decoded.
 #include <algorithm>
+#include <utility>
 
 #include "decode_combine.cuh"
 #include "decode_exact.cuh"
@@ -14,7 +15,7 @@ namespace decoding {
 
 bool make_lookup_plan(const gsrq_layer& layer, int most_shared, LookupPlan* out) {
   const int d = layer.head_dim;
-  if (layer.key_centre == nullptr || d < 16) return false;
+  if (layer.key_centre == nullptr || d < 16 || d > 512) return false;
   LookupPlan p{};
   p.key_width = std::min(layer.keys.width, d);
   DecodePlan& b = p.head;
@@ -25,13 +26,18 @@ bool make_lookup_plan(const gsrq_layer& layer, int most_shared, LookupPlan* out)
   p.key_parts = (p.key_slots + kPartSlots - 1) / kPartSlots;
   b.slots = layer.values.stages * (d / b.width);
   p.value_parts = (b.slots + kPartSlots - 1) / kPartSlots;
+  if (p.key_parts > kMostParts || p.value_parts > kMostParts) return false;
   b.lanes = kLookupLanes;
   b.group = layer.heads / layer.kv_heads;
   b.parts = (b.group + kLookupLanes - 1) / kLookupLanes;
   b.part_heads = (b.group + b.parts - 1) / b.parts;
-  p.shared_bytes = (p.key_parts + p.value_parts) * (kPartBytes + 2 * kStagedBytes);
-  *out = p;
-  return p.shared_bytes + 1024 <= most_shared;
+  const int parts = p.key_parts + p.value_parts;
+  for (p.threads = kManyThreads; p.threads >= kFewThreads; p.threads /= 2) {
+    p.shared_bytes = parts * (kPartBytes + 2 * p.threads * kPartSlots) + kSpareShared;
+    *out = p;
+    if (p.shared_bytes + kFixedShared <= most_shared) return true;
+  }
+  return false;
 }
 
 namespace {
@@ -56,11 +62,11 @@ __device__ inline void add_shared(uint32_t at, uint32_t x) { asm volatile("red.s
 
 // Codes of one side of an item's tokens, where the head's slots begin.
 struct Codes {
-  const int8_t* base;        // of a linear cache at the item's first token, else of page 0
+  const int8_t* base;  // of a linear cache at the item's first token, else of page 0
   uint32_t row_bytes;
-  int slots, words, parts;
-  uint32_t inverse;          // 2^16 / pieces of a token, rounded up: exact for the indices of a warp
-  int alignment;             // 8, 4, or 1 where bytes must be taken one by one
+  int slots, parts;
+  uint32_t inverse;    // 2^16 / parts, rounded up: exact for the pieces of a warp
+  int alignment;       // 8, 4, or 1 where bytes must be taken one by one
 };
 
 __device__ inline Codes codes_of(const gsrq_call& call, const gsrq_codebook& book, const int8_t* codes, int kv_head,
@@ -69,32 +75,46 @@ __device__ inline Codes codes_of(const gsrq_call& call, const gsrq_codebook& boo
   const int64_t first = static_cast<int64_t>(kv_head) * head_dim / book.width * book.stages;
   c.row_bytes = static_cast<uint32_t>(book.groups * book.stages);
   c.slots = slots;
-  c.words = slots / 4;
   c.parts = parts;
+  c.inverse = 65535u / static_cast<uint32_t>(parts) + 1;
   c.base = codes + first + (call.block_table == nullptr ? first_row * c.row_bytes : 0);
   const int64_t all = first | c.row_bytes | slots;
   c.alignment = all % 8 == 0 ? 8 : all % 4 == 0 ? 4 : 1;
-  c.inverse = 65536u / static_cast<uint32_t>(c.alignment == 8 ? parts : max(c.words, 1)) + 1;
   return c;
 }
 
-// Starts copying the codes of a warp's tokens to staged[part][thread]. The lanes that take pieces of one token stand
-// together, so that each row is looked up in the cache once. row_of(i): those of the warp's token i.
-template <bool Simple, class RowOf>
-__device__ inline void fetch_codes(const Codes& codes, int tokens, int lane, uint2* staged, const RowOf& row_of) {
-  if (Simple || codes.alignment == 8) {
+// Starts copying the codes of a warp's tokens to staged[part][thread], for a linear cache in pieces of 8 bytes. Lanes
+// stand token by token, so that what they read together lies together.
+template <int Threads>
+__device__ inline void fetch_pieces(const Codes& codes, const int8_t* from, int tokens, int lane, uint32_t staged) {
+  const int parts = codes.parts, pitch = Threads * kPartSlots, all = min(tokens, 32) * parts;
+  const int step = static_cast<int>(32 * codes.inverse >> 16), rest = 32 - step * parts;
+  int token = static_cast<int>(lane * codes.inverse >> 16), part = lane - token * parts;
 #pragma unroll 1
-    for (int i = lane; i < 32 * codes.parts; i += 32) {
-      const int token = static_cast<int>(i * codes.inverse >> 16), part = i - token * codes.parts;
-      if (token < tokens) copy_words(staged + part * kLookupThreads + token, row_of(token) + part * kPartSlots);
+  for (int i = lane; i < all; i += 32) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(staged + part * pitch + token * kPartSlots),
+                 "l"(from + (token * codes.row_bytes + part * kPartSlots))
+                 : "memory");
+    token += step;
+    part += rest;
+    if (part >= parts) {
+      part -= parts;
+      ++token;
     }
-  } else if (codes.alignment == 4) {
+  }
+}
+
+// The same for any cache. row_of(i): the codes of the warp's token i.
+template <int Threads, class RowOf>
+__device__ inline void fetch_any(const Codes& codes, int tokens, int lane, uint2* staged, const RowOf& row_of) {
+  if (codes.alignment > 1) {
+    const int bytes = codes.alignment, pieces = codes.slots / bytes;
 #pragma unroll 1
-    for (int i = lane; i < 32 * codes.words; i += 32) {
-      const int token = static_cast<int>(i * codes.inverse >> 16), word = i - token * codes.words;
-      if (token < tokens)
-        copy_word(reinterpret_cast<uint32_t*>(staged + word / 2 * kLookupThreads + token) + word % 2,
-                  row_of(token) + word * 4);
+    for (int i = lane; i < min(tokens, 32) * pieces; i += 32) {
+      const int token = i / pieces, at = (i - token * pieces) * bytes;
+      char* const to = reinterpret_cast<char*>(staged + at / kPartSlots * Threads + token) + at % kPartSlots;
+      if (bytes == 8) copy_words(to, row_of(token) + at);
+      else copy_word(to, row_of(token) + at);
     }
   } else if (lane < tokens) {
     const int8_t* from = row_of(lane);
@@ -105,230 +125,279 @@ __device__ inline void fetch_codes(const Codes& codes, int tokens, int lane, uin
       for (int j = 0; j < kPartSlots; ++j)
         if (p * kPartSlots + j < codes.slots)
           words[j / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(from[p * kPartSlots + j])) << (8 * (j % 4));
-      staged[p * kLookupThreads + lane] = make_uint2(words[0], words[1]);
+      staged[p * Threads + lane] = make_uint2(words[0], words[1]);
     }
   }
 }
 
-// The codes of a part in the order slot 0 ^ turn, 1 ^ turn, ...; bytes: 0x3210 ^ 0x1111 (turn % 4).
-__device__ inline uint2 turned(uint2 codes, int turn, uint32_t bytes) {
-  const uint32_t low = __byte_perm(codes.x, 0, bytes), high = __byte_perm(codes.y, 0, bytes);
-  return turn & 4 ? make_uint2(high, low) : make_uint2(low, high);
+// x, of which the compiler knows nothing: sums with it are not kept in registers from round to round.
+__device__ inline uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
-// Code a of a word times 128, the bytes of a table row.
-template <int A>
-__device__ inline uint32_t row_of_code(uint32_t word) {
-  return (A == 0 ? word << 7 : word >> (8 * A - 7)) & 0x7f80;
+// The eight codes of a part in the order slot 0 ^ turn, 1 ^ turn, ...; selector: byte_perm's for the first four.
+__device__ inline uint2 turned(uint2 codes, uint32_t selector) {
+  return make_uint2(__byte_perm(codes.x, codes.y, selector), __byte_perm(codes.x, codes.y, selector ^ 0x4444));
 }
 
-// The bins of an item, divided by their sum, times the value codebook, into out [4][head_dim]. A warp has half the codewords of
-// a slot; its bins are split into two float16 (rows 0 to 3 and 4 to 7 of the product) and codewords go from memory to
-// the product's registers: column g, product j stand for dim 8 g + j of 64. bins: [parts][256][8 slots][4 heads];
-// scratch: [16][4][64] floats. Ends with all threads in step.
-__device__ void multiply_bins(const gsrq_layer& layer, const LookupPlan& plan, int kv_head, const float* bins,
-                              const float* inverse, float* scratch, float* out) {
-  constexpr int kSteps = kCodewords / 2 / 16, kUnit = 64;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4, h = g % kLookupLanes;
-  const int d = layer.head_dim, width = plan.head.width;
-  const float scale = inverse[h];
-  for (int i = thread; i < kLookupLanes * d; i += kLookupThreads) out[i] = 0;
-#pragma unroll 1
+template <class Fn, int... A>
+__device__ inline void each_slot(uint2 codes, const Fn& fn, std::integer_sequence<int, A...>) {
+  (fn(__byte_perm(A < 4 ? codes.x : codes.y, 0, 0x4440 + A % 4) * (kPartWords * 4), A), ...);
+}
+
+// fn(bytes of the code's table row, a) for each code of turned ones.
+template <class Fn>
+__device__ inline void each_slot(uint2 codes, const Fn& fn) {
+  each_slot(codes, fn, std::make_integer_sequence<int, kPartSlots>());
+}
+
+// Of a warp.
+__device__ inline float largest(float x) {
+#pragma unroll
+  for (int o = 16; o > 0; o /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, o));
+  return x;
+}
+
+__device__ __noinline__ float4 capped(float4 x, float cap) {
+  const auto one = [&](float v) { return cap * kLog2e * tanhf(v / cap); };
+  return make_float4(one(x.x), one(x.y), one(x.z), one(x.w));
+}
+
+// A part's bins as fragments of the product's left side: codes in pairs, each split into two float16, rows 0 to 3 and 4 to
+// 7 the four heads of the one and the other. fragments: [8 slots][kFragmentPitch] words, [16 steps][32 lanes][2] of each.
+constexpr int kFragmentPitch = 16 * 32 * 2 + 8;  // eight words more: a warp's stores fall into more banks
+constexpr int kProductUnit = 32;                 // dims that a warp multiplies at a time
+constexpr int kCodeGroups = 8;                   // parts of the codewords that warps take
+
+template <int Threads>
+__device__ void make_fragments(const float* bins, const float (&inverse)[kLookupLanes], uint32_t* fragments) {
+  for (int i = threadIdx.x; i < kCodewords / 2 * kPartSlots; i += Threads) {
+    const int slot = i % kPartSlots, pair = i / kPartSlots;
+    const float4* const from = reinterpret_cast<const float4*>(bins) + 2 * pair * kPartSlots + slot;
+    const float4 x = from[0], y = from[kPartSlots];
+    uint32_t* const to = fragments + slot * kFragmentPitch + (pair / 8 * 32 + pair % 4) * 2 + pair / 4 % 2;
+    const auto put = [&](int h, float a, float b) {
+      a *= inverse[h];
+      b *= inverse[h];
+      const __half2 top = __floats2half2_rn(a, b);
+      const float2 back = __half22float2(top);
+      to[h * 8] = *reinterpret_cast<const uint32_t*>(&top);
+      to[(h + kLookupLanes) * 8] = packed(a - back.x, b - back.y);
+    };
+    put(0, x.x, y.x);
+    put(1, x.y, y.y);
+    put(2, x.z, y.z);
+    put(3, x.w, y.w);
+  }
+}
+
+// The bins of an item, divided by their sum, times the value codebook, to out [4][head_dim] in global memory. A warp takes 32
+// dims and an eighth of the codewords, of all slots that have those dims; codewords go from memory to the product's
+// registers: column g, product j stand for dim 4 g + j. bins: [parts][256][8 slots][4 heads], which the fragments
+// replace; spare: of a part's fragments.
+template <int Threads>
+__device__ void multiply_bins(const gsrq_layer& layer, const LookupPlan& plan, int kv_head, uint32_t* bins,
+                              const float (&inverse)[kLookupLanes], uint32_t* spare, float* out) {
+  constexpr int kSteps = kCodewords / kCodeGroups / 16, kWarps = Threads / 32;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int d = layer.head_dim, width = plan.head.width, stages = layer.values.stages;
   for (int part = 0; part < plan.value_parts; ++part) {
-    const int slot = part * kPartSlots + warp / 2, first_code = warp % 2 * (kCodewords / 2);
-    const bool real = slot < plan.head.slots;
-    uint32_t a[kSteps][2];
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float* from = bins + ((part * kCodewords + first_code + k * 16 + j * 8 + 2 * t) * kPartSlots + slot % kPartSlots) *
-                                       kLookupLanes + h;
-        const float x = from[0] * scale, y = from[kPartWords] * scale;
-        const __half2 top = __floats2half2_rn(x, y);
-        const float2 back = __half22float2(top);
-        a[k][j] = g < kLookupLanes ? *reinterpret_cast<const uint32_t*>(&top) : packed(x - back.x, y - back.y);
-      }
-    const int of_head = real ? slot / layer.values.stages * width : 0;
-    const int64_t element = static_cast<int64_t>(kv_head) * d + of_head, pitch = layer.values.width;
-    const __half* const words =
-        static_cast<const __half*>(layer.values.codewords) +
-        ((element / pitch * layer.values.stages + slot % layer.values.stages) * kCodewords + first_code + 2 * t) * pitch +
-        element % pitch + g * 8;
+    uint32_t* const own = bins + part * (kPartBytes / 4);
+    make_fragments<Threads>(reinterpret_cast<const float*>(own), inverse, spare);
+    __syncthreads();
+    for (int i = thread; i < kPartBytes / 16; i += Threads) {
+      const int slot = i / 256, word = i % 256 * 4;
+      reinterpret_cast<uint4*>(own)[i] = *reinterpret_cast<const uint4*>(spare + slot * kFragmentPitch + word);
+    }
+    __syncthreads();
+  }
+  float* const scratch = reinterpret_cast<float*>(spare);  // [warps][4][32]
+  const int units = (width + kProductUnit - 1) / kProductUnit, all = d / width * units;  // of a sub-vector, of a head
+  const int64_t pitch = layer.values.width;
 #pragma unroll 1
-    for (int unit = 0; unit < width; unit += kUnit) {
-      float sums[8][4] = {};
-      if (real) {
-        const bool here = unit + g * 8 < width;
+  for (int base = 0; base < all; base += kWarps / kCodeGroups) {
+    const int unit = base + warp / kCodeGroups, group = warp % kCodeGroups;
+    float sums[4][4] = {};
+    if (unit < all) {
+      const int vector = unit / units, dim = (unit - vector * units) * kProductUnit + g * 4;
+      const int64_t element = static_cast<int64_t>(kv_head) * d + vector * width;
+      const bool here = dim < width;
+      const __half* words = static_cast<const __half*>(layer.values.codewords) +
+                            (element / pitch * stages * kCodewords + group * (16 * kSteps) + 2 * t) * pitch +
+                            element % pitch + dim;
+      int slot = vector * stages;
+#pragma unroll 2
+      for (int r = 0; r < stages; ++r, ++slot, words += kCodewords * pitch) {
+        const uint2* const left = reinterpret_cast<const uint2*>(bins) +
+                                  (slot * (kCodewords / 16) + group * kSteps) * 32 + lane;
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
-          uint4 rows[4];
+          uint2 rows[4];
 #pragma unroll
-          for (int r = 0; r < 4; ++r)
-            rows[r] = here ? __ldg(reinterpret_cast<const uint4*>(words + (k * 16 + r / 2 * 8 + r % 2) * pitch + unit))
-                           : make_uint4(0, 0, 0, 0);
-          const uint32_t both[4] = {a[k][0], 0, a[k][1], 0};
+          for (int i = 0; i < 4; ++i)
+            rows[i] = here ? __ldg(reinterpret_cast<const uint2*>(words + (k * 16 + i / 2 * 8 + i % 2) * pitch))
+                           : make_uint2(0, 0);
+          const uint2 x = left[k * 32];
+          const uint32_t both[4] = {x.x, 0, x.y, 0};
 #pragma unroll
-          for (int j = 0; j < 8; ++j) {
+          for (int j = 0; j < 4; ++j) {
             const uint32_t select = j % 2 ? 0x7632 : 0x5410;
-            const auto word = [&](const uint4& v) { return j / 2 == 0 ? v.x : j / 2 == 1 ? v.y : j / 2 == 2 ? v.z : v.w; };
-            multiply(sums[j], both, __byte_perm(word(rows[0]), word(rows[1]), select),
-                     __byte_perm(word(rows[2]), word(rows[3]), select));
+            multiply(sums[j], both, __byte_perm(j < 2 ? rows[0].x : rows[0].y, j < 2 ? rows[1].x : rows[1].y, select),
+                     __byte_perm(j < 2 ? rows[2].x : rows[2].y, j < 2 ? rows[3].x : rows[3].y, select));
           }
         }
       }
-      float* const to = scratch + (warp * kLookupLanes + h) * kUnit + 16 * t;
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float sum = sums[j][c] + __shfl_xor_sync(~0u, sums[j][c], 16);
-          if (g < kLookupLanes) to[c * 8 + j] = sum;
-        }
-      __syncthreads();
-      const int dim = thread % kUnit, head = thread / kUnit;
-      if (head < kLookupLanes && unit + dim < width)
-        for (int w = 0; w < kLookupThreads / 32; ++w) {
-          const int s = part * kPartSlots + w / 2;
-          if (s < plan.head.slots)
-            out[head * d + s / layer.values.stages * width + unit + dim] += scratch[(w * kLookupLanes + head) * kUnit + dim];
-        }
-      __syncthreads();
     }
+    // Columns 2 t and 2 t + 1 of product j: dims 8 t + j and 8 t + 4 + j.
+    float* const to = scratch + (warp * kLookupLanes + g % kLookupLanes) * kProductUnit + 8 * t;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      float4 x = make_float4(sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
+      x.x += __shfl_xor_sync(~0u, x.x, 16);
+      x.y += __shfl_xor_sync(~0u, x.y, 16);
+      x.z += __shfl_xor_sync(~0u, x.z, 16);
+      x.w += __shfl_xor_sync(~0u, x.w, 16);
+      if (g < kLookupLanes) *reinterpret_cast<float4*>(to + c * 4) = x;
+    }
+    __syncthreads();
+    constexpr int kOutputs = kWarps / kCodeGroups * kLookupLanes * kProductUnit;
+    for (int i = thread; i < kOutputs; i += Threads) {
+      const int dim = i % kProductUnit, head = i / kProductUnit % kLookupLanes;
+      const int of = i / (kProductUnit * kLookupLanes), u = base + of, vector = u / units;
+      const int in_vector = (u - vector * units) * kProductUnit + dim;
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < kCodeGroups; ++w)
+        sum += scratch[((of * kCodeGroups + w) * kLookupLanes + head) * kProductUnit + dim];
+      if (u < all && in_vector < width) out[head * d + vector * width + in_vector] = sum;
+    }
+    __syncthreads();
   }
 }
 
+// What an item is and has gathered, in shared memory: registers are scarce.
+struct ItemState {
+  Codes keys, values;
+  const float4* centre;
+  float4 now;  // reference (log2) of the window
+  float maxima[kManyThreads / 32][kLookupLanes];  // of the warps' scores in a round
+  float reference[kLookupLanes], sum[kLookupLanes];  // of the windows that were flushed
+  uint32_t window[kLookupLanes];                     // sum of the window's weights
+};
+
 // Simple: a linear cache whose codes lie in pieces of 8 bytes.
-template <bool Simple>
-__global__ void __launch_bounds__(kLookupThreads, 1)
+template <bool Simple, int Threads>
+__global__ void __launch_bounds__(Threads, 1)
     lookup_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads) {
-  __shared__ float maxima[kLookupThreads / 32][kLookupLanes];
-  __shared__ float inverse[kLookupLanes];
+  __shared__ ItemState state;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int key_parts = plan.key_parts, value_parts = plan.value_parts;
   char* const tables = shared_memory;                  // [key parts][256][8 slots][4 heads] float
   char* const bins = tables + key_parts * kPartBytes;  // [value parts][256][8 slots][4 heads] uint32
-  uint2* const staged = reinterpret_cast<uint2*>(bins + value_parts * kPartBytes);  // [2][parts][512]
-  const int stage = (key_parts + value_parts) * kLookupThreads;
-  const uint32_t table_at = static_cast<uint32_t>(__cvta_generic_to_shared(tables));
-  const uint32_t bins_at = static_cast<uint32_t>(__cvta_generic_to_shared(bins));
+  uint2* const staged = reinterpret_cast<uint2*>(bins + value_parts * kPartBytes);  // [2][parts][threads]
+  const int stage = (key_parts + value_parts) * Threads;
   // The eight lanes that read 16 bytes together differ in the slot; all that add together in slot or head.
   const int key_turn = lane % kPartSlots, value_turn = lane / kLookupLanes, head_turn = lane % kLookupLanes;
-  const uint32_t key_bytes = 0x3210 ^ 0x1111 * (key_turn & 3), value_bytes = 0x3210 ^ 0x1111 * (value_turn & 3);
-  const uint32_t key_place = key_turn * 16, value_place = value_turn * 16 | head_turn * 4;
+  const auto selector = [](int turn) { return (0x3210u ^ 0x1111u * (turn & 3)) ^ (turn & 4 ? 0x4444u : 0); };
+  const uint32_t table_at = static_cast<uint32_t>(__cvta_generic_to_shared(tables)) + key_turn * 16;
+  const uint32_t bins_at = static_cast<uint32_t>(__cvta_generic_to_shared(bins)) + value_turn * 16 + head_turn * 4;
+  const uint32_t staged_at = static_cast<uint32_t>(__cvta_generic_to_shared(staged));
 
   const Line line = line_of(layer, call, vheads, gridDim.x, true);
   Cursor cursor{};
   cursor.start<true>(layer, call, line, blockIdx.x);
-  for (int i = thread; i < stage; i += kLookupThreads)  // slots past the last stay 0
-    reinterpret_cast<uint4*>(staged)[i] = make_uint4(0, 0, 0, 0);
-
   for (; !cursor.done(); cursor.next<true>(layer, call, vheads)) {
     const int kv_head = cursor.vhead / plan.head.parts, row = cursor.row;
     const int64_t item = static_cast<int64_t>(row) * vheads + cursor.vhead;
     const Range range = coded_range(layer, call, row);
-    const int begin = cursor.first * kChunk, end = min(cursor.stop * kChunk, range.count);
-    const int rounds = (end - begin + kLookupThreads - 1) / kLookupThreads, first_row = range.first - layer.sinks + begin;
+    const int begin = cursor.first * kChunk, count = min(cursor.stop * kChunk, range.count) - begin;
+    const int rounds = (count + Threads - 1) / Threads, first_row = range.first - layer.sinks + begin;
     const int64_t linear_row = row * call.capacity + first_row;
-    const Codes keys =
-        codes_of(call, layer.keys, call.key_codes, kv_head, layer.head_dim, plan.key_slots, key_parts, linear_row);
-    const Codes values =
-        codes_of(call, layer.values, call.value_codes, kv_head, layer.head_dim, plan.head.slots, value_parts, linear_row);
-    const float4* const centre = memory.centre + item * memory.padded + begin;
-    for (int i = thread; i < value_parts * kPartBytes / 16; i += kLookupThreads)
+    if (thread == 0) {
+      state.keys =
+          codes_of(call, layer.keys, call.key_codes, kv_head, layer.head_dim, plan.key_slots, key_parts, linear_row);
+      state.values =
+          codes_of(call, layer.values, call.value_codes, kv_head, layer.head_dim, plan.head.slots, value_parts, linear_row);
+      state.centre = memory.centre + item * memory.padded + begin;
+    }
+    for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads)
       reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
+    for (int i = thread; i < stage; i += Threads)  // slots past the last stay 0
+      reinterpret_cast<uint4*>(staged)[i] = make_uint4(0, 0, 0, 0);
+    if (thread < kLookupLanes) {
+      state.reference[thread] = kNone;
+      state.sum[thread] = 0;
+      state.window[thread] = 0;
+    }
     __syncthreads();
-    const auto fetch = [&](const Codes& codes, int round, uint2* to) {
-      const int first = round * kLookupThreads + warp * 32, tokens = end - begin - first;
+    const auto fetch = [&](const Codes& codes, int round, int first_part) {
+      const int first = round * Threads + warp * 32, tokens = count - first;
       if (round < 0 || tokens <= 0) return;
-      to += (round & 1) * stage + warp * 32;
-      if (Simple || call.block_table == nullptr) {
-        const int8_t* base = codes.base;
-        fetch_codes<Simple>(codes, tokens, lane, to, [&](int i) {
-          return base + static_cast<uint64_t>(static_cast<uint32_t>(first + i)) * codes.row_bytes;
+      const int to = (round & 1) * stage + first_part * Threads + warp * 32;
+      if (Simple)
+        fetch_pieces<Threads>(codes, codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first)) * codes.row_bytes,
+                              tokens, lane, staged_at + to * kPartSlots);
+      else if (call.block_table == nullptr)
+        fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) {
+          return codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first + i)) * codes.row_bytes;
         });
-      } else {
-        fetch_codes<Simple>(codes, tokens, lane, to, [&](int i) {
+      else
+        fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) {
           return codes.base + code_row(call, row, first_row + first + i) * codes.row_bytes;
         });
-      }
     };
     const float4* from = reinterpret_cast<const float4*>(memory.tables + item * key_parts * (kPartBytes / 4));
-#pragma unroll 8
-    for (int i = thread; i < key_parts * kPartBytes / 16; i += kLookupThreads)
+#pragma unroll 4
+    for (int i = thread; i < key_parts * kPartBytes / 16; i += Threads)
       reinterpret_cast<float4*>(tables)[i] = __ldg(from + i);
     __syncthreads();
-    float4 coming = make_float4(0, 0, 0, 0);
-    const auto fetch_centre = [&](int round) {
-      const int token = round * kLookupThreads + thread;
-      if (token < end - begin) coming = __ldg(centre + token);
-    };
-    fetch_centre(0);
     float score[kLookupLanes] = {};
-    const auto look_up = [&](int round) {
-      const int token = round * kLookupThreads + thread;
-      float sum[kLookupLanes] = {coming.x, coming.y, coming.z, coming.w};
-      fetch_centre(round + 1);
-      const bool real = token < end - begin;
-      if (real) {
-        const uint2* codes = staged + (round & 1) * stage + thread;
-        uint32_t part = table_at;
-#pragma unroll 1
-        for (int p = 0; p < key_parts; ++p, codes += kLookupThreads, part += kPartBytes) {
-          const uint2 c = turned(*codes, key_turn, key_bytes);
-          const auto add = [&](uint32_t offset, int a) {
-            const float4 v = load_shared(part + (offset | (key_place ^ (a * 16))));
-            sum[0] += v.x;
-            sum[1] += v.y;
-            sum[2] += v.z;
-            sum[3] += v.w;
-          };
-          add(row_of_code<0>(c.x), 0);
-          add(row_of_code<1>(c.x), 1);
-          add(row_of_code<2>(c.x), 2);
-          add(row_of_code<3>(c.x), 3);
-          add(row_of_code<0>(c.y), 4);
-          add(row_of_code<1>(c.y), 5);
-          add(row_of_code<2>(c.y), 6);
-          add(row_of_code<3>(c.y), 7);
-        }
-      }
+    const auto look_up = [&](int round, float4 sum) {
+      const uint2* const codes = staged + (round & 1) * stage + thread;
 #pragma unroll
-      for (int h = 0; h < kLookupLanes; ++h) {
-        if (layer.softcap > 0) sum[h] = layer.softcap * kLog2e * tanhf(sum[h] / layer.softcap);
-        score[h] = real ? sum[h] : kNone;
+      for (int p = 0; p < kMostParts; ++p) {
+        if (p >= key_parts) break;
+        const uint32_t at = opaque(table_at);
+        each_slot(turned(codes[p * Threads], selector(key_turn)), [&](uint32_t code, int a) {
+          const float4 v = load_shared((at ^ (a * 16)) + code + p * kPartBytes);
+          sum.x += v.x;
+          sum.y += v.y;
+          sum.z += v.z;
+          sum.w += v.w;
+        });
       }
+      if (layer.softcap > 0) sum = capped(sum, layer.softcap);
+      const bool real = round * Threads + thread < count;
+      score[0] = real ? sum.x : kNone;
+      score[1] = real ? sum.y : kNone;
+      score[2] = real ? sum.z : kNone;
+      score[3] = real ? sum.w : kNone;
     };
 
-    // Reference exponents of the item and of the window; of the thread's tokens the sums of weights under each.
-    float item_reference[kLookupLanes], reference[kLookupLanes], item_sum[kLookupLanes];
-    uint32_t window_sum[kLookupLanes];
-#pragma unroll
-    for (int h = 0; h < kLookupLanes; ++h) {
-      item_reference[h] = reference[h] = kNone;
-      item_sum[h] = 0;
-      window_sum[h] = 0;
-    }
+    uint32_t window_sum[kLookupLanes] = {};  // of the thread's tokens
     int window_tokens = 0;
     bool flushed = false;
-    float4* const scratch = reinterpret_cast<float4*>(memory.scratch + blockIdx.x * static_cast<int64_t>(value_parts) * (kPartBytes / 4));
-
     // Adds the window's bins to those of the item's earlier windows: to global memory and zero, or, the last, as floats to
-    // the bins themselves. All threads call it together, their adds done.
+    // the bins themselves. All threads call it together, their adds done. Ends with them in step.
     const auto flush = [&](bool last) {
+      float4* const scratch = reinterpret_cast<float4*>(memory.scratch) +
+                              static_cast<int64_t>(blockIdx.x) * value_parts * (kPartBytes / 16);
+      const float4 window = state.now;
+      const float reference[kLookupLanes] = {window.x, window.y, window.z, window.w};
       float kept[kLookupLanes], added[kLookupLanes];
 #pragma unroll
       for (int h = 0; h < kLookupLanes; ++h) {
-        const float most = fmaxf(item_reference[h], reference[h]);
-        kept[h] = item_reference[h] == kNone ? 0.0f : exp2_fast(item_reference[h] - most);
+        const float before = state.reference[h], most = fmaxf(before, reference[h]);
+        kept[h] = before == kNone ? 0.0f : exp2_fast(before - most);
         added[h] = reference[h] == kNone ? 0.0f : exp2_fast(reference[h] - most - kLookupBits);
-        item_sum[h] = item_sum[h] * kept[h] + static_cast<float>(window_sum[h]) * added[h];
-        item_reference[h] = most;
+        const uint32_t sum = __reduce_add_sync(~0u, window_sum[h]);
+        if (lane == h) atomicAdd(&state.window[h], sum);
         window_sum[h] = 0;
       }
-#pragma unroll 4
-      for (int i = thread; i < value_parts * kPartBytes / 16; i += kLookupThreads) {
+#pragma unroll 1
+      for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads) {
         uint4* const bin = reinterpret_cast<uint4*>(bins) + i;
         const uint4 u = *bin;
         float4 total = make_float4(0, 0, 0, 0);
@@ -344,160 +413,177 @@ __global__ void __launch_bounds__(kLookupThreads, 1)
           __stcg(scratch + i, total);
         }
       }
+      __syncthreads();
+#pragma unroll
+      for (int h = 0; h < kLookupLanes; ++h)
+        if (thread == h) {
+          state.sum[h] = state.sum[h] * kept[h] + static_cast<float>(state.window[h]) * added[h];
+          state.window[h] = 0;
+          state.reference[h] = fmaxf(state.reference[h], reference[h]);
+        }
+      __syncthreads();
       flushed = true;
       window_tokens = 0;
     };
 
-    // In step `round` weights of that round are added while the next one's scores are looked up and codes come for later.
+    // In step `round` weights of that round are added, then the next one's scores are looked up; codes come for later.
 #pragma unroll 1
     for (int round = -2; round < rounds; ++round) {
       __syncwarp();  // all lanes have read what is copied over
-      fetch(keys, round + 2, staged);
-      fetch(values, round + 1, staged + key_parts * kLookupThreads);
+      fetch(state.keys, round + 2, 0);
+      fetch(state.values, round + 1, key_parts);
       commit_async();
-      uint32_t weight[kLookupLanes] = {};
-      const bool real = round >= 0 && score[0] != kNone;
-      if (round >= 0) {
-        bool exceeds = window_tokens + kLookupThreads > kLookupTokens || window_tokens == 0;
-#pragma unroll
-        for (int h = 0; h < kLookupLanes; ++h) exceeds |= score[h] > reference[h] + kHeadroom;
-        if (__syncthreads_or(exceeds)) {  // a new window, whose reference is the largest here; all earlier adds are done
-          if (window_tokens > 0) flush(false);
-#pragma unroll
-          for (int h = 0; h < kLookupLanes; ++h) {
-            float most = score[h];
-            for (int o = 16; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
-            if (lane == h) maxima[warp][h] = most;
-          }
-          __syncthreads();
-#pragma unroll
-          for (int h = 0; h < kLookupLanes; ++h) {
-            float most = kNone;
-#pragma unroll 1
-            for (int w = 0; w < kLookupThreads / 32; ++w) most = fmaxf(most, maxima[w][h]);
-            reference[h] = most;
-          }
-          __syncthreads();
-        }
-        window_tokens += kLookupThreads;
-#pragma unroll
-        for (int h = 0; h < kLookupLanes; ++h) {
-          weight[h] = real ? __float2uint_rn(exp2_fast(score[h] - reference[h] + kLookupBits)) : 0;
-          window_sum[h] += weight[h];
-        }
-      }
       wait_async<1>();
-      __syncwarp();
-      if (round >= -1 && round + 1 < rounds) look_up(round + 1);
-
-      if (real) {
-        // Step b's is head b ^ head_turn.
-        const uint32_t w01 = head_turn & 1 ? weight[1] : weight[0], w10 = head_turn & 1 ? weight[0] : weight[1];
-        const uint32_t w23 = head_turn & 1 ? weight[3] : weight[2], w32 = head_turn & 1 ? weight[2] : weight[3];
-        const uint32_t own[kLookupLanes] = {head_turn & 2 ? w23 : w01, head_turn & 2 ? w32 : w10,
-                                            head_turn & 2 ? w01 : w23, head_turn & 2 ? w10 : w32};
-        const uint2* codes = staged + (round & 1) * stage + key_parts * kLookupThreads + thread;
-        uint32_t part = bins_at;
-#pragma unroll 1
-        for (int p = 0; p < value_parts; ++p, codes += kLookupThreads, part += kPartBytes) {
-          const uint2 c = turned(*codes, value_turn, value_bytes);
-          const auto add = [&](uint32_t offset, int a) {
+      const int token = round * Threads + thread;
+      float4 next = make_float4(0, 0, 0, 0);
+      if (round >= 0) {
+        float4 now = state.now;
+        const bool exceeds = round == 0 || score[0] > now.x + kHeadroom || score[1] > now.y + kHeadroom ||
+                             score[2] > now.z + kHeadroom || score[3] > now.w + kHeadroom;
+        const bool anew = __syncthreads_or(exceeds);  // a new reference, the largest here; all earlier adds are done
+        if (anew || window_tokens + Threads > kLookupTokens) {
+          if (window_tokens > 0) flush(false);
+          if (anew) {
 #pragma unroll
-            for (int b = 0; b < kLookupLanes; ++b)
-              add_shared(part + (offset | (value_place ^ (a * 16 | b * 4))), own[b]);
-          };
-          add(row_of_code<0>(c.x), 0);
-          add(row_of_code<1>(c.x), 1);
-          add(row_of_code<2>(c.x), 2);
-          add(row_of_code<3>(c.x), 3);
-          add(row_of_code<0>(c.y), 4);
-          add(row_of_code<1>(c.y), 5);
-          add(row_of_code<2>(c.y), 6);
-          add(row_of_code<3>(c.y), 7);
+            for (int h = 0; h < kLookupLanes; ++h) {
+              const float most = largest(score[h]);
+              if (lane == h) state.maxima[warp][h] = most;
+            }
+            __syncthreads();
+            const float4 own = lane < Threads / 32 ? *reinterpret_cast<const float4*>(state.maxima[lane])
+                                                   : make_float4(kNone, kNone, kNone, kNone);
+            now = make_float4(largest(own.x), largest(own.y), largest(own.z), largest(own.w));
+            if (thread == 0) state.now = now;
+            __syncthreads();  // the next round reads it
+          }
         }
+        window_tokens += Threads;
+        if (token + Threads < count) next = __ldg(state.centre + token + Threads);
+        if (token < count) {
+          const float references[kLookupLanes] = {now.x, now.y, now.z, now.w};
+          uint32_t weight[kLookupLanes];
+#pragma unroll
+          for (int h = 0; h < kLookupLanes; ++h) {
+            weight[h] = __float2uint_rn(exp2_fast(score[h] - references[h] + kLookupBits));
+            window_sum[h] += weight[h];
+          }
+          // Step b's is head b ^ head_turn.
+          const uint32_t w01 = head_turn & 1 ? weight[1] : weight[0], w10 = head_turn & 1 ? weight[0] : weight[1];
+          const uint32_t w23 = head_turn & 1 ? weight[3] : weight[2], w32 = head_turn & 1 ? weight[2] : weight[3];
+          const uint32_t own[kLookupLanes] = {head_turn & 2 ? w23 : w01, head_turn & 2 ? w32 : w10,
+                                              head_turn & 2 ? w01 : w23, head_turn & 2 ? w10 : w32};
+          const uint2* const codes = staged + (round & 1) * stage + key_parts * Threads + thread;
+#pragma unroll
+          for (int p = 0; p < kMostParts; ++p) {
+            if (p >= value_parts) break;
+            const uint32_t at = opaque(bins_at);
+            each_slot(turned(codes[p * Threads], selector(value_turn)), [&](uint32_t code, int a) {
+#pragma unroll
+              for (int b = 0; b < kLookupLanes; ++b)
+                add_shared((at ^ (a * 16 | b * 4)) + code + p * kPartBytes, own[b]);
+            });
+          }
+        }
+      } else if (round == -1 && thread < count) {
+        next = __ldg(state.centre + thread);
       }
+      __syncwarp();
+      if (round >= -1 && round + 1 < rounds) look_up(round + 1, next);
     }
     __syncthreads();
     flush(true);
+    const int64_t partial = item + blockIdx.x;
+    float inverse[kLookupLanes];
 #pragma unroll
     for (int h = 0; h < kLookupLanes; ++h) {
-      float sum = item_sum[h];
-      for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-      if (lane == h) maxima[warp][h] = sum;
+      const float total = state.sum[h];
+      inverse[h] = total > 0 ? 1 / total : 0.0f;
+      if (thread == h) memory.state[partial * kLookupLanes + h] = make_float2(state.reference[h], total);
     }
-    __syncthreads();
-    const int64_t partial = item + blockIdx.x;
-    if (thread < kLookupLanes) {
-      float total = 0, most = kNone;
-      for (int w = 0; w < kLookupThreads / 32; ++w) total += maxima[w][thread];
-#pragma unroll
-      for (int h = 0; h < kLookupLanes; ++h)
-        if (h == thread) most = item_reference[h];
-      memory.state[partial * kLookupLanes + thread] = make_float2(most, total);
-      inverse[thread] = total > 0 ? 1 / total : 0.0f;
-    }
-    __syncthreads();
-    float* const product = reinterpret_cast<float*>(tables);  // the tables' place is free now
-    float* const result = product + kLookupThreads / 32 * kLookupLanes * 64;
-    multiply_bins(layer, plan, kv_head, reinterpret_cast<const float*>(bins), inverse, product, result);
-    for (int i = thread; i < kLookupLanes * layer.head_dim; i += kLookupThreads)
-      memory.values[partial * kLookupLanes * layer.head_dim + i] = result[i];
-    __syncthreads();
+    // The tables' place is free now.
+    multiply_bins<Threads>(layer, plan, kv_head, reinterpret_cast<uint32_t*>(bins), inverse,
+                           reinterpret_cast<uint32_t*>(key_parts > 1 ? tables : reinterpret_cast<char*>(staged)),
+                           memory.values + partial * kLookupLanes * layer.head_dim);
   }
+}
+
+template <int Threads>
+auto lookup_of(bool simple) {
+  return simple ? lookup_kernel<true, Threads> : lookup_kernel<false, Threads>;
 }
 
 constexpr int kFinishThreads = 128;
 
 // Grid: (vheads * heads of a part, batch). The parts of one (row, query head) that blocks looked up, in their order, and the
-// exact tokens.
+// exact tokens: a thread has a part's weight first, then a dim of all.
 __global__ void __launch_bounds__(kFinishThreads)
     finish_lookup(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int blocks, int splits) {
   __shared__ int owners[2];
+  __shared__ float tops[kFinishThreads / 32];
+  __shared__ float2 weights[kFinishThreads];  // of a part's values, of its sum
   const DecodePlan& head = plan.head;
   const int vhead = blockIdx.x / head.part_heads, h = blockIdx.x % head.part_heads, row = blockIdx.y, d = layer.head_dim;
-  const int of_group = vhead % head.parts * head.part_heads + h;
+  const int of_group = vhead % head.parts * head.part_heads + h, thread = threadIdx.x;
   if (of_group >= head.group) return;
   const int64_t base = (static_cast<int64_t>(row) * layer.heads +
                         static_cast<int64_t>(vhead / head.parts) * head.group + of_group) * d;
   if (call.new_lengths[row] <= 0) {
-    for (int i = threadIdx.x; i < d; i += kFinishThreads) store(call.output, base + i, 0, call.dtype);
+    for (int i = thread; i < d; i += kFinishThreads) store(call.output, base + i, 0, call.dtype);
     return;
   }
-  if (threadIdx.x < 32) {
+  if (thread < 32) {
     const Line line = line_of(layer, call, vheads, blocks, true);
     const int64_t before = chunks_before(layer, call, row), chunks = chunks_of(layer, call, row);
     const int64_t first = line.first_chunk(vhead, before, chunks);
-    if (threadIdx.x == 0) {
-      owners[0] = chunks > 0 ? line.owner(first) : 0;
-      owners[1] = chunks > 0 ? line.owner(first + chunks - 1) : -1;
-    }
+    if (thread < 2) owners[thread] = chunks > 0 ? line.owner(first + (thread == 1 ? chunks - 1 : 0)) : -thread;
   }
   __syncthreads();
   const int used = (ExactTokens(layer, call, row).count + kExactTokens - 1) / kExactTokens;
-  const int64_t item = static_cast<int64_t>(row) * vheads + vhead, exact = item * splits;
+  const int coded = owners[1] - owners[0] + 1, all = coded + used;
+  const int64_t item = static_cast<int64_t>(row) * vheads + vhead;
+  const int64_t looked_up = (item + owners[0]) * kLookupLanes + h, exact = item * splits * kLookupLanes + h;
+  const auto state_of = [&](int k) {
+    return k < coded ? memory.state[looked_up + k * kLookupLanes]
+                     : memory.exact.exact_state[exact + (k - coded) * kLookupLanes];
+  };
   float most = kNone;
-  for (int k = owners[0]; k <= owners[1]; ++k) most = fmaxf(most, memory.state[(item + k) * kLookupLanes + h].x);
-#pragma unroll 4
-  for (int k = 0; k < used; ++k) most = fmaxf(most, memory.exact.exact_state[(exact + k) * kLookupLanes + h].x);
-  for (int e = threadIdx.x; e < d; e += kFinishThreads) {
-    float value = 0, sum = 0;
-#pragma unroll 4
-    for (int k = owners[0]; k <= owners[1]; ++k) {
-      const float2 state = memory.state[(item + k) * kLookupLanes + h];
-      const float weight = state.x == kNone ? 0.0f : state.y * exp2f(state.x - most);
-      sum += weight;
-      value += memory.values[((item + k) * kLookupLanes + h) * d + e] * weight;
-    }
-#pragma unroll 4
-    for (int k = 0; k < used; ++k) {
-      const float2 state = memory.exact.exact_state[(exact + k) * kLookupLanes + h];
+  for (int k = thread; k < all; k += kFinishThreads) most = fmaxf(most, state_of(k).x);
+  for (int o = 16; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+  if (thread % 32 == 0) tops[thread / 32] = most;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kFinishThreads / 32; ++w) most = fmaxf(most, tops[w]);
+  constexpr int kDims = 4;  // of a thread, at most: head_dim 512
+  float value[kDims] = {}, sum = 0;
+  for (int begin = 0; begin < all; begin += kFinishThreads) {
+    __syncthreads();
+    if (begin + thread < all) {
+      const float2 state = state_of(begin + thread);
       const float factor = state.x == kNone ? 0.0f : exp2f(state.x - most);
-      sum += state.y * factor;
-      value += memory.exact.exact[((exact + k) * kLookupLanes + h) * d + e] * factor;
+      // Values of coded tokens are divided by their sum, those of exact ones are not.
+      weights[thread] = make_float2(begin + thread < coded ? state.y * factor : factor, state.y * factor);
     }
-    store(call.output, base + e, value / sum, call.dtype);
+    __syncthreads();
+    const int here = min(all - begin, kFinishThreads);
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) {
+      const int e = thread + i * kFinishThreads;
+      if (e >= d) break;
+#pragma unroll 8
+      for (int k = 0; k < here; ++k) {
+        const int at = begin + k;
+        const float* from = at < coded ? memory.values + (looked_up + at * kLookupLanes) * d
+                                       : memory.exact.exact + (exact + (at - coded) * kLookupLanes) * d;
+        value[i] += from[e] * weights[k].x;
+      }
+    }
+#pragma unroll 8
+    for (int k = 0; k < here; ++k) sum += weights[k].y;
   }
+#pragma unroll
+  for (int i = 0; i < kDims; ++i)
+    if (thread + i * kFinishThreads < d) store(call.output, base + thread + i * kFinishThreads, value[i] / sum, call.dtype);
 }
 
 // Blocks that run at once on the current device and the shared memory that one may have.
@@ -543,7 +629,7 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
 using namespace decoding;
 
 int lookup_prepare(const gsrq_layer& layer, Arena& prepared, cudaStream_t stream, bool launch) {
-  uint4* const offsets = prepared.take<uint4>(2 * kCentreSteps * 32);
+  uint4* const offsets = prepared.take<uint4>(kCentreTiles * kCentreSteps * 32);
   return launch ? fill_offsets(layer, offsets, stream) : 0;
 }
 
@@ -564,7 +650,7 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
   const Device found = device();
   if (!make_lookup_plan(layer, found.shared, &plan)) return fail("decoding by lookups does not apply");
   LookupMemory memory = take_memory(layer, call, plan, found.blocks, workspace);
-  memory.offsets = prepared.take<uint4>(2 * kCentreSteps * 32);
+  memory.offsets = prepared.take<uint4>(kCentreTiles * kCentreSteps * 32);
   const int vheads = layer.kv_heads * plan.head.parts;
   if (prepare_lookup(layer, call, plan, memory, stream)) return 1;
   if (memory.padded > 0) {
@@ -573,10 +659,12 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     };
     const bool simple = call.block_table == nullptr && in_pieces(layer.keys, plan.key_slots) &&
                         in_pieces(layer.values, plan.head.slots);
-    const auto kernel = simple ? lookup_kernel<true> : lookup_kernel<false>;
+    const auto kernel = plan.threads == kManyThreads ? lookup_of<kManyThreads>(simple)
+                        : plan.threads == kFewThreads ? lookup_of<kFewThreads>(simple)
+                                                      : lookup_of<kManyThreads / 2>(simple);
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) != cudaSuccess)
       return launched("lookup_kernel");
-    kernel<<<found.blocks, kLookupThreads, plan.shared_bytes, stream>>>(layer, call, plan, memory, vheads);
+    kernel<<<found.blocks, plan.threads, plan.shared_bytes, stream>>>(layer, call, plan, memory, vheads);
     if (launched("lookup_kernel")) return 1;
   }
   finish_lookup<<<dim3(static_cast<unsigned>(vheads * plan.head.part_heads), static_cast<unsigned>(call.batch)),

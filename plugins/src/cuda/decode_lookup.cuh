@@ -5,21 +5,25 @@
 
 namespace gsrq::cuda::decoding {
 
-constexpr int kLookupThreads = 512;
+constexpr int kManyThreads = 1024, kFewThreads = 256;     // of a block: the most for whose codes there is shared memory
 constexpr int kLookupLanes = 4;                            // query heads of a KV head that are served together
 constexpr int kPartSlots = 8;                              // slots whose (slot, head) pairs fill the 32 banks once
 constexpr int kPartWords = kPartSlots * kLookupLanes;
 constexpr int kPartBytes = kCodewords * kPartWords * 4;    // of a table or of bins
-constexpr int kStagedBytes = kLookupThreads * kPartSlots;  // codes of a part of a round
+constexpr int kMostParts = 5;                              // of keys or values
+constexpr int kFixedShared = 2048;                         // of lookup_kernel, beside its tables
+constexpr int kSpareShared = 1024;
 constexpr int kLookupBits = 18;                            // weights are integers of 2^-18 of their window's reference
 constexpr int kLookupTokens = 4095;                        // of a window: 4095 * 2^(18 + 2) < 2^32
 constexpr int kCentreSteps = 8, kCentrePairs = 8 * kCentreSteps;  // RoPE pairs that the tensor-core kernel takes
+constexpr int kCentreTiles = 8;                                   // of 16 tokens that one turn of the queries serves
 static_assert(kLookupTokens * 4LL * (1 << kLookupBits) < (1LL << 32), "bins would overflow");
 
 // A slot is a code byte of a head: stage r of the sub-vector, or of the part of one, that lies in the head.
 struct LookupPlan {
   DecodePlan head;  // heads, parts and value slots, as attend_exact reads them
   int key_slots, key_parts, value_parts, key_width;
+  int threads;
   int shared_bytes;
 };
 
@@ -34,7 +38,7 @@ struct LookupMemory {
   float* scratch;         // [blocks][value parts][256][8 slots][4 heads]: bins of an item's earlier windows
   float* values;          // [items + blocks][4][head_dim], divided by the sum of weights
   float2* state;          // [items + blocks][4]: reference (log2) and sum of weights
-  const uint4* offsets;   // of prepare: [2 tiles][steps][32 lanes], cosines and sines of positions 0 to 31
+  const uint4* offsets;   // of prepare: [tiles][steps][32 lanes], cosines and sines of positions 0 to 127
 };
 
 // Launches what must be known of the queries and the exact tokens before coded tokens are looked up.

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = kCombineThreads, kPad = 8;
 constexpr int kTableRows = 16, kTablePairs = kTableRows * kLookupLanes, kTableCodes = 32;
-constexpr int kCentreTokens = 1024, kCentreHeads = 8;
+constexpr int kCentreTokens = kThreads / 32 * kCentreTiles * 16, kCentreHeads = 8;
 static_assert(kThreads / 32 == kPartSlots, "a warp fills one slot's tables");
 
 __device__ inline int position_of(const gsrq_call& call, int row) {
@@ -135,11 +135,12 @@ __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, cons
   }
 }
 
-// A warp takes 32 tokens at a time: their offsets from the first are constant, so the matrix of their cosines and sines
-// stays in registers as float16, and the first token's row turns u and v, which are split into two float16 (columns 0
-// to 3 and 4 to 7 of the product).
+// A warp takes 128 tokens: their offsets from the first are constant, so the matrix of their cosines and sines, as float16, lies
+// in shared memory, and the first token's row turns u and v. A product's columns are the heads of two vheads; two products share
+// a read of the matrix.
 __device__ void score_centre(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, int vheads,
                              int block) {
+  constexpr int kPairs = 2;  // of vheads that are scored together
   const int stretches = static_cast<int>((memory.padded + kCentreTokens - 1) / kCentreTokens);
   const int groups = (vheads + kCentreHeads - 1) / kCentreHeads, row = block / (stretches * groups);
   const int first_vhead = block / stretches % groups * kCentreHeads, here = min(kCentreHeads, vheads - first_vhead);
@@ -148,70 +149,71 @@ __device__ void score_centre(const gsrq_layer& layer, const gsrq_call& call, con
   if (begin >= end) return;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int64_t item = static_cast<int64_t>(row) * vheads + first_vhead;
-  float2* const drifts = reinterpret_cast<float2*>(shared_memory);  // [vheads][pairs][4]
-  for (int i = thread; i < here * kCentrePairs * kLookupLanes / 2; i += kThreads)
+  uint4* const offsets = reinterpret_cast<uint4*>(shared_memory);  // [tiles][steps][32]
+  float2* const drifts = reinterpret_cast<float2*>(offsets + kCentreTiles * kCentreSteps * 32);  // [vheads][pairs][4]
+  for (int i = thread; i < kCentreTiles * kCentreSteps * 32; i += kThreads) offsets[i] = __ldg(memory.offsets + i);
+  for (int i = thread; i < kCentreHeads * kCentrePairs * kLookupLanes / 2; i += kThreads)
     reinterpret_cast<float4*>(drifts)[i] =
-        __ldg(reinterpret_cast<const float4*>(memory.drifts + item * kCentrePairs * kLookupLanes) + i);
-  uint32_t offsets[2][kCentreSteps][4];  // pairs 8 s + 2 t and + 1 of step s: cosines, then sines
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
+        i < here * kCentrePairs * kLookupLanes / 2
+            ? __ldg(reinterpret_cast<const float4*>(memory.drifts + item * kCentrePairs * kLookupLanes) + i)
+            : make_float4(0, 0, 0, 0);
+  __syncthreads();
+  const int half = layer.half_rope, first = begin + warp * kCentreTiles * 16;
+  if (first >= end) return;
+  const int64_t at = static_cast<int64_t>(range.first + first) * half;
+#pragma unroll 1
+  for (int v = 0; v < here; v += 2 * kPairs) {
+    uint32_t b[kPairs][kCentreSteps][2];
 #pragma unroll
     for (int s = 0; s < kCentreSteps; ++s) {
-      const uint4 x = __ldg(memory.offsets + (i * kCentreSteps + s) * 32 + lane);
-      offsets[i][s][0] = x.x;
-      offsets[i][s][1] = x.y;
-      offsets[i][s][2] = x.z;
-      offsets[i][s][3] = x.w;
-    }
-  __syncthreads();
-  const int half = layer.half_rope;
-  for (int first = begin + warp * 32; first < end; first += kThreads) {
-    const int64_t at = static_cast<int64_t>(range.first + first) * half;
-    float2 turns[kCentreSteps][2];
-#pragma unroll
-    for (int s = 0; s < kCentreSteps; ++s)
+      float turned[kPairs][2][2];
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const int p = min(8 * s + 2 * t + k, half - 1);  // drifts past it are zero
-        turns[s][k] = make_float2(__ldg(layer.cos + at + p), __ldg(layer.sin + at + p));
+        const int pair = 8 * s + 2 * t + k;
+        const int64_t place = at + min(pair, half - 1);  // drifts past it are zero
+        const float c = __ldg(layer.cos + place), d = __ldg(layer.sin + place);
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          const float2 x = drifts[((v + 2 * i + g / kLookupLanes) * kCentrePairs + pair) * kLookupLanes + g % kLookupLanes];
+          turned[i][0][k] = x.x * c + x.y * d;
+          turned[i][1][k] = x.y * c - x.x * d;
+        }
       }
-#pragma unroll 1
-    for (int v = 0; v < here; ++v) {
-      float sums[2][4] = {};
-      const float2* own = drifts + v * kCentrePairs * kLookupLanes + g % kLookupLanes;
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) b[i][s][j] = packed(turned[i][j][0], turned[i][j][1]);
+    }
+    // Columns 2 t and 2 t + 1: heads of vhead t / 2 of the two.
+    float2 rest[kPairs];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int vhead = v + 2 * i + t / 2;
+      rest[i] = vhead < here
+                    ? __ldg(reinterpret_cast<const float2*>(memory.rest + (item + vhead) * kLookupLanes) + t % 2)
+                    : make_float2(0, 0);
+    }
+#pragma unroll 2
+    for (int tile = 0; tile < kCentreTiles; ++tile) {
+      float sums[kPairs][4] = {};
 #pragma unroll
       for (int s = 0; s < kCentreSteps; ++s) {
-        float turned[2][2];
+        const uint4 x = offsets[(tile * kCentreSteps + s) * 32 + lane];
+        const uint32_t a[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const float2 x = own[(8 * s + 2 * t + k) * kLookupLanes], c = turns[s][k];
-          turned[0][k] = x.x * c.x + x.y * c.y;
-          turned[1][k] = x.y * c.x - x.x * c.y;
-        }
-        uint32_t b[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const __half2 top = __floats2half2_rn(turned[j][0], turned[j][1]);
-          const float2 back = __half22float2(top);
-          const uint32_t left = packed(turned[j][0] - back.x, turned[j][1] - back.y);
-          b[j] = g < kLookupLanes ? *reinterpret_cast<const uint32_t*>(&top) : left;
-        }
-        multiply(sums[0], offsets[0][s], b[0], b[1]);
-        multiply(sums[1], offsets[1][s], b[0], b[1]);
+        for (int i = 0; i < kPairs; ++i) multiply(sums[i], a, b[i][s][0], b[i][s][1]);
       }
-      const float2 rest = __ldg(reinterpret_cast<const float2*>(memory.rest + (item + v) * kLookupLanes) + t % 2);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < kPairs; ++i) {
+        const int vhead = v + 2 * i + t / 2;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float x = sums[i][2 * r], y = sums[i][2 * r + 1];
-          x += __shfl_xor_sync(~0u, x, 2);
-          y += __shfl_xor_sync(~0u, y, 2);
-          const int token = first + i * 16 + g + 8 * r;
-          if (t < 2 && token < end)
-            reinterpret_cast<float2*>(memory.centre + (item + v) * memory.padded + token)[t] =
-                make_float2(x + rest.x, y + rest.y);
+          const int token = first + tile * 16 + g + 8 * r;
+          if (vhead < here && token < end)
+            reinterpret_cast<float2*>(memory.centre + (item + vhead) * memory.padded + token)[t % 2] =
+                make_float2(sums[i][2 * r] + rest[i].x, sums[i][2 * r + 1] + rest[i].y);
         }
+      }
     }
   }
 }
@@ -259,12 +261,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Thread: a lane's fragment of a step of a tile. Scaled tables: the scale is the first row's cosine.
+// Block: a tile; thread: a lane's fragment of a step. Scaled tables: the scale is the first row's cosine.
 __global__ void offsets_kernel(const __grid_constant__ gsrq_layer layer, uint4* offsets) {
-  const int i = threadIdx.x, lane = i % 32, s = i / 32 % kCentreSteps, tile = i / (32 * kCentreSteps), half = layer.half_rope;
+  const int i = threadIdx.x, lane = i % 32, s = i / 32, half = layer.half_rope;
   uint32_t words[4];
   for (int j = 0; j < 4; ++j) {
-    const int position = min(tile * 16 + lane / 4 + 8 * (j % 2), layer.positions - 1);
+    const int position = min(static_cast<int>(blockIdx.x) * 16 + lane / 4 + 8 * (j % 2), layer.positions - 1);
     float x[2];
     for (int k = 0; k < 2; ++k) {
       const int p = 8 * s + 2 * (lane % 4) + k;
@@ -272,14 +274,14 @@ __global__ void offsets_kernel(const __grid_constant__ gsrq_layer layer, uint4* 
     }
     words[j] = packed(x[0], x[1]);
   }
-  offsets[i] = make_uint4(words[0], words[1], words[2], words[3]);
+  offsets[blockIdx.x * blockDim.x + i] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 }  // namespace
 
 int fill_offsets(const gsrq_layer& layer, uint4* offsets, cudaStream_t stream) {
   if (!takes_offsets(layer)) return 0;
-  offsets_kernel<<<1, 2 * 32 * kCentreSteps, 0, stream>>>(layer, offsets);
+  offsets_kernel<<<kCentreTiles, 32 * kCentreSteps, 0, stream>>>(layer, offsets);
   return launched("fill_offsets");
 }
 
@@ -301,7 +303,8 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   }
   const int d = layer.head_dim;
   const int bytes = std::max({4 * kTablePairs * (d + kPad) + 2 * 4096, 4 * (8 * d + 2 * kExactTokens * (d + 8)),
-                              static_cast<int>(kCentreHeads * kCentrePairs * kLookupLanes * sizeof(float2))});
+                              static_cast<int>(kCentreHeads * kCentrePairs * kLookupLanes * sizeof(float2) +
+                                               kCentreTiles * kCentreSteps * 32 * sizeof(uint4))});
   const auto kernel = plan.key_width <= 128 ? prepare_kernel<8> : prepare_kernel<16>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("prepare_lookup");
