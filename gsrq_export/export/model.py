@@ -78,6 +78,8 @@ def _check(model: torch.nn.Module, spec: ModelSpec, codebooks: list[LayerCodeboo
     mend = "use the codebooks that were calibrated for this model"
     if len(codebooks) != len(spec.layers):
         raise GsrqError(f"codebooks for {len(codebooks)} layers, the model has {len(spec.layers)}", mend)
+    if any(books.keys.center is not None for books in codebooks):
+        raise GsrqError("keys coded in the rotated frame cannot be exported yet", "use codec.key_frame: pre-rope")
     for layer, books in zip(spec.layers, codebooks, strict=True):
         elements = layer.num_kv_heads * layer.head_dim
         for side, book in zip(SIDES, (books.keys, books.values), strict=True):
