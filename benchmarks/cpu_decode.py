@@ -22,7 +22,8 @@ import torch
 from onnx import helper
 
 from gsrq_export import native
-from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention, rotate
+from gsrq_export.cache.frame import rotate
+from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.codec.codebook import Codebook
 

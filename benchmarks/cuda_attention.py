@@ -22,7 +22,8 @@ import torch
 from environment import environment
 
 from gsrq_export import CacheRule, Codebook
-from gsrq_export.cache.reference import AttentionConfig, LayerCache, rotate
+from gsrq_export.cache.frame import rotate
+from gsrq_export.cache.reference import AttentionConfig, LayerCache
 from gsrq_export.cuda import Call, CallTensors, CudaLayer
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of LLaMA-3-8B

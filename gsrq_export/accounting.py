@@ -1,6 +1,7 @@
 """What a recipe's cache takes, before anything is built, counted as `cache.footprint` counts.
 
-`bits` in a recipe is nominal, 8 R / D. Codebooks count at stored precision: float16 codewords, float32 transforms.
+`bits` in a recipe is nominal, 8 R / D. Codebooks count at stored precision: float16 codewords, float32 transforms
+and centers.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def footprint(recipe: Recipe, layers: Sequence[LayerShape], context_length: int,
         recipe.cache.rule,
         elements=sum(2 * layer.elements for layer in layers),
         code_bits=8 * sum(_code_bytes(side, layer) for side, layer in sides),
-        shared_bytes=sum(_codebook_bytes(side, layer) for side, layer in sides),
+        shared_bytes=sum(_codebook_bytes(side, layer) for side, layer in sides) + _center_bytes(recipe, layers),
         context=context_length,
         sequences=batch,
         slot_bytes=EXACT_BYTES[recipe.cache.exact_dtype],
@@ -67,6 +68,11 @@ def effective_bits(recipe: Recipe, layers: Sequence[LayerShape], context_length:
 
 def _code_bytes(side: CodecSide, layer: LayerShape) -> int:
     return layer.elements // side.width * side.stages
+
+
+def _center_bytes(recipe: Recipe, layers: Sequence[LayerShape]) -> int:
+    """Of the means that the rotated frame takes off keys, float32."""
+    return 4 * sum(layer.elements for layer in layers) if recipe.codec.rotated_keys else 0
 
 
 def _codebook_bytes(side: CodecSide, layer: LayerShape) -> int:

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gsrq_export.cache.reference import rotate
+from gsrq_export.cache.frame import rotate, to_frame
+from gsrq_export.codec.codebook import ENCODE_CHUNK
 from gsrq_export.codec.metric import key_transform, value_transform
 from gsrq_export.codec.residual import widened
+from gsrq_export.errors import GsrqError
 from gsrq_export.model.intercept import AttentionCall, intercept
 from gsrq_export.model.introspect import LayerSpec, ModelSpec
 from gsrq_export.stages.storage import write_atomic
@@ -35,12 +37,16 @@ def shard_batch(length: int) -> int:
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """Gradient norms are taken of parts of key_width and value_width elements; those of any multiple follow."""
+    """Gradient norms are taken of parts of key_width and value_width elements; those of any multiple follow.
+
+    rotated_keys: parts of keys are those after RoPE, which mixes the elements of a head. Keys are stored before it.
+    """
 
     key_width: int
     value_width: int
     gradients: bool = True
     batch: int = 4  # sequences a shard
+    rotated_keys: bool = False
 
 
 def attend(call: AttentionCall, spec: ModelSpec) -> torch.Tensor:
@@ -93,7 +99,8 @@ def capture_shard(
         ids: int64 [B, L].
     Returns:
         For each layer i and kind: ``{i}.{kind}`` float16 [B * L, KV * head_dim],
-        ``{i}.{kind}.gradient`` float32 [B * L, groups], and ``{i}.query_energy`` float32 [KV, head_dim].
+        ``{i}.{kind}.gradient`` float32 [B * L, groups], and ``{i}.query_energy`` float32 [KV, head_dim];
+        and ``positions`` int32 [B * L], the tokens' places in their sequences.
     """
     recorder = _Recorder(spec)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -110,14 +117,19 @@ def capture_shard(
         recorder.values[layer.index] for layer in spec.layers
     ]
     gradients: Sequence[torch.Tensor] = torch.autograd.grad(loss, leaves) if settings.gradients else []
-    shard: dict[str, torch.Tensor] = {}
+    places = torch.arange(ids.shape[1], dtype=torch.int32).repeat(ids.shape[0])
+    shard: dict[str, torch.Tensor] = {"positions": places}
     count = len(spec.layers)
     for layer in spec.layers:
         i = layer.index
         for j, (kind, width) in enumerate(zip(KINDS, (settings.key_width, settings.value_width), strict=True)):
             shard[f"{i}.{kind}"] = _rows(leaves[i + j * count]).half()
             if gradients:
-                rows = _rows(gradients[i + j * count])
+                gradient = gradients[i + j * count]
+                if kind == "key" and settings.rotated_keys:
+                    cos, sin = (t[: ids.shape[1]].to(gradient)[None] for t in spec.rope_tables[layer.rope_table])
+                    gradient = rotate(gradient, cos, sin, layer.rope_interleaved)
+                rows = _rows(gradient)
                 norm = rows.reshape(rows.shape[0], -1, width).norm(dim=2)
                 shard[f"{i}.{kind}.gradient"] = norm.float()
         shard[f"{i}.query_energy"] = recorder.query_energy[i].float()
@@ -165,8 +177,22 @@ class Captured:
                 yield tensors.get_tensor(name)
 
     def vectors(self, layer: LayerSpec, kind: str) -> torch.Tensor:
-        """float16 [N, KV * head_dim]."""
+        """float16 [N, KV * head_dim]; keys before RoPE."""
         return torch.cat(list(self._read(f"{layer.index}.{kind}")))
+
+    def positions(self) -> torch.Tensor:
+        """int32 [N]: each row's place in its sequence.
+
+        Raises:
+            GsrqError: an older version wrote the capture, which kept none.
+        """
+        try:
+            return torch.cat(list(self._read("positions")))
+        except SafetensorError:
+            raise GsrqError(
+                f"{self.directory}: the capture holds no positions, which codec.key_frame: rotated needs",
+                "capture again with this version",
+            ) from None
 
     def gradients(self, layer: LayerSpec, kind: str, width: int | None = None) -> torch.Tensor:
         """float32 [N, groups], of sub-vectors of ``width`` elements; None: of the parts captured."""
@@ -180,10 +206,50 @@ class Captured:
         return torch.stack(list(self._read(f"{layer.index}.query_energy"))).mean(0)
 
 
+def key_center(keys: torch.Tensor) -> torch.Tensor:
+    """The center of a rotated frame: the mean of keys before RoPE, [N, E] to float32 [E]."""
+    return keys.double().mean(0).float()
+
+
+def framed_keys(
+    keys: torch.Tensor, positions: torch.Tensor, center: torch.Tensor, spec: ModelSpec, layer: LayerSpec
+) -> torch.Tensor:
+    """Keys brought to the rotated frame (cache/frame.py): what its codebook is trained and measured on.
+
+    Args:
+        keys: [N, KV * head_dim], before RoPE.
+        positions: int [N].
+        center: float32 [KV * head_dim].
+    Returns:
+        float32 [N, KV * head_dim], on the device of ``keys``.
+    """
+    cos, sin = (table.to(keys.device) for table in spec.rope_tables[layer.rope_table])
+    parts = []
+    for rows, at in zip(torch.split(keys, ENCODE_CHUNK), torch.split(positions.long(), ENCODE_CHUNK), strict=True):
+        heads = rows.reshape(1, len(rows), layer.num_kv_heads, -1).transpose(1, 2)
+        place = at.to(keys.device)[None]
+        framed = to_frame(heads, center, cos[place], sin[place], layer.rope_interleaved)
+        parts.append(framed[0].transpose(0, 1).flatten(1))
+    return torch.cat(parts)
+
+
+def training_vectors(
+    captured: Captured, spec: ModelSpec, layer: LayerSpec, kind: str, rotated_keys: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a codebook of the layer's keys or values is trained on, [N, KV * head_dim], and its center."""
+    vectors = captured.vectors(layer, kind)
+    if kind != "key" or not rotated_keys:
+        return vectors, None
+    center = key_center(vectors)
+    return framed_keys(vectors, captured.positions(), center, spec, layer), center
+
+
 def attention_metric(
     captured: Captured, spec: ModelSpec, layer: LayerSpec, kind: str, width: int, outputs: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The attention-aware metric of a layer's keys or values: float32 [groups, width, width].
+
+    It serves both frames of keys: a scale a rotary pair is what no rotation changes.
 
     Args:
         outputs: of ``output_projections``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -49,6 +49,7 @@ class Case:
     value_stages: int = 2
     exact_dtype: torch.dtype = torch.float16
     transform: bool = False
+    rotated: bool = False  # keys coded after RoPE
     keys: Codebook = field(init=False, compare=False)
     values: Codebook = field(init=False, compare=False)
 
@@ -56,6 +57,9 @@ class Case:
         total = self.kv_heads * self.head_dim
         set_ = object.__setattr__
         set_(self, "keys", random_codebook(total, self.key_width, self.key_stages, 1, self.transform))
+        if self.rotated:
+            center = torch.randn(total, generator=torch.Generator().manual_seed(3))
+            set_(self, "keys", replace(self.keys, center=center))
         set_(self, "values", random_codebook(total, self.value_width, self.value_stages, 2, self.transform))
 
     def __str__(self) -> str:
@@ -121,4 +125,15 @@ CASES = [
     Case("exact prefill", AttentionConfig(0.25, SMALL, exact_prefill=True)),
     Case("one head, odd", AttentionConfig(0.2, CacheRule(3, 1, 2)), heads=3, kv_heads=1, head_dim=6, rope_dim=6,
          key_width=6, value_width=3, steps=23, lengths=(23,), exact_dtype=torch.bfloat16),
+]  # fmt: skip
+ROTATED = [
+    Case("rotated", AttentionConfig(0.25, SMALL), rotated=True),
+    Case("rotated, joint heads, beam", AttentionConfig(0.25, SMALL, beam=3), key_width=32, value_width=8, rotated=True),
+    Case("rotated, interleaved, partial", AttentionConfig(0.3, CacheRule(1, 3, 5), rope_interleaved=True), rope_dim=8,
+         rotated=True),
+    Case("rotated, partial, softcap, sliding", AttentionConfig(1.0, SMALL, softcap=2.0, sliding_window=9), rope_dim=12,
+         key_width=8, transform=True, rotated=True),
+    Case("rotated, exact prefill", AttentionConfig(0.25, SMALL, exact_prefill=True), rotated=True),
+    Case("rotated, one head, odd", AttentionConfig(0.2, CacheRule(3, 1, 2)), heads=3, kv_heads=1, head_dim=6,
+         rope_dim=6, key_width=6, value_width=3, steps=23, lengths=(23,), exact_dtype=torch.bfloat16, rotated=True),
 ]  # fmt: skip

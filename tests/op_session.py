@@ -25,6 +25,7 @@ ONNX_TYPE = {
 FEEDS = ["query", "key", "value", "cos", "sin", "past_lengths", "new_lengths"]
 CACHE = ["key_codes", "value_codes", "key_exact", "value_exact"]
 BOOKS = ["key_codebooks", "value_codebooks", "key_transform", "value_transform"]
+CENTER = "key_center"  # of the rotated frame alone
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
@@ -38,6 +39,7 @@ def build_model(
     attrs: dict[str, int | float],
     initializers: dict[str, torch.Tensor],
     io: torch.dtype = torch.float32,
+    center: bool = False,
 ) -> bytes:
     """Inputs of the operator that are no initializers become inputs of the graph, with all dimensions free."""
     types = dict.fromkeys(FEEDS, TensorProto.FLOAT) | {"past_lengths": TensorProto.INT64, "new_lengths": 7}
@@ -45,14 +47,16 @@ def build_model(
     types |= {"key_codes": TensorProto.INT8, "value_codes": TensorProto.INT8}
     types |= {"key_exact": ONNX_TYPE[exact], "value_exact": ONNX_TYPE[exact]}
     types |= dict.fromkeys(BOOKS[:2], TensorProto.FLOAT16) | dict.fromkeys(BOOKS[2:], TensorProto.FLOAT)
+    types |= {CENTER: TensorProto.FLOAT} if center else {}
+    books = [*BOOKS, CENTER] if center else BOOKS
     outputs = ["output", *(f"present_{name}" for name in CACHE)]
-    node = helper.make_node("GsrqAttention", [*FEEDS, *CACHE, *BOOKS], outputs, domain="ai.gsrq", **attrs)
+    node = helper.make_node("GsrqAttention", [*FEEDS, *CACHE, *books], outputs, domain="ai.gsrq", **attrs)
     graph = helper.make_graph(
         [node],
         "gsrq",
         [
             helper.make_tensor_value_info(name, types[name], None)
-            for name in (*FEEDS, *CACHE, *BOOKS)
+            for name in (*FEEDS, *CACHE, *books)
             if name not in initializers
         ],
         [helper.make_tensor_value_info("output", ONNX_TYPE[io], None)]
@@ -67,7 +71,8 @@ def build_model(
 
 
 def book_tensors(keys: Codebook, values: Codebook) -> dict[str, torch.Tensor]:
-    return dict(zip(BOOKS, (keys.codewords, values.codewords, keys.transform, values.transform), strict=True))
+    books = dict(zip(BOOKS, (keys.codewords, values.codewords, keys.transform, values.transform), strict=True))
+    return books if keys.center is None else {**books, CENTER: keys.center}
 
 
 def to_ort(tensor: torch.Tensor) -> ort.OrtValue:
@@ -113,7 +118,8 @@ class OpSession:
         options.register_custom_ops_library(str(library))
         books = book_tensors(keys, values)
         initializers = (books if constant else {}) | dict(zip(("cos", "sin"), tables or (), strict=False))
-        model = build_model(exact, attributes(config) | overrides, initializers, io)
+        rotated = keys.center is not None
+        model = build_model(exact, attributes(config, rotated) | overrides, initializers, io, rotated)
         self.session = ort.InferenceSession(model, options, providers=[provider])
         assert provider in self.session.get_providers()
         self.books = {} if constant else {name: to_ort(t) for name, t in books.items()}

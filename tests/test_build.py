@@ -19,11 +19,15 @@ import yaml
 from click.testing import CliRunner, Result
 from families import ROOT, tiny_model
 from traffic.byte_tokenizer import byte_tokenizer
+from transformers import LlamaForCausalLM
 
+from gsrq_export import CacheRule, coded
 from gsrq_export.codec.int8 import KEY_SPREAD, stage_integers
 from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.commands.app import cli
 from gsrq_export.errors import GsrqError
+from gsrq_export.evaluate.perplexity import perplexity
+from gsrq_export.evaluate.torch_runner import TorchRunner
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -284,6 +288,44 @@ def test_exact_prefill_and_metric(model_dir: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.exception
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["coded"]["perplexity"]["prompt_tokens"] == 32
+
+
+def test_rotated_keys_with_everything_the_codec_offers(model_dir: Path, tmp_path: Path) -> None:
+    changes = {
+        "cache": {"sinks": 2, "window": 16, "block": 8, "exact_dtype": "float32"},
+        "codec": {
+            **RECIPE["codec"],
+            "key_frame": "rotated",
+            "keys": {"width": 16, "stages": 2},  # RoPE mixes the sub-vectors
+            "metric": "attention",
+            "beam": 2,
+            "refits": 1,
+            "codewords": "int8",
+            "finetune": {"steps": 2, "batch": 1, "learning_rate": 0.01},
+        },
+        "evaluate": {**RECIPE["evaluate"], "compare": {"methods": ["fp8"]}},
+    }
+    out = tmp_path / "out"
+    result = build(write(tmp_path, model_dir, changes), out)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert run("verify", "--artifact", out).exit_code == 0
+    assert "key frame rotated" in run("inspect", "--artifact", out).output
+    assert "keys coded after RoPE" in (out / "report.html").read_text()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["schema"], manifest["cache"]["key_frame"]) == ("1.1", "rotated")
+    books = load_codebooks(out / "codebooks.safetensors")
+    assert all(layer.keys.center is not None and layer.keys.center.any() for layer in books)
+    stage_integers(books[0].keys, KEY_SPREAD)
+    metrics = json.loads((out / "metrics.json").read_text())
+    shared = sum(book.stored_bytes for layer in books for book in (layer.keys, layer.values))
+    assert metrics["sizes"][0]["codebook_bytes"] == shared
+    # The coded model in torch, over the same codebooks, loses what the artifact does.
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    text = next((tmp_path / "out.work").glob("evaluate-*/held-out.txt"))
+    runner, tokens = TorchRunner(model), byte_tokenizer().encode(text.read_text(), add_special_tokens=False)
+    with coded(model, books, CacheRule(2, 16, 8), beam=2, exact_dtype=torch.float32):
+        found = perplexity(runner, tokens, window_tokens=64, windows=2)
+    assert found["perplexity"] == pytest.approx(metrics["coded"]["perplexity"]["perplexity"], rel=1e-3)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -8,7 +8,16 @@ import pytest
 import torch
 from families import tiny_model
 
-from gsrq_export.capture import Captured, CaptureSettings, attend, capture, output_projections
+from gsrq_export.cache.frame import rotate
+from gsrq_export.capture import (
+    Captured,
+    CaptureSettings,
+    attend,
+    capture,
+    framed_keys,
+    output_projections,
+    training_vectors,
+)
 from gsrq_export.model.intercept import AttentionCall, intercept
 from gsrq_export.model.introspect import inspect_model
 
@@ -52,6 +61,38 @@ def test_capture_of_every_family(family: str, tmp_path: Path) -> None:
     step = 2e-2
     slopes = [(loss(step * e) - loss(-step * e)) / (2 * step) for e in torch.eye(layer.head_dim)]
     assert float(torch.tensor(slopes).norm()) == pytest.approx(float(norms[b, t, n]), rel=0.05, abs=1e-3)
+
+
+def test_rotated_keys_keep_their_positions(tmp_path: Path) -> None:
+    model = tiny_model("Llama").requires_grad_(False)
+    spec = inspect_model(model, 64)
+    layer = spec.layers[0]
+    ids = torch.randint(3, 97, (3, 20), generator=torch.Generator().manual_seed(0))
+    parts = layer.head_dim // 2  # RoPE mixes the halves of a head
+    for name, rotated in (("pre", False), ("rotated", True)):
+        settings = CaptureSettings(parts, parts, batch=2, rotated_keys=rotated)
+        (tmp_path / name).mkdir()
+        capture(model, spec, ids.numpy(), settings, tmp_path / name)
+    pre, got = Captured(tmp_path / "pre"), Captured(tmp_path / "rotated")
+    assert got.positions().tolist() == 3 * list(range(20))
+    keys = got.vectors(layer, "key")
+    assert torch.equal(keys, pre.vectors(layer, "key"))
+    vectors, center = training_vectors(got, spec, layer, "key", rotated_keys=True)
+    assert center is not None
+    torch.testing.assert_close(center, keys.float().mean(0))
+    cos, sin = (t[None, :20] for t in spec.rope_tables[layer.rope_table])
+    heads = (keys.float() - center).reshape(3, 20, layer.num_kv_heads, -1).transpose(1, 2)
+    expected = rotate(heads, cos, sin, layer.rope_interleaved).transpose(1, 2).reshape(60, -1)
+    torch.testing.assert_close(vectors, expected)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    some = framed_keys(keys[order], got.positions()[order], center, spec, layer)
+    assert torch.equal(some, vectors[order])
+    assert training_vectors(got, spec, layer, "value", rotated_keys=True)[1] is None
+    # A head's gradient keeps its length; its halves' change.
+    one, other = (c.gradients(layer, "key") for c in (pre, got))
+    torch.testing.assert_close(one.reshape(60, -1, 2).norm(dim=2), other.reshape(60, -1, 2).norm(dim=2))
+    assert not torch.allclose(one, other, rtol=0.05)
+    assert torch.equal(pre.gradients(layer, "value"), got.gradients(layer, "value"))
 
 
 def test_an_interrupted_capture_goes_on(tmp_path: Path) -> None:

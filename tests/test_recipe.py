@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def test_defaults_and_round_trip() -> None:
         ("codec: {beam: '4'}", ["codec.beam = '4'", "is str", "a whole number"]),
         ("codec: {beam: 0}", ["codec.beam = 0", "greater than or equal to 1"]),
         ("codec: {tau: 1e-3}", ["codec.tau = '1e-3'", "1.0e-3"]),
+        ("codec: {key_frame: post-rope}", ["codec.key_frame = 'post-rope'", "pre-rope", "rotated"]),
         ("codec: {tau: .nan}", ["codec.tau = nan", "finite"]),
         ("codec: 3", ["codec = 3", "keys and values"]),
         ("cache: {sinks: -1}", ["cache.sinks = -1"]),
@@ -145,10 +147,11 @@ def test_check_against_a_model() -> None:
     assert "traffic.sequence_length = 1024" in str(caught.value)
 
 
-def test_footprint_is_what_the_cache_allocates() -> None:
+@pytest.mark.parametrize("frame", ["pre-rope", "rotated"])
+def test_footprint_is_what_the_cache_allocates(frame: str) -> None:
     recipe = parse(
         BASE + "cache: {sinks: 3, window: 20, block: 8}\n"
-        "codec: {keys: {width: 32, stages: 3}, values: {width: 16, stages: 2}}\n"
+        f"codec: {{key_frame: {frame}, keys: {{width: 32, stages: 3}}, values: {{width: 16, stages: 2}}}}\n"
     )
     rule, layers = recipe.cache.rule, [LayerShape(2, 32), LayerShape(4, 16), LayerShape(2, 32)]
     for n, batch in ((1, 1), (31, 2), (1000, 3)):
@@ -161,6 +164,8 @@ def test_footprint_is_what_the_cache_allocates() -> None:
                 )
                 for s in (recipe.codec.keys, recipe.codec.values)
             ]
+            if frame == "rotated":
+                sides[0] = replace(sides[0], center=torch.zeros(layer.elements))
             cache = LayerCache.empty(batch, rule.coded(n), layer.num_kv_heads, layer.head_dim, *sides, rule)
             codes += cache.key_codes.nbytes + cache.value_codes.nbytes
             exact += cache.key_exact.nbytes + cache.value_exact.nbytes

@@ -1,6 +1,7 @@
-"""manifest.json: what an artifact holds and how it was made. Schema 1.0.
+"""manifest.json: what an artifact holds and how it was made. Schema 1.1.
 
 A reader accepts every minor version of its own major version and ignores keys that a newer minor added.
+1.1 added cache.key_frame; artifacts of 1.0 code keys before RoPE.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gsrq_export.stages.keys import code_hash, environment, file_hash
 from gsrq_export.stages.storage import write_atomic
 
 MANIFEST = "manifest.json"
-SCHEMA = (1, 0)
+SCHEMA = (1, 1)
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILES = 10_000
 
@@ -58,6 +59,7 @@ class CacheEntry(_Entry):
     exact_dtype: Literal["float16", "bfloat16", "float32"]
     prefill: Literal["coded", "exact"]
     beam: Positive
+    key_frame: Literal["pre-rope", "rotated"] = "pre-rope"
 
 
 class SideEntry(_Entry):

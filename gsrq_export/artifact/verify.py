@@ -104,10 +104,9 @@ def _check_recipe(path: Path, manifest: Manifest) -> None:
         recipe = parse_recipe(path.read_text(encoding="utf-8"), path.name, path.parent)
     except (GsrqError, UnicodeDecodeError) as error:
         raise ArtifactError(str(error)) from None
-    cache, beam = recipe.cache, recipe.codec.beam
-    ours = (cache.sinks, cache.window, cache.block, cache.exact_dtype, cache.prefill, beam)
-    theirs = manifest.cache
-    stated = (theirs.sinks, theirs.window, theirs.block, theirs.exact_dtype, theirs.prefill, theirs.beam)
+    ours = (*recipe.cache.model_dump().values(), recipe.codec.beam, recipe.codec.key_frame)
+    theirs = manifest.cache.model_dump()
+    stated = tuple(theirs[name] for name in (*type(recipe.cache).model_fields, "beam", "key_frame"))
     if ours != stated:
         raise ArtifactError(f"its cache rule {ours} is not the manifest's {stated}")
 
@@ -123,6 +122,8 @@ def _expected(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
             groups, name = elements // entry.width, f"layers.{index}.{side}"
             expected[f"{name}.codewords"] = ("F16", [groups, entry.stages, CODEBOOK_SIZE, entry.width])
             expected[f"{name}.transform"] = ("F32", [groups, entry.width, entry.width])
+        if manifest.cache.key_frame == "rotated":
+            expected[f"layers.{index}.key.center"] = ("F32", [elements])
     return expected
 
 

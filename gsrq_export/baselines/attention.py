@@ -15,7 +15,8 @@ import torch
 from transformers import Cache
 
 from gsrq_export.baselines.base import LayerCodecs
-from gsrq_export.cache.reference import QUERY_CHUNK, rotate
+from gsrq_export.cache.frame import center_heads, rotate
+from gsrq_export.cache.reference import QUERY_CHUNK
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.cache.torch_cache import GsrqLayer, attached
 from gsrq_export.errors import GsrqError
@@ -149,7 +150,12 @@ class BaselineAttention:
         if stop > start:
             codecs, rows = self.codecs[spec.index], slice(start - first, stop - first)
             if codecs.keys.frame == "post-rope":
-                keys = codecs.keys.reconstruct_heads(tokens.exact_keys[:, :, rows])
+                exact = tokens.exact_keys[:, :, rows]
+                if codecs.keys.center is None:
+                    keys = codecs.keys.reconstruct_heads(exact)
+                else:
+                    turned = self._rotate(center_heads(codecs.keys.center, exact).expand_as(exact), start, spec)
+                    keys = codecs.keys.reconstruct_heads(exact - turned) + turned
             else:
                 keys = self._rotate(codecs.keys.reconstruct_heads(tokens.raw[:, :, rows]), start, spec)
             tokens.keys[:, :, start:stop] = keys

@@ -67,10 +67,13 @@ class CacheCodec(ABC):
     Attributes:
         frame: of keys, whether they are coded before or after RoPE; values have none.
         group_tokens: consecutive tokens that are coded together.
+        center: float32 [num_kv_heads * head_dim], of keys coded after RoPE: taken off before it and added again after
+            decoding, turned to each token's position; None for nothing.
     """
 
     frame: Frame = "pre-rope"
     group_tokens: int = 1
+    center: torch.Tensor | None = None
 
     @abstractmethod
     def reconstruct(self, vectors: torch.Tensor) -> torch.Tensor:

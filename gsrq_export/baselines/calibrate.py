@@ -8,7 +8,7 @@ from math import gcd
 import torch
 
 from gsrq_export.baselines.base import Kind, LayerCodecs, Method, Sample
-from gsrq_export.cache.reference import rotate
+from gsrq_export.cache.frame import rotate
 from gsrq_export.capture import Captured
 from gsrq_export.model.introspect import LayerSpec, ModelSpec
 

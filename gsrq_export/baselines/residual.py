@@ -31,6 +31,8 @@ class ResidualCodec(CacheCodec):
 
     def __init__(self, codebook: Codebook, beam: int = 1) -> None:
         self.codebook, self.beam = codebook, beam
+        self.center = codebook.center
+        self.frame = "pre-rope" if codebook.center is None else "post-rope"
         identity = torch.eye(codebook.width, device=codebook.transform.device)
         self._plain = bool((codebook.transform == identity).all())
 
@@ -85,7 +87,8 @@ class ResidualCodec(CacheCodec):
 
     def shared_tensors(self) -> tuple[torch.Tensor, ...]:
         book = self.codebook
-        return (book.codewords,) if self._plain else (book.codewords, book.transform)
+        stored = (book.codewords,) if self._plain else (book.codewords, book.transform)
+        return stored if book.center is None else (*stored, book.center)
 
 
 @dataclass(frozen=True)

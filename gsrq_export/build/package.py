@@ -42,6 +42,8 @@ from gsrq_export.runtime.metadata import CacheMetadata
 from gsrq_export.runtime.metadata import LayerShape as CachedLayer
 from gsrq_export.stages.storage import disk_errors
 
+KEY_FRAMES = {"pre-rope": "before RoPE", "rotated": "after RoPE"}  # as pages and commands put it
+
 
 def publish_artifact(source: Source, done: Mapping[str, Path], out: Path) -> None:
     """Assemble the artifact beside ``out`` and move it there.
@@ -90,7 +92,7 @@ def _assemble(source: Source, done: Mapping[str, Path], building: Path) -> None:
             sequences=recipe.traffic.sequences,
             sequence_length=recipe.traffic.sequence_length,
         ),
-        cache=CacheEntry(**recipe.cache.model_dump(), beam=recipe.codec.beam),
+        cache=CacheEntry(**recipe.cache.model_dump(), beam=recipe.codec.beam, key_frame=recipe.codec.key_frame),
         layers=[_layer_entry(recipe, i, layer) for i, layer in enumerate(cache.layers)],
         op_version=OPERATOR_VERSION,
         opset=next(o.version for o in graph.opset_import if o.domain == ""),
@@ -151,7 +153,8 @@ def _built(
         "Traffic": f"{traffic['stats']['tokens']:,} tokens ({kinds}), recall passages in "
         f"{traffic['stats']['recall_sequences']} of {recipe.traffic.sequences} sequences",
         "Codec": f"{codec.method}, metric {codec.metric}, weights {codec.weights}, {codec.iterations} iterations, "
-        f"beam {codec.beam}, refits {codec.refits}, codewords {codec.codewords}",
+        f"beam {codec.beam}, refits {codec.refits}, codewords {codec.codewords}, keys coded "
+        f"{KEY_FRAMES[codec.key_frame]}",
         **tuned,
         "Keys": budgets(recipe, "key", len(cache.layers)),
         "Values": budgets(recipe, "value", len(cache.layers)),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gsrq_export.build.source import Source
-from gsrq_export.capture import Captured
+from gsrq_export.capture import Captured, framed_keys
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.codec.profile import Profile, profile_codebook
 from gsrq_export.codec.storage import load_codebooks
@@ -32,9 +32,12 @@ def profile_codebooks(
     for layer, pair in zip(source.spec.layers, load_codebooks(codebooks), strict=True):
         sides: tuple[tuple[Kind, Codebook], ...] = (("key", pair.keys), ("value", pair.values))
         for kind, book in sides:
+            coded = vectors.vectors(layer, kind)
+            if book.center is not None:
+                coded = framed_keys(coded, vectors.positions(), book.center, source.spec, layer)
             profile = profile_codebook(
                 book,
-                vectors.vectors(layer, kind),
+                coded,
                 recipe.traffic.sequence_length,
                 layer.num_kv_heads,
                 recipe.codec.beam,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from gsrq_export import native
 from gsrq_export.build.profile import profile_stage
@@ -25,12 +24,13 @@ from gsrq_export.capture import (
     capture,
     output_projections,
     shard_batch,
+    training_vectors,
 )
-from gsrq_export.codec.codebook import Codebook, LayerCodebooks
+from gsrq_export.codec.codebook import LayerCodebooks
 from gsrq_export.codec.finetune import Finetuning, finetune
 from gsrq_export.codec.int8 import snap_layers
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
-from gsrq_export.codec.storage import load_codebooks, save_codebooks
+from gsrq_export.codec.storage import load_book, load_codebooks, save_book, save_codebooks
 from gsrq_export.compare.subject import EvaluationText
 from gsrq_export.evaluate.fidelity import FidelitySettings
 from gsrq_export.evaluate.ort_runner import OrtRunner
@@ -62,7 +62,7 @@ def stages(source: Source) -> list[Stage]:
     beam, codewords = codec["beam"], codec.pop("codewords")
     if not codec["refits"]:
         del codec["beam"]  # without refits training is greedy
-    widths = {**captured_widths(source), "weights": recipe.codec.weights}
+    widths = {**captured_widths(source), "weights": recipe.codec.weights, "key_frame": recipe.codec.key_frame}
     last = last_training(recipe)
     found = [
         Stage(
@@ -145,6 +145,7 @@ def _capture(source: Source, context: Context) -> None:
         widths["value"],
         gradients=source.recipe.codec.weights == "gradient",
         batch=shard_batch(ids.shape[1]),
+        rotated_keys=source.recipe.codec.rotated_keys,
     )
     with context.reporter.task("capture: sequences", len(ids)) as task:
         capture(source.model, source.spec, ids, settings, context.directory, task.advance)
@@ -172,7 +173,7 @@ def _codebooks(source: Source, context: Context) -> None:
                 if context.has(name):
                     task.advance(steps(layer, kind))
                 else:
-                    vectors = captured.vectors(layer, kind)
+                    vectors, center = training_vectors(captured, spec, layer, kind, codec.rotated_keys)
                     weights = None
                     if codec.weights == "gradient":
                         weights = gradient_weights(captured.gradients(layer, kind, side.width), codec.tau)
@@ -182,12 +183,11 @@ def _codebooks(source: Source, context: Context) -> None:
                     book, log = train_codebook(
                         vectors, weights, side.width, side.stages, training, transform, task.advance
                     )
-                    tensors = {"codewords": book.codewords, "transform": book.transform}
                     metadata = {"distortion": json.dumps(log.to_dict())}
-                    context.unit(name, lambda path, t=tensors, m=metadata: save_file(t, path, m))  # type: ignore[misc]
-                with safe_open(context.directory / name, framework="pt") as file:
-                    books.append(Codebook(file.get_tensor("codewords"), file.get_tensor("transform")))
-                    logs.append({"layer": layer.layer_idx, "kind": kind, **json.loads(file.metadata()["distortion"])})
+                    context.unit(name, partial(save_book, replace(book, center=center), metadata=metadata))
+                book, metadata = load_book(context.directory / name)
+                books.append(book)
+                logs.append({"layer": layer.layer_idx, "kind": kind, **json.loads(metadata["distortion"])})
             layers.append(LayerCodebooks(*books))
     context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, layers, {}))
     context.unit("distortion.json", _writer(logs))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gsrq_export.cache.frame import from_frame, rotate, to_frame
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.codec.codebook import Codebook
 
@@ -66,23 +67,6 @@ class LayerCache:
         )
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Rotary embedding of the first 2 * cos.shape[-1] elements of each head.
-
-    Args:
-        x: [B, heads, L, head_dim].
-        cos, sin: [B, L, rope_dim / 2].
-        interleaved: pairs are (0, 1), (2, 3), ...; else (i, i + rope_dim / 2).
-    """
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    rope, rest = x[..., : 2 * half], x[..., 2 * half :]
-    a, b = (rope[..., 0::2], rope[..., 1::2]) if interleaved else (rope[..., :half], rope[..., half:])
-    pair = (a * cos - b * sin, b * cos + a * sin)
-    rotated = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat([rotated, rest], -1)
-
-
 def gsrq_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -104,7 +88,7 @@ def gsrq_attention(
         cos, sin: float32 [max positions, rope_dim / 2].
         past_lengths, new_lengths: int64 [B].
         cache: the tensors before; not changed.
-        keys, values: the codebooks.
+        keys, values: the codebooks; keys with a center are coded in the rotated frame, see cache/frame.py.
     Returns:
         (output float32 [B, T, heads, head_dim], zero in the padding; the cache after).
     Raises:
@@ -133,8 +117,8 @@ def gsrq_attention(
     exact_token = torch.cat([rule.slot_tokens(past_lengths), new_token], 1)  # [B, E + T], -1: nothing there
 
     after = LayerCache(
-        _code_blocks(cache.key_codes, exact_keys, keys, past_lengths, total, config),
-        _code_blocks(cache.value_codes, exact_values, values, past_lengths, total, config),
+        _code_blocks(cache.key_codes, exact_keys, keys, past_lengths, total, config, cos, sin),
+        _code_blocks(cache.value_codes, exact_values, values, past_lengths, total, config, cos, sin),
         _write_ring(exact_keys, past_lengths, total, rule),
         _write_ring(exact_values, past_lengths, total, rule),
     )
@@ -146,7 +130,14 @@ def gsrq_attention(
     token = torch.cat([coded_token, exact_token], 1)  # [B, L]
     is_coded = torch.arange(token.shape[1], device=query.device) < most
     table = token.clamp(min=0)
-    all_keys = rotate(torch.cat([coded_keys, exact_keys.float()], 2), cos[table], sin[table], config.rope_interleaved)
+    if keys.center is None:
+        joined = torch.cat([coded_keys, exact_keys.float()], 2)
+        all_keys = rotate(joined, cos[table], sin[table], config.rope_interleaved)
+    else:
+        old, new = table[:, :most], table[:, most:]
+        turned = rotate(exact_keys.float(), cos[new], sin[new], config.rope_interleaved)
+        coded_keys = from_frame(coded_keys, keys.center, cos[old], sin[old], config.rope_interleaved)
+        all_keys = torch.cat([coded_keys, turned], 2)
     all_values = torch.cat([coded_values, exact_values.float()], 2)
 
     safe = position.clamp(max=cos.shape[0] - 1)
@@ -194,6 +185,8 @@ def _code_blocks(
     past: torch.Tensor,
     total: torch.Tensor,
     config: AttentionConfig,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
 ) -> torch.Tensor:
     """Code the blocks that leave the window between ``past`` and ``total`` tokens."""
     before, after = config.rule.coded(past), config.rule.coded(total)
@@ -203,6 +196,8 @@ def _code_blocks(
         if stop > start:
             token = config.rule.sinks + torch.arange(start, stop, device=codes.device)[None]
             rows = exact[b][:, _source(token, past[b : b + 1], config.rule)[0]]  # [KV, L, head_dim]
+            if codebook.center is not None:
+                rows = to_frame(rows[None], codebook.center, cos[token], sin[token], config.rope_interleaved)[0]
             codes[b, start:stop] = codebook.encode(rows.transpose(0, 1).flatten(1), config.beam)
     return codes
 

@@ -7,7 +7,7 @@ stages of 256 codewords, one byte a stage (the paper's section on residual quant
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,10 +26,13 @@ class Codebook:
         codewords: float16 [groups, stages, 256, width]. A vector is the sum of one codeword a stage.
         transform: float32 [groups, width, width]. Codes minimise ||transform @ (x - codeword)||;
             the identity gives plain squared error.
+        center: float32 [groups * width], of keys in the rotated frame (cache/frame.py): what is taken off them before
+            RoPE. None: vectors are coded as they are. ``encode`` and ``decode`` are of vectors in the frame.
     """
 
     codewords: torch.Tensor
     transform: torch.Tensor
+    center: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         words, transform = self.codewords, self.transform
@@ -43,7 +46,12 @@ class Codebook:
             raise GsrqError(
                 f"transform must be float32 {[groups, width, width]}, not {transform.dtype} {list(transform.shape)}"
             )
-        for name, tensor in (("codewords", words), ("transform", transform)):
+        center = self.center
+        if center is not None and (center.shape != (groups * width,) or center.dtype != torch.float32):
+            raise GsrqError(f"center must be float32 {[groups * width]}, not {center.dtype} {list(center.shape)}")
+        for name, tensor in (("codewords", words), ("transform", transform), ("center", center)):
+            if tensor is None:
+                continue
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise GsrqError(
@@ -76,17 +84,19 @@ class Codebook:
     @property
     def stored_bytes(self) -> int:
         """Bytes the codebook takes as stored."""
-        return self.codewords.numel() * 2 + self.transform.numel() * 4
+        center = 0 if self.center is None else self.center.numel()
+        return self.codewords.numel() * 2 + (self.transform.numel() + center) * 4
 
     def to(self, device: torch.device | str) -> Codebook:
         words, transform = self.codewords.to(device), self.transform.to(device)
-        if words is self.codewords and transform is self.transform:
+        center = None if self.center is None else self.center.to(device)
+        if words is self.codewords and transform is self.transform and center is self.center:
             return self  # a new one would read every codeword to check it, at each decoding step
-        return Codebook(words, transform)
+        return Codebook(words, transform, center)
 
     def first_stages(self, stages: int) -> Codebook:
         """The codebook of the first stages; after greedy training what a training of so many would have given."""
-        return Codebook(self.codewords[:, :stages].contiguous(), self.transform)
+        return replace(self, codewords=self.codewords[:, :stages].contiguous())
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes to vectors.
@@ -140,6 +150,10 @@ class LayerCodebooks:
 
     keys: Codebook
     values: Codebook
+
+    def __post_init__(self) -> None:
+        if self.values.center is not None:
+            raise GsrqError("the codebook of values has a center, which only keys have", "calibrate again")
 
     def to(self, device: torch.device | str) -> LayerCodebooks:
         return LayerCodebooks(self.keys.to(device), self.values.to(device))

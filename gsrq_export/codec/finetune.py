@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from gsrq_export.cache.reference import rotate
+from gsrq_export.cache.frame import Coder, framed_coder, rotate
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.capture import attend
 from gsrq_export.codec.codebook import ENCODE_CHUNK, Codebook, LayerCodebooks, beam_search
@@ -61,7 +61,7 @@ class _Book(torch.nn.Module):
 
     def __init__(self, book: Codebook, beam: int) -> None:
         super().__init__()
-        self.beam, self.transform, self.start = beam, book.transform, book.codewords.float()
+        self.book, self.beam, self.transform, self.start = book, beam, book.transform, book.codewords.float()
         self.scale = (self.start**2).mean((2, 3), keepdim=True).sqrt()
         self.delta = torch.nn.Parameter(torch.zeros_like(self.start))
 
@@ -89,10 +89,14 @@ class _Book(torch.nn.Module):
         return decoded + (x - x.detach())
 
     def codebook(self) -> Codebook:
-        return Codebook(self.words().detach().half(), self.transform)
+        return replace(self.book, codewords=self.words().detach().half())
 
 
-Coder = Callable[[torch.Tensor], torch.Tensor]  # keys or values [B, KV, T, d] to what attention sees in their place
+def key_coder(coder: Coder, book: Codebook, spec: ModelSpec, layer: LayerSpec) -> Coder:
+    """A coder of keys before RoPE, out of one of vectors in the codebook's frame."""
+    if book.center is None:
+        return coder
+    return framed_coder(coder, book.center, *spec.rope_tables[layer.rope_table], layer.rope_interleaved)
 
 
 class CodedModel:
@@ -194,7 +198,11 @@ def finetune(
     trained = [book.delta for pair in books for book in pair]
     optimizer = torch.optim.Adam(trained, lr=settings.learning_rate, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(settings.seed)
-    student = CodedModel(spec, books, rule)
+    coders = [
+        (key_coder(keys, keys.book, spec, layer), values)
+        for layer, (keys, values) in zip(spec.layers, books, strict=True)
+    ]
+    student = CodedModel(spec, coders, rule)
     order = torch.empty(0, dtype=torch.int64)
     checks = {round(settings.steps * i / CHECKS) for i in range(1, CHECKS + 1)}
     log = FinetuneLog([0], [_held_out(model, spec, student, test, settings.batch)])

@@ -7,6 +7,7 @@ exponent e by 2^(e - least), which ``KEY_SPREAD`` keeps within a byte.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -28,7 +29,7 @@ def snap(book: Codebook, spread: int | None = None) -> Codebook:
     """
     integers, exponents = _nearest(book, spread)
     words = integers * torch.exp2(exponents)[None, :, None, None]
-    return Codebook(words.to(torch.float16), book.transform)
+    return replace(book, codewords=words.to(torch.float16))
 
 
 def snap_side(book: Codebook, kind: str) -> Codebook:

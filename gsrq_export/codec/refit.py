@@ -8,6 +8,8 @@ and residual quantizers: Martinez et al., "Revisiting additive quantization", EC
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from gsrq_export.codec.cluster import GPU_ROWS, sum_rows
@@ -57,7 +59,7 @@ def refit_codebook(
                 words[g] = fitted
         logs.append(best)
     train, unseen = torch.tensor(logs).mean(0).tolist()
-    return Codebook(words, book.transform.to(vectors.device)), train, unseen
+    return replace(book.to(vectors.device), codewords=words), train, unseen
 
 
 def _errors(x: torch.Tensor, words: torch.Tensor, codes: torch.Tensor, held: torch.Tensor) -> list[list[float]]:

@@ -1,8 +1,9 @@
 """codebooks.safetensors: how an artifact stores its codebooks.
 
-Layer i has layers.{i}.key.codewords, layers.{i}.key.transform and the same of its values; i counts the
-layers that own a cache. The file is written here, not by the safetensors package, because that one writes
-the metadata in a random order and so gives equal codebooks different hashes; it does read it.
+Layer i has layers.{i}.key.codewords, layers.{i}.key.transform and the same of its values, and layers.{i}.key.center
+where its keys are coded in the rotated frame; i counts the layers that own a cache. The file is written here, not by
+the safetensors package, because that one writes the metadata in a random order and so gives equal codebooks different
+hashes; it does read it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
 from gsrq_export.errors import GsrqError
 
 SIDES = ("key", "value")
 PARTS = ("codewords", "transform")
+CENTER = "center"  # a third part, of keys alone
 _TYPES = {torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -29,11 +32,28 @@ def tensor_name(index: int, side: str, part: str) -> str:
 
 def _tensors(layers: Sequence[LayerCodebooks]) -> dict[str, torch.Tensor]:
     return {
-        tensor_name(i, side, part): getattr(book, part)
+        tensor_name(i, side, part): tensor
         for i, layer in enumerate(layers)
         for side, book in zip(SIDES, (layer.keys, layer.values), strict=True)
-        for part in PARTS
+        for part, tensor in book_tensors(book).items()
     }
+
+
+def book_tensors(book: Codebook) -> dict[str, torch.Tensor]:
+    """A codebook's tensors by their part's name."""
+    center = {} if book.center is None else {CENTER: book.center}
+    return {"codewords": book.codewords, "transform": book.transform, **center}
+
+
+def save_book(book: Codebook, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write one codebook; an intermediate file of a build."""
+    save_file(book_tensors(book), path, metadata)
+
+
+def load_book(path: Path) -> tuple[Codebook, dict[str, str]]:
+    """What ``save_book`` wrote."""
+    with safe_open(path, framework="pt") as file:
+        return Codebook(**{name: file.get_tensor(name) for name in file.keys()}), file.metadata() or {}  # noqa: SIM118
 
 
 def save_codebooks(path: Path, layers: Sequence[LayerCodebooks], metadata: Mapping[str, str]) -> None:
@@ -88,6 +108,7 @@ def load_codebooks(path: Path) -> list[LayerCodebooks]:
         raise GsrqError(f"{path}: not a readable safetensors file: {error}", mend) from error
     count = len({name.split(".")[1] for name in names if name.startswith("layers.") and name.count(".") == 3})
     expected = {tensor_name(i, side, part) for i in range(count) for side in SIDES for part in PARTS}
+    expected |= {name for i in range(count) if (name := tensor_name(i, "key", CENTER)) in names}
     if not names or names != expected:
         wrong = sorted(names ^ expected)[:3]
         what = "no tensors" if not names else f"tensors missing or unknown, such as {', '.join(wrong)}"
@@ -97,7 +118,8 @@ def load_codebooks(path: Path) -> list[LayerCodebooks]:
         books = []
         for side in SIDES:
             try:
-                books.append(Codebook(*(tensors[tensor_name(i, side, part)] for part in PARTS)))
+                parts = (tensors.get(tensor_name(i, side, part)) for part in (*PARTS, CENTER))
+                books.append(Codebook(*parts))  # type: ignore[arg-type]
             except GsrqError as error:
                 raise GsrqError(f"{path}: layers.{i}.{side}: {error.problem}", error.mend or mend) from error
         layers.append(LayerCodebooks(*books))

@@ -17,6 +17,7 @@ from gsrq_export.cache.torch_cache import CodedAttention
 from gsrq_export.capture import Captured
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
 from gsrq_export.codec.int8 import snap_layers
+from gsrq_export.codec.storage import book_tensors
 from gsrq_export.compare.schema import SERVING, Calibration, Model, Prefill, Protocol, Rule, Text
 from gsrq_export.errors import GsrqError
 from gsrq_export.evaluate.suite import EvaluationSettings, given_tokens
@@ -130,7 +131,7 @@ class Ours:
         """What identifies it: a hash of all codewords and transforms, and the shapes, alike layers once."""
         digest = hashlib.sha256()
         for book in (book for layer in self.layers for book in (layer.keys, layer.values)):
-            for tensor in (book.codewords, book.transform):
+            for tensor in book_tensors(book).values():
                 digest.update(tensor.detach().cpu().contiguous().numpy().data)
         sides = {"keys": [layer.keys for layer in self.layers], "values": [layer.values for layer in self.layers]}
         shapes = {kind: _shapes(books) for kind, books in sides.items()}

@@ -30,6 +30,7 @@ INPUTS = (
     *("key_codes", "value_codes", "key_exact", "value_exact"),
     *("key_codebooks", "value_codebooks", "key_transform", "value_transform"),
 )
+KEY_CENTER = "key_center"  # input 15, only of keys that are coded in the rotated frame
 OUTPUTS = ("output", "present_key_codes", "present_value_codes", "present_key_exact", "present_value_exact")
 REQUIRED = ("scale", "sinks", "window", "block")
 OPTIONAL: dict[str, int | float] = {
@@ -42,10 +43,16 @@ OPTIONAL: dict[str, int | float] = {
 NEVER = 2**62  # an age no token reaches
 
 
-def build_function() -> onnx.FunctionProto:
-    """The operator's body; two calls give the same bytes."""
+def build_function(rotated_keys: bool = False) -> onnx.FunctionProto:
+    """The operator's body; two calls give the same bytes.
+
+    Args:
+        rotated_keys: of nodes whose keys are coded in the rotated frame. A body cannot ask whether an optional input is
+            there, so each frame has its own; a model holds one.
+    """
     g = Graph()
-    x = {name: g.value(name) for name in INPUTS}
+    inputs = (*INPUTS, KEY_CENTER) if rotated_keys else INPUTS
+    x = {name: g.value(name) for name in inputs}
     rule = _Rule.write(g)
     past, new = x["past_lengths"].unsqueeze(1), x["new_lengths"].unsqueeze(1)  # [B, 1]
     total = past + new
@@ -77,31 +84,42 @@ def build_function() -> onnx.FunctionProto:
     first_exact = rule.sinks + g.op("Min", rule.coded(seen_at), after)
     visible = _visible(g, token.unsqueeze(1), position.unsqueeze(2), rule.sinks, first_exact.unsqueeze(2), most)
 
-    seen = {}
+    decoded, plain = {}, {}
     for side in ("key", "value"):
-        decoded = decode(g, codes[side].slice(1, 0, most.unsqueeze(0)), x[f"{side}_codebooks"])
-        both = g.op("Concat", decoded, exact[side].cast(TensorProto.FLOAT), axis=1)
-        seen[side] = both.reshape(0, 0, x["key"].dim(1), x["key"].dim(3)).transpose(0, 2, 1, 3)  # [B, N, L, d]
-    keys = _rotate(g, seen["key"], x, g.op("Max", token, 0))
+        coded = decode(g, codes[side].slice(1, 0, most.unsqueeze(0)), x[f"{side}_codebooks"])
+        decoded[side], plain[side] = coded, exact[side].cast(TensorProto.FLOAT)
+    table = g.op("Max", token, 0)
     query = _rotate(g, x["query"], x, turned)
-    output = _attend(g, query, keys, seen["value"], visible)
+    if rotated_keys:
+        coded_heads = _heads(g, decoded["key"], x)
+        center = g.op("Expand", _center(x), g.op("Shape", coded_heads))
+        place = table.slice(1, 0, most.unsqueeze(0))
+        old = coded_heads + _natural(g, _rotate(g, center, x, place), x)
+        late = table.slice(1, most.unsqueeze(0), NEVER)
+        new = _natural(g, _rotate(g, _heads(g, plain["key"], x), x, late), x)
+        keys, query = g.op("Concat", old, new, axis=2), _natural(g, query, x)
+    else:
+        keys = _rotate(g, _heads(g, g.op("Concat", decoded["key"], plain["key"], axis=1), x), x, table)
+    values = _heads(g, g.op("Concat", decoded["value"], plain["value"], axis=1), x)
+    output = _attend(g, query, keys, values, visible)
     # The padding saw nothing: its softmax is not a number, its output is zero.
     g.op("Where", real.unsqueeze(2, 3), output, 0.0, name="output")
 
+    optional = {**OPTIONAL, "key_frame": 1} if rotated_keys else OPTIONAL
     return helper.make_function(
         DOMAIN,
         OPERATOR,
-        INPUTS,
+        inputs,
         OUTPUTS,
         g.nodes,
         [helper.make_opsetid("", OPSET)],
         attributes=REQUIRED,
-        attribute_protos=[helper.make_attribute(name, value) for name, value in OPTIONAL.items()],
+        attribute_protos=[helper.make_attribute(name, value) for name, value in optional.items()],
     )
 
 
-def attributes(config: AttentionConfig) -> dict[str, int | float]:
-    """The attributes of an operator node."""
+def attributes(config: AttentionConfig, rotated_keys: bool = False) -> dict[str, int | float]:
+    """The attributes of an operator node. Without ``rotated_keys`` they are those of the first operator libraries."""
     return {
         "scale": float(config.scale),
         "sinks": config.rule.sinks,
@@ -112,6 +130,7 @@ def attributes(config: AttentionConfig) -> dict[str, int | float]:
         "exact_prefill": int(config.exact_prefill),
         "softcap": float(config.softcap),
         "sliding_window": config.sliding_window,
+        **({"key_frame": 1} if rotated_keys else {}),
     }
 
 
@@ -165,6 +184,8 @@ def _code_blocks(
 
         def encoded(side: str = side, codes: Value = codes, pick: Value = pick) -> Value:
             vectors = exact[side].rows(source)
+            if side == "key" and KEY_CENTER in x:
+                vectors = _framed(g, vectors, x, token)
             made = encode(g, vectors, x[f"{side}_codebooks"], x[f"{side}_transform"], rule.beam)
             return g.op("Concat", codes, made, axis=1).rows(pick)
 
@@ -194,13 +215,39 @@ def _visible(g: Graph, token: Value, position: Value, sinks: Value, first_exact:
     return visible & (token >= 0) & (age >= 0) & (age < g.where(window > 0, window, NEVER))
 
 
-def _rotate(g: Graph, heads: Value, x: dict[str, Value], position: Value) -> Value:
-    """Rotary embedding. heads: [B, heads, L, d]; position: [B, L].
+def _heads(g: Graph, rows: Value, x: dict[str, Value]) -> Value:
+    """[B, L, N * d] -> [B, N, L, d]."""
+    return rows.reshape(0, 0, x["key"].dim(1), x["key"].dim(3)).transpose(0, 2, 1, 3)
+
+
+def _center(x: dict[str, Value]) -> Value:
+    """The rotated frame's center, [1, N, 1, d]."""
+    return x[KEY_CENTER].reshape(1, x["key"].dim(1), 1, x["key"].dim(3))
+
+
+def _framed(g: Graph, rows: Value, x: dict[str, Value], position: Value) -> Value:
+    """Keys [B, L, N * d] at positions [B, L] in the rotated frame: in float64, rounded once (cache/frame.py)."""
+    centred = _heads(g, rows, x).cast(TensorProto.DOUBLE) - _center(x).cast(TensorProto.DOUBLE)
+    turned = _natural(g, _rotate(g, centred, x, position, TensorProto.DOUBLE), x)
+    return turned.cast(TensorProto.FLOAT).transpose(0, 2, 1, 3).reshape(0, 0, x["key"].dim(1) * x["key"].dim(3))
+
+
+def _natural(g: Graph, rotated: Value, x: dict[str, Value]) -> Value:
+    """What ``_rotate`` gives in the order in which heads are stored."""
+    half, element = x["cos"].dim(1), g.arange(x["key"].dim(3))
+    paired = (g.attribute("rope_interleaved", int) > 0) & (element < half * 2)
+    return g.op("Gather", rotated, g.where(paired, element // 2 + element % 2 * half, element), axis=3)
+
+
+def _rotate(g: Graph, heads: Value, x: dict[str, Value], position: Value, dtype: int = TensorProto.FLOAT) -> Value:
+    """Rotary embedding. heads: [B, heads, L, d] of ``dtype``; position: [B, L].
 
     The rotated elements come out as all first ones of the pairs, then all second ones, in either pairing:
     queries and keys are ordered alike, and their product does not depend on the order.
     """
     cos, sin = (g.take(x[name], position).unsqueeze(1) for name in ("cos", "sin"))
+    if dtype != TensorProto.FLOAT:
+        cos, sin = cos.cast(dtype), sin.cast(dtype)
     half = x["cos"].dim(1)
     interleaved = g.attribute("rope_interleaved", int)
     step = interleaved + g.ints(1)

@@ -15,10 +15,10 @@ import onnx_ir as ir
 import torch
 
 from gsrq_export.codec.codebook import LayerCodebooks
-from gsrq_export.codec.storage import PARTS, SIDES, save_codebooks, tensor_locations, tensor_name
+from gsrq_export.codec.storage import CENTER, PARTS, SIDES, save_codebooks, tensor_locations, tensor_name
 from gsrq_export.errors import GsrqError
 from gsrq_export.export.function import OPERATOR_VERSION, build_function
-from gsrq_export.export.trace import ExportSettings, attention_nodes, trace
+from gsrq_export.export.trace import ExportSettings, attention_nodes, rotated_keys, trace
 from gsrq_export.model.introspect import ModelSpec
 
 MODEL_FILE = "model.onnx"
@@ -60,7 +60,7 @@ def export_onnx(
         save_codebooks(written[0], codebooks, codebook_metadata or {})
         _attach_codebooks(graph, codebooks, written[0])
         _move_weights(graph, out_dir)
-        function = ir.serde.deserialize_function(build_function())
+        function = ir.serde.deserialize_function(build_function(rotated_keys(codebooks)))
         graph.functions[function.identifier()] = function
         graph.ir_version = IR_VERSION
         graph.metadata_props["gsrq.op_version"] = str(OPERATOR_VERSION)
@@ -78,6 +78,7 @@ def _check(model: torch.nn.Module, spec: ModelSpec, codebooks: list[LayerCodeboo
     mend = "use the codebooks that were calibrated for this model"
     if len(codebooks) != len(spec.layers):
         raise GsrqError(f"codebooks for {len(codebooks)} layers, the model has {len(spec.layers)}", mend)
+    rotated_keys(codebooks)  # refuses a mixture
     for layer, books in zip(spec.layers, codebooks, strict=True):
         elements = layer.num_kv_heads * layer.head_dim
         for side, book in zip(SIDES, (books.keys, books.values), strict=True):
@@ -119,33 +120,32 @@ def _forget_origins(model: ir.Model) -> None:
 
 
 def _attach_codebooks(model: ir.Model, codebooks: list[LayerCodebooks], path: Path) -> None:
-    """Give each attention node its inputs 11 to 14, which lie inside the safetensors file."""
+    """Give each attention node its inputs 11 to 14, and 15 in the rotated frame; they lie in the safetensors file."""
     locations = tensor_locations(path)
     for index, nodes in attention_nodes(model.graph).items():
-        books = (codebooks[index].keys, codebooks[index].values)
+        books = dict(zip(SIDES, (codebooks[index].keys, codebooks[index].values), strict=True))
+        parts = [(side, part, getattr(books[side], part)) for part in PARTS for side in SIDES]
+        if books["key"].center is not None:
+            parts.append(("key", CENTER, books["key"].center))
         node = nodes[0]
-        node.resize_inputs(11 + len(PARTS) * len(SIDES))
-        at = 11
-        for part in PARTS:
-            for side, book in zip(SIDES, books, strict=True):
-                tensor: torch.Tensor = getattr(book, part)
-                name = tensor_name(index, side, part)
-                offset, length = locations[name]
-                value = ir.Value(name=name)
-                value.const_value = ir.ExternalTensor(
-                    CODEBOOKS_FILE,
-                    offset,
-                    length,
-                    ONNX_TYPES[tensor.dtype],
-                    shape=ir.Shape(list(tensor.shape)),
-                    name=name,
-                    base_dir=path.parent,
-                )
-                value.shape = ir.Shape(list(tensor.shape))
-                value.dtype = ONNX_TYPES[tensor.dtype]
-                model.graph.register_initializer(value)
-                node.replace_input_with(at, value)
-                at += 1
+        node.resize_inputs(11 + len(parts))
+        for at, (side, part, tensor) in enumerate(parts, 11):
+            name = tensor_name(index, side, part)
+            offset, length = locations[name]
+            value = ir.Value(name=name)
+            value.const_value = ir.ExternalTensor(
+                CODEBOOKS_FILE,
+                offset,
+                length,
+                ONNX_TYPES[tensor.dtype],
+                shape=ir.Shape(list(tensor.shape)),
+                name=name,
+                base_dir=path.parent,
+            )
+            value.shape = ir.Shape(list(tensor.shape))
+            value.dtype = ONNX_TYPES[tensor.dtype]
+            model.graph.register_initializer(value)
+            node.replace_input_with(at, value)
 
 
 def _move_weights(model: ir.Model, out_dir: Path) -> None:

@@ -57,8 +57,9 @@ class ExportSettings:
 class _Step(torch.nn.Module):
     """One call of the decoder: tokens and caches in, logits of chosen tokens and caches out."""
 
-    def __init__(self, model: torch.nn.Module, spec: ModelSpec, settings: ExportSettings) -> None:
+    def __init__(self, model: torch.nn.Module, spec: ModelSpec, settings: ExportSettings, rotated_keys: bool) -> None:
         super().__init__()
+        self.rotated_keys = rotated_keys
         self.model = model
         self.spec = spec
         self.settings = settings
@@ -93,7 +94,7 @@ class _Step(torch.nn.Module):
                     *(past_lengths, new_lengths),
                     *past,
                 ),
-                attrs={**attributes(self.settings.attention(layer))},
+                attrs={**attributes(self.settings.attention(layer), self.rotated_keys)},
                 dtypes=[torch.float32, *(x.dtype for x in past)],
                 shapes=[(batch, steps, heads, head_dim), *(x.shape for x in past)],
                 version=OPERATOR_VERSION,
@@ -120,6 +121,21 @@ class _Step(torch.nn.Module):
         return (logits, *(x for parts in present for x in parts or ()))
 
 
+def rotated_keys(codebooks: list[LayerCodebooks]) -> bool:
+    """Whether the keys are coded in the rotated frame.
+
+    Raises:
+        GsrqError: those of some layers only; a model has one function for all its attention nodes.
+    """
+    found = {books.keys.center is not None for books in codebooks}
+    if len(found) > 1:
+        raise GsrqError(
+            "some layers' keys are coded in the rotated frame, others before RoPE",
+            "calibrate all layers with one codec.key_frame",
+        )
+    return found == {True}
+
+
 def trace(
     model: torch.nn.Module, spec: ModelSpec, codebooks: list[LayerCodebooks], settings: ExportSettings
 ) -> ir.Model:
@@ -128,7 +144,7 @@ def trace(
     Raises:
         UnsupportedModelError: a layer that owns a cache has not exactly one attention node.
     """
-    step = _Step(model, spec, settings).eval()
+    step = _Step(model, spec, settings, rotated_keys(codebooks)).eval()
     batch, tokens, outputs, capacity = (Dim(n) for n in ("batch", "tokens", "outputs", "capacity"))
     rows, width, wanted = 2, 5, 3
     args: list[torch.Tensor] = [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from gsrq_export.cache.reference import rotate
+from gsrq_export.cache.frame import rotate
 from gsrq_export.errors import GsrqError, UnsupportedModelError
 from gsrq_export.model.intercept import AttentionCall, RotaryCall, intercept
 

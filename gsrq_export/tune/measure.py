@@ -14,7 +14,7 @@ from gsrq_export.baselines.residual import ResidualCodec
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.capture import KINDS, attend
 from gsrq_export.codec.codebook import Codebook
-from gsrq_export.codec.finetune import CodedModel
+from gsrq_export.codec.finetune import CodedModel, key_coder
 from gsrq_export.codec.int8 import snap_side
 from gsrq_export.model.intercept import intercept
 from gsrq_export.model.introspect import ModelSpec
@@ -85,7 +85,12 @@ class Meter:
         """The divergence with these places coded under the rule and all others exact."""
         if self.int8:
             books = {place: snap_side(book, place[1]) for place, book in books.items()}
-        coders = {place: ResidualCodec(book, self.beam).reconstruct_heads for place, book in books.items()}
+        coders = {
+            place: key_coder(
+                ResidualCodec(book, self.beam).reconstruct_heads, book, self.spec, self.spec.layers[place[0]]
+            )
+            for place, book in books.items()
+        }
         pairs = [
             (coders.get((layer.index, KINDS[0])), coders.get((layer.index, KINDS[1]))) for layer in self.spec.layers
         ]

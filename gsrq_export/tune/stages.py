@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from gsrq_export.accounting import LayerShape
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import stages as build_stages
-from gsrq_export.capture import KINDS, Captured, attention_metric, output_projections
+from gsrq_export.capture import KINDS, Captured, attention_metric, output_projections, training_vectors
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
+from gsrq_export.codec.storage import load_book, save_book
 from gsrq_export.recipe import CodecSide, Recipe
 from gsrq_export.stages.engine import Context, Stage
 from gsrq_export.tune.budget import candidate_widths, with_budget
@@ -107,7 +106,7 @@ def tune_stages(plan: Plan) -> list[Stage]:
     """Traffic, capture, ladders and sensitivity, in order."""
     recipe = plan.recipe
     traffic, capture = build_stages(plan.source)[:2]
-    codec = recipe.codec.model_dump(mode="json", include={"method", "weights", "tau", "metric", "seed"})
+    codec = recipe.codec.model_dump(mode="json", include={"method", "weights", "tau", "metric", "seed", "key_frame"})
     material = {
         "codec": codec,
         "effort": asdict(plan.effort),
@@ -137,8 +136,7 @@ def book_name(layer: int, kind: str, width: int) -> str:
 
 def read_book(directory: Path, layer: int, kind: str, width: int) -> Codebook:
     """A ladder's longest codebook."""
-    with safe_open(directory / book_name(layer, kind, width), framework="pt") as file:
-        return Codebook(file.get_tensor("codewords"), file.get_tensor("transform"))
+    return load_book(directory / book_name(layer, kind, width))[0]
 
 
 def measures_in(directory: Path) -> Ladders:
@@ -175,10 +173,11 @@ def _train(plan: Plan, context: Context) -> None:
                 weights = gradient_weights(captured.gradients(layer, kind, width)[rows], codec.tau)
             if codec.metric == "attention":
                 transform = attention_metric(captured, spec, layer, kind, width, outputs)
-            vectors = captured.vectors(layer, kind)[rows]
-            book, _ = train_codebook(vectors, weights, width, plan.highest(width), training, transform, task.advance)
-            tensors = {"codewords": book.codewords, "transform": book.transform}
-            context.unit(name, partial(_save_tensors, tensors))
+            vectors, center = training_vectors(captured, spec, layer, kind, codec.rotated_keys)
+            book, _ = train_codebook(
+                vectors[rows], weights, width, plan.highest(width), training, transform, task.advance
+            )
+            context.unit(name, partial(save_book, replace(book, center=center)))
 
 
 def _sense(plan: Plan, context: Context) -> None:
@@ -205,10 +204,6 @@ def _sense(plan: Plan, context: Context) -> None:
 
 def _measures_name(layer: int, kind: str, width: int) -> str:
     return f"layer-{layer:03d}.{kind}.{width}.json"
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(tensors, path)
 
 
 def _save_json(data: object, path: Path) -> None:

@@ -22,7 +22,8 @@ Status* create_kernel(const CustomOp* op, const Api* api, const KernelInfo* info
     const char* problem = nullptr;
     const cpu::Kernels* kernels = cpu::select_kernels(&problem);
     if (kernels == nullptr) return problem;
-    const bool keys = constant(api, info, 11) && constant(api, info, 13);
+    const bool center = !attributes.rotated_keys || constant(api, info, kKeyCenter);
+    const bool keys = constant(api, info, 11) && constant(api, info, 13) && center;
     const bool values = constant(api, info, 12) && constant(api, info, 14);
     *out = new Kernel{api, element_of(static_cast<const Op*>(op)->exact), {attributes, kernels, keys, values},
                       attributes};
@@ -46,6 +47,7 @@ Status* compute(void* opaque, KernelContext* context) noexcept {
   return guarded(api, [&]() -> std::string {
     cpu::Shapes s;
     const std::array<const void*, kInputs> data = read_inputs(api, context, &s);
+    const float* key_center = read_key_center(api, context, &s);
     if (std::string problem = cpu::check(kernel.attributes, s); !problem.empty()) return problem;
 
     cpu::Call call{};
@@ -76,6 +78,7 @@ Status* compute(void* opaque, KernelContext* context) noexcept {
     call.value_words = words(data[12], s.value_codebooks);
     call.key_transform = static_cast<const float*>(data[13]);
     call.value_transform = static_cast<const float*>(data[14]);
+    call.key_center = key_center;
     if (std::string problem = cpu::check(kernel.attributes, call); !problem.empty()) return problem;
 
     call.output = static_cast<float*>(

@@ -14,7 +14,8 @@
 
 namespace gsrq::ort {
 
-constexpr size_t kInputs = 15, kOutputs = 5;
+constexpr size_t kInputs = 15, kOutputs = 5;  // required ones
+constexpr size_t kKeyCenter = 15;             // the optional input of keys coded in the rotated frame
 constexpr size_t kFirstAliased = 7, kAliased = 4;  // inputs 7 .. 10 may share memory with outputs 1 .. 4
 
 // One registered op for each type of query, key, value and output (io) and of the exact buffers; the runtime picks by type.
@@ -82,18 +83,21 @@ inline std::string read_attributes(const Api* api, const KernelInfo* info, cpu::
        {std::pair<const char*, int64_t*>{"sinks", &out->sinks}, {"window", &out->window}, {"block", &out->block}})
     if (!read(api, info, name, value)) return std::string("attribute ") + name + " is missing";
   if (!read(api, info, "scale", &out->scale)) return "attribute scale is missing";
-  int64_t interleaved = 0, exact_prefill = 0;
+  int64_t interleaved = 0, exact_prefill = 0, key_frame = 0;
   read(api, info, "beam", &out->beam);
   read(api, info, "sliding_window", &out->sliding_window);
   read(api, info, "softcap", &out->softcap);
   read(api, info, "rope_interleaved", &interleaved);
   read(api, info, "exact_prefill", &exact_prefill);
+  read(api, info, "key_frame", &key_frame);
   for (const auto& [name, value] : {std::pair<const char*, int64_t>{"rope_interleaved", interleaved},
-                                    {"exact_prefill", exact_prefill}})
+                                    {"exact_prefill", exact_prefill},
+                                    {"key_frame", key_frame}})
     if (value != 0 && value != 1)
       return std::string("attribute ") + name + " is " + std::to_string(value) + ", must be 0 or 1";
   out->rope_interleaved = interleaved != 0;
   out->exact_prefill = exact_prefill != 0;
+  out->rotated_keys = key_frame != 0;
   return cpu::check(*out);
 }
 
@@ -140,6 +144,15 @@ inline std::array<const void*, kInputs> read_inputs(const Api* api, const Kernel
   std::array<const void*, kInputs> data{};
   for (size_t i = 0; i < kInputs; ++i) data[i] = read_input(api, context, i, shapes[i]);
   return data;
+}
+
+// Data of the optional input key_center, or null with an empty shape where it is not given; cpu::check judges both.
+inline const float* read_key_center(const Api* api, const KernelContext* context, cpu::Shapes* s) {
+  s->key_center.clear();
+  const Value* value = nullptr;
+  require(KernelContext_GetInput(api, context, kKeyCenter, &value));
+  if (value == nullptr) return nullptr;
+  return static_cast<const float*>(read_input(api, context, kKeyCenter, &s->key_center));
 }
 
 // All of an op but its provider, its kernel and where its inputs lie.

@@ -24,7 +24,7 @@ struct MemoryInfo;
 enum class ErrorCode : int { fail = 1, invalid_argument = 2 };
 enum class ElementType : int { f32 = 1, i8 = 3, i64 = 7, f16 = 10, bf16 = 16 };
 enum class MemoryType : int { cpu_input = -2, standard = 0 };
-enum class Presence : int { required = 0 };
+enum class Presence : int { required = 0, optional = 1 };
 
 struct Api;  // a table of function pointers; see Slot
 struct ApiBase {

@@ -48,11 +48,13 @@ Op declare_op(ElementType io, ElementType exact) {
   op.exact = exact;
   op.get_name = [](const CustomOp*) noexcept { return "GsrqAttention"; };
   op.get_input_type = input_type;
-  op.get_input_count = [](const CustomOp*) noexcept { return kInputs; };
+  op.get_input_count = [](const CustomOp*) noexcept { return kInputs + 1; };
   op.get_output_type = output_type;
   op.get_output_count = [](const CustomOp*) noexcept { return kOutputs; };
-  op.get_input_presence = [](const CustomOp*, size_t) noexcept { return Presence::required; };
-  op.get_output_presence = op.get_input_presence;
+  op.get_input_presence = [](const CustomOp*, size_t index) noexcept {
+    return index == kKeyCenter ? Presence::optional : Presence::required;
+  };
+  op.get_output_presence = [](const CustomOp*, size_t) noexcept { return Presence::required; };
   op.get_start_version = [](const CustomOp*) noexcept { return 1; };
   op.get_end_version = op.get_start_version;
   op.get_may_inplace = may_inplace;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from gsrq_export.baselines.int4 import TokenHeadCodec
 from gsrq_export.baselines.kivi import Kivi, KiviKeys, KiviValues
 from gsrq_export.baselines.residual import Residual, ResidualCodec
 from gsrq_export.baselines.turboquant import TurboQuant, TurboQuantCodec, rotation
-from gsrq_export.cache.reference import rotate
+from gsrq_export.cache.frame import rotate
 from gsrq_export.capture import Captured, CaptureSettings, capture
 from gsrq_export.evaluate.torch_runner import TorchRunner
 from gsrq_export.model.intercept import AttentionCall, RotaryCall
@@ -60,7 +61,12 @@ def expected(spec: ModelSpec, codecs: LayerCodecs, rule: CacheRule, exact_prefil
             rows = slice(start, start + rule.block)
             seen_values[:, rows] = codecs.values.reconstruct(value[b, :, rows].transpose(0, 1)).transpose(0, 1)
             source = (key if codecs.keys.frame == "post-rope" else raw)[b, :, rows].transpose(0, 1)
-            block = codecs.keys.reconstruct(source).transpose(0, 1)
+            if codecs.keys.center is not None:
+                center = codecs.keys.center.reshape(1, KV, 1, DIM).expand(-1, -1, rule.block, -1)
+                center = rotate(center, cos[:, rows], sin[:, rows], layer.rope_interleaved)[0].transpose(0, 1)
+                block = (codecs.keys.reconstruct(source - center) + center).transpose(0, 1)
+            else:
+                block = codecs.keys.reconstruct(source).transpose(0, 1)
             if codecs.keys.frame == "pre-rope":
                 block = rotate(block[None], cos[:, rows], sin[:, rows], layer.rope_interleaved)[0]
             seen_keys[:, rows] = block
@@ -84,6 +90,9 @@ def pair(name: str) -> LayerCodecs:
         turn = rotation(DIM, 0, "cpu")
         return LayerCodecs(TurboQuantCodec(2, turn), TurboQuantCodec(1, turn))
     books = (random_codebook(KV * DIM, 16, 3), random_codebook(KV * DIM, 32, 2, 1))
+    if name == "rotated":
+        center = torch.randn(KV * DIM, generator=torch.Generator().manual_seed(2))
+        books = (replace(books[0], center=center), books[1])
     return LayerCodecs(*(ResidualCodec(book) for book in books))
 
 
@@ -95,6 +104,7 @@ def pair(name: str) -> LayerCodecs:
         ("turboquant", CacheRule(0, 0, 3), 2.0, 0, True),
         ("residual", CacheRule(3, 1, 5), 0.0, 17, False),
         ("residual", CacheRule(70, 4, 4), 0.0, 0, False),
+        ("rotated", CacheRule(3, 1, 5), 0.0, 0, True),
     ],
 )
 def test_every_query_sees_what_decoding_showed_it(

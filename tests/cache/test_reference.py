@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import CASES, Case
+from attention_cases import CASES, ROTATED, Case
 
-from gsrq_export.cache.reference import LayerCache, gsrq_attention, rotate
+from gsrq_export.cache.frame import rotate, to_frame
+from gsrq_export.cache.reference import LayerCache, gsrq_attention
 from gsrq_export.cache.rule import CacheRule
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ROTATED], ids=str)
 def test_output_is_attention_over_what_each_query_may_see(case: Case) -> None:
     """Each query alone, in a loop: its own list of visible keys, coded or exact, by the words of docs/operator.md."""
     data, config, rule = case.data(), case.config, case.config.rule
@@ -20,6 +21,10 @@ def test_output_is_attention_over_what_each_query_may_see(case: Case) -> None:
         past, new = 0, int(data.lengths[b])
         key, value = (x[b].to(dtype).float() for x in (data.key, data.value))  # [KV, T, d]
         flat = [x.transpose(0, 1).flatten(1) for x in (key, value)]
+        if case.rotated:
+            tables = (t[None, :new] for t in (data.cos, data.sin))
+            framed = to_frame(key[None, :, :new], case.keys.center, *tables, config.rope_interleaved)
+            flat[0] = torch.cat([framed[0].transpose(0, 1).flatten(1), flat[0][new:]])
         books = (case.keys, case.values)
         hat_key, hat_value = (
             book.decode(book.encode(x, config.beam)).reshape(-1, case.kv_heads, case.head_dim)
@@ -34,7 +39,11 @@ def test_output_is_attention_over_what_each_query_may_see(case: Case) -> None:
                     if config.sliding_window and i - j >= config.sliding_window:
                         continue
                     is_coded = rule.sinks <= j < rule.sinks + seen
-                    ks.append(at(hat_key[j, n] if is_coded else key[n, j], j, data, case))
+                    if is_coded and case.rotated:
+                        center = case.keys.center.reshape(case.kv_heads, -1)[n]
+                        ks.append(hat_key[j, n] + at(center, j, data, case))
+                    else:
+                        ks.append(at(hat_key[j, n] if is_coded else key[n, j], j, data, case))
                     vs.append(hat_value[j, n] if is_coded else value[n, j])
                 score = torch.stack(ks) @ at(data.query[b, h, i], i, data, case) * config.scale
                 if config.softcap:
@@ -52,7 +61,7 @@ def at(x: torch.Tensor, position: int, data: object, case: Case) -> torch.Tensor
     return rotate(x[None, None, None], cos, sin, case.config.rope_interleaved).flatten()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.config.exact_prefill], ids=str)
+@pytest.mark.parametrize("case", [c for c in (*CASES, *ROTATED) if not c.config.exact_prefill], ids=str)
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_chunked_prefill_equals_one_shot(case: Case, chunk: int) -> None:
     data = case.data()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import random_codebook
@@ -14,11 +16,13 @@ RULE = CacheRule(2, 8, 4)
 GENERATE = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": []}
 
 
-def codebooks(model: torch.nn.Module) -> list[LayerCodebooks]:
+def codebooks(model: torch.nn.Module, rotated: bool = False) -> list[LayerCodebooks]:
     layers = inspect_model(model, 128).layers
     total = layers[0].num_kv_heads * layers[0].head_dim
     keys = random_codebook(total, total, 3)
     values = random_codebook(total, layers[0].head_dim, 2, seed=1)
+    if rotated:
+        keys = replace(keys, center=torch.randn(total, generator=torch.Generator().manual_seed(5)))
     return [LayerCodebooks(keys, values) for _ in layers]
 
 
@@ -51,10 +55,11 @@ def test_generation(family: str) -> None:
 
 
 @torch.no_grad()
-def test_token_by_token_equals_prefill() -> None:
+@pytest.mark.parametrize("rotated", [False, True])
+def test_token_by_token_equals_prefill(rotated: bool) -> None:
     model = tiny_model("Llama")
     ids = padded_batch()[0][:1]
-    with coded(model, codebooks(model), RULE):
+    with coded(model, codebooks(model, rotated), RULE):
         whole = model(ids).logits
         cache, steps = None, []
         for t in range(ids.shape[1]):
@@ -65,6 +70,18 @@ def test_token_by_token_equals_prefill() -> None:
     held = 70 - 2 - 8
     bytes_a_layer = (held // 4 * 4) * (3 + 4) + 2 * 2 * 64 * 14
     assert cache.bytes() == 3 * bytes_a_layer
+
+
+@torch.no_grad()
+def test_padding_does_not_shift_rotated_keys() -> None:
+    model = tiny_model("Llama")
+    ids, mask = padded_batch()
+    with coded(model, codebooks(model, rotated=True), RULE):
+        batch = model.generate(ids, attention_mask=mask, **GENERATE)
+        assert torch.equal(batch[1, 21:], model.generate(ids[1:, 21:], **GENERATE)[0])
+        found = model(ids).logits
+    with coded(model, codebooks(model), RULE):
+        assert not torch.allclose(found, model(ids).logits, atol=1e-2), "the frame must show"
 
 
 @torch.no_grad()

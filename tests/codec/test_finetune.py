@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.cache.torch_cache import coded
-from gsrq_export.capture import KINDS, Captured, CaptureSettings, capture
+from gsrq_export.capture import KINDS, Captured, CaptureSettings, capture, training_vectors
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
 from gsrq_export.codec.finetune import Finetuning, finetune
 from gsrq_export.codec.residual import Training, train_codebook
@@ -68,6 +69,27 @@ def test_steps_bring_the_deployed_model_nearer(
         assert torch.equal(one.keys.codewords, other.keys.codewords)
         assert torch.equal(one.values.codewords, other.values.codewords)
     assert all(not p.requires_grad or p.grad is None for p in model.parameters())
+
+
+def test_rotated_keys_are_tuned_as_they_are_deployed(tmp_path: Path) -> None:
+    model, tokenizer = demo()
+    ids = torch.tensor(tokenizer.encode(demo_text(), add_special_tokens=False)[: 4 * LENGTH]).reshape(4, LENGTH)
+    spec = inspect_model(model, 256)
+    capture(model, spec, ids.numpy(), CaptureSettings(128, 128, gradients=False), tmp_path)
+    books = []
+    for layer in spec.layers:
+        pair = []
+        for kind in KINDS:
+            vectors, center = training_vectors(Captured(tmp_path), spec, layer, kind, rotated_keys=True)
+            book, _ = train_codebook(vectors, None, 128, 2, Training(iterations=2))
+            pair.append(replace(book, codewords=book.codewords * 0.7, center=center))
+        books.append(LayerCodebooks(*pair))
+    tuned, log = finetune(model, spec, ids, books, RULE, Finetuning(steps=4, batch=2, learning_rate=0.03, beam=2))
+    before, after = (divergence(spec, of, ids[3:], beam=2) for of in (books, tuned))
+    assert abs(log.held_out_kl[0] - before) < 0.03 * before
+    assert abs(min(log.held_out_kl) - after) < 0.03 * after
+    assert after < before
+    assert all(torch.equal(a.keys.center, b.keys.center) for a, b in zip(tuned, books, strict=True))
 
 
 def test_a_rate_that_destroys_keeps_what_was_given(

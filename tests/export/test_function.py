@@ -17,6 +17,7 @@ from gsrq_export.codec.codebook import Codebook
 from gsrq_export.export.function import (
     DOMAIN,
     INPUTS,
+    KEY_CENTER,
     OPERATOR,
     OPERATOR_VERSION,
     OPSET,
@@ -84,6 +85,12 @@ def random_codebook(groups: int, stages: int, width: int, seed: int, metric: boo
     return Codebook(words, transform)
 
 
+def centered(book: Codebook, seed: int = 7) -> Codebook:
+    """The codebook as one of keys in the rotated frame."""
+    total = book.groups * book.width
+    return replace(book, center=torch.randn(total, generator=torch.Generator().manual_seed(seed)))
+
+
 def case(seed: int = 0, **changes: object) -> Case:
     """Odd sizes; sub-vectors over two heads for keys and half a head for values."""
     base = Case(
@@ -111,9 +118,12 @@ class Node:
         types |= dict.fromkeys(("key_codes", "value_codes"), TensorProto.INT8)
         types |= dict.fromkeys(("key_exact", "value_exact"), ONNX_TYPES[c.dtype])
         types |= dict.fromkeys(("key_codebooks", "value_codebooks"), TensorProto.FLOAT16)
+        rotated = c.keys.center is not None
+        types |= {KEY_CENTER: TensorProto.FLOAT} if rotated else {}
+        inputs = tuple(types)
         out = {"output": TensorProto.FLOAT, **{f"present_{n}": types[n] for n in INPUTS[7:11]}}
         assert tuple(out) == OUTPUTS
-        node = helper.make_node(OPERATOR, INPUTS, OUTPUTS, domain=DOMAIN, **attributes(c.config))
+        node = helper.make_node(OPERATOR, inputs, OUTPUTS, domain=DOMAIN, **attributes(c.config, rotated))
         graph = helper.make_graph(
             [node],
             "one",
@@ -121,7 +131,7 @@ class Node:
             [helper.make_tensor_value_info(n, t, [None] * rank(n)) for n, t in out.items()],
         )
         imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, OPERATOR_VERSION)]
-        model = helper.make_model(graph, opset_imports=imports, functions=[build_function()], ir_version=10)
+        model = helper.make_model(graph, opset_imports=imports, functions=[build_function(rotated)], ir_version=10)
         onnx.checker.check_model(model)
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -149,6 +159,8 @@ class Node:
                 strict=True,
             )
         )
+        if c.keys.center is not None:
+            tensors[KEY_CENTER] = c.keys.center
         binding = self.session.io_binding()
         for name, tensor in tensors.items():
             binding.bind_ortvalue_input(name, to_ort(tensor))
@@ -160,7 +172,7 @@ class Node:
 
 
 def rank(name: str) -> int:
-    if "lengths" in name:
+    if "lengths" in name or name == KEY_CENTER:
         return 1
     if name in ("cos", "sin"):
         return 2
@@ -209,6 +221,15 @@ VARIANTS = {
     "sinks only": {"rule": CacheRule(6, 0, 4), "exact_prefill": True},
     "float32 buffers": {"dtype": torch.float32},
     "bfloat16 buffers": {"dtype": torch.bfloat16},
+    "rotated": {"keys": centered(random_codebook(1, 5, 24, 0))},
+    "rotated, interleaved": {"keys": centered(random_codebook(4, 3, 6, 0)), "rope_interleaved": True},
+    "rotated, exact prefill, whole head": {
+        "keys": centered(random_codebook(2, 4, 12, 0)),
+        "rope_dim": 12,
+        "exact_prefill": True,
+        "softcap": 1.5,
+        "dtype": torch.bfloat16,
+    },
     "one head": {
         "heads": 1,
         "kv_heads": 1,
@@ -232,7 +253,7 @@ def test_equals_the_oracle(name: str) -> None:
     assert c.config.rule.coded(past).min() > 0
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_sizes(seed: int) -> None:
     random = np.random.default_rng(seed)
     kv_heads, group, half = (int(random.integers(1, 4)) for _ in range(3))
@@ -242,6 +263,8 @@ def test_random_sizes(seed: int) -> None:
         groups = [kv_heads, 1, kv_heads * head_dim][int(random.integers(3))]
         stages = int(random.integers(1, 6))
         books.append(random_codebook(groups, stages, kv_heads * head_dim // groups, seed + side))
+    if seed % 2:
+        books[0] = centered(books[0])
     c = case(
         rule=CacheRule(*(int(random.integers(low, 9)) for low in (0, 0, 1))),
         beam=int(random.integers(1, 5)),
@@ -293,9 +316,10 @@ def test_ties_go_to_the_lower_path_and_code() -> None:
     assert_same(Node(c)(new, past, lengths, c.cache(2)), oracle(c, new, past, lengths, c.cache(2)))
 
 
-def test_empty_cache_storage() -> None:
+@pytest.mark.parametrize("rotated", [False, True])
+def test_empty_cache_storage(rotated: bool) -> None:
     """Capacity 0 serves until the first block is due, and then fails."""
-    c = case(capacity=0)
+    c = case(capacity=0, **({"keys": centered(random_codebook(1, 5, 24, 0))} if rotated else {}))
     node, none = Node(c), torch.zeros(1, dtype=torch.int64)
     limit = c.config.rule.sinks + c.config.rule.window + c.config.rule.block
     for steps in (1, limit - 1):
@@ -378,7 +402,8 @@ def test_impossible_lengths_fail(past: list[int], new: list[int], steps: int) ->
 
 
 def test_only_standard_operators_and_deterministic() -> None:
-    function = build_function()
-    assert function.SerializeToString() == build_function().SerializeToString()
-    assert [(o.domain, o.version) for o in function.opset_import] == [("", OPSET)]
-    assert {n.domain for n in function.node} == {""}
+    for rotated in (False, True):
+        function = build_function(rotated)
+        assert function.SerializeToString() == build_function(rotated).SerializeToString()
+        assert [(o.domain, o.version) for o in function.opset_import] == [("", OPSET)]
+        assert {n.domain for n in function.node} == {""}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from gsrq_export.model.introspect import ModelSpec, inspect_model
 RULE = CacheRule(2, 5, 4)
 
 
-def codebooks(spec: ModelSpec) -> list[LayerCodebooks]:
+def codebooks(spec: ModelSpec, rotated: bool = False) -> list[LayerCodebooks]:
     """Keys of all heads together, values half a head at a time; rougher than trained ones."""
     made = []
     for layer in spec.layers:
@@ -40,7 +40,9 @@ def codebooks(spec: ModelSpec) -> list[LayerCodebooks]:
             return Codebook(words.half(), torch.eye(width).repeat(count, 1, 1))
 
         elements, half = layer.num_kv_heads * layer.head_dim, layer.head_dim // 2
-        made.append(LayerCodebooks(book(elements, 3, 1), book(half, 2, elements // half)))
+        center = torch.randn(elements, generator=generator) if rotated else None
+        keys = replace(book(elements, 3, 1), center=center)
+        made.append(LayerCodebooks(keys, book(half, 2, elements // half)))
     return made
 
 
@@ -52,12 +54,13 @@ class Exported:
     directory: Path
     settings: ExportSettings
     changes: dict[str, object] = field(default_factory=dict)  # of the model's configuration
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         layers = 4 if self.family == "Gemma2" else 2  # sliding and full layers take turns
         self.model = tiny_model(self.family, num_hidden_layers=layers, **self.changes)
         self.spec = inspect_model(self.model, 128)
-        self.codebooks = codebooks(self.spec)
+        self.codebooks = codebooks(self.spec, self.rotated)
         self.path = export_onnx(self.model, self.spec, self.codebooks, self.settings, self.directory)
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -168,6 +171,26 @@ def test_dynamic_rope(tmp_path: Path) -> None:
     at = torch.tensor([[14], [10]])
     logits, _ = e.run_onnx(ids, past, new, at, e.empty(2, 8))
     assert (logits - e.run_oracle(ids, past, new, at, e.empty(2, 8))[0]).abs().max() <= 1e-3
+
+
+def test_rotated_keys(tmp_path: Path) -> None:
+    e = Exported("Llama", tmp_path, ExportSettings(RULE, exact_dtype=torch.float32), rotated=True)
+    ids, past, new = torch.arange(60).reshape(2, 30), torch.zeros(2, dtype=torch.int64), torch.tensor([30, 21])
+    caches = e.empty(2, 40)
+    for lengths in (new, torch.tensor([1, 1]), torch.tensor([9, 12])):
+        width = int(lengths.max())
+        at = (lengths - 1)[:, None]
+        expected, after = e.run_oracle(ids[:, :width], past, lengths, at, caches)
+        logits, present = e.run_onnx(ids[:, :width], past, lengths, at, caches)
+        assert (logits - expected).abs().max() <= 1e-3
+        assert all(torch.equal(a.key_codes, b.key_codes) for a, b in zip(present, after, strict=True))
+        caches, past = present, past + lengths
+    model = onnx.load(e.path, load_external_data=False)
+    nodes = [n for n in model.graph.node if n.op_type == "GsrqAttention"]
+    assert [n.input[15] for n in nodes] == [f"layers.{i}.key.center" for i in range(2)]
+    mixed = [e.codebooks[0], codebooks(e.spec)[1]]
+    with pytest.raises(GsrqError, match="some layers' keys are coded in the rotated frame"):
+        export_onnx(e.model, e.spec, mixed, e.settings, tmp_path)
 
 
 def test_signature_and_metadata(export: Callable[[str], Exported]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ def layers(count: int = 3) -> list[LayerCodebooks]:
         words = torch.randn(groups, stages, 256, width, generator=generator).half()
         return Codebook(words, torch.randn(groups, width, width, generator=generator))
 
-    return [LayerCodebooks(book(1, 2, 6), book(3, 1 + i, 2)) for i in range(count)]
+    found = [LayerCodebooks(book(1, 2, 6), book(3, 1 + i, 2)) for i in range(count)]
+    center = torch.arange(6.0)
+    found[1] = LayerCodebooks(replace(found[1].keys, center=center), found[1].values)  # of the rotated frame
+    return found
 
 
 @pytest.fixture
@@ -37,6 +41,8 @@ def test_round_trip(saved: Path) -> None:
         for x, y in ((a.keys, b.keys), (a.values, b.values)):
             assert torch.equal(x.codewords, y.codewords)
             assert torch.equal(x.transform, y.transform)
+            assert (x.center is None) is (y.center is None)
+            assert x.center is None or y.center is None or torch.equal(x.center, y.center)
     with safe_open(saved, framework="pt") as file:
         assert file.metadata() == {f"key{i}": f"välue {i}" for i in range(9)}
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
@@ -84,6 +90,9 @@ def test_pickle_is_not_read(tmp_path: Path) -> None:
         ("layers.0.value.transform", torch.eye(2).expand(4, 2, 2).contiguous(), r"layers\.0\.value: transform"),
         ("layers.2.value.codewords", torch.full((3, 3, 256, 2), torch.nan).half(), "4608 of 4608 entries are NaN"),
         ("layers.2.key.transform", torch.full((1, 6, 6), torch.inf), r"layers\.2\.key: transform: 36 of 36"),
+        ("layers.0.value.center", torch.zeros(6), r"missing or unknown, such as layers\.0\.value\.center"),
+        ("layers.1.key.center", torch.zeros(5), r"layers\.1\.key: center must be float32 \[6\]"),
+        ("layers.1.key.center", torch.full((6,), torch.nan), r"layers\.1\.key: center: 6 of 6"),
     ],
 )
 def test_wrong_tensors(saved: Path, name: str, value: torch.Tensor | None, message: str) -> None:

@@ -77,5 +77,6 @@ VALUE(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, ElementType::bf16);
 VALUE(OrtMemTypeCPUInput, MemoryType::cpu_input);
 VALUE(OrtMemTypeDefault, MemoryType::standard);
 VALUE(INPUT_OUTPUT_REQUIRED, Presence::required);
+VALUE(INPUT_OUTPUT_OPTIONAL, Presence::optional);
 static_assert(offsetof(OrtApiBase, GetApi) == offsetof(ours::ApiBase, get_api), "GetApi");
 static_assert(offsetof(OrtApiBase, GetVersionString) == offsetof(ours::ApiBase, get_version_string), "GetVersionString");

@@ -73,7 +73,13 @@ def assert_same(want: tuple[torch.Tensor, LayerCache], got: tuple[torch.Tensor, 
     torch.testing.assert_close(got[0], want[0], atol=TOLERANCE, rtol=0)
 
 
-def random_setup(seed: int) -> Setup:
+def centered(book: Codebook) -> Codebook:
+    """The codebook as one of keys in the rotated frame."""
+    center = torch.randn(book.groups * book.width, generator=torch.Generator().manual_seed(11))
+    return replace(book, center=center)
+
+
+def random_setup(seed: int, rotated: bool = False) -> Setup:
     """Odd shapes and options, drawn by seed."""
     draw = random.Random(seed)
     head_dim, kv_heads = draw.choice([16, 64, 96, 128, 30]), draw.choice([1, 2, 3, 4])
@@ -93,6 +99,8 @@ def random_setup(seed: int) -> Setup:
         )
         for side in range(2)
     ]
+    if rotated:
+        books[0] = centered(books[0])
     return Setup(
         config,
         *books,
@@ -105,9 +113,9 @@ def random_setup(seed: int) -> Setup:
     )
 
 
-@pytest.mark.parametrize("seed", range(16))
-def test_random_shapes_and_options_equal_the_reference(seed: int, library: Path, isa: str) -> None:
-    setup, draw = random_setup(seed), random.Random(seed + 1000)
+@pytest.mark.parametrize(("seed", "rotated"), [*((seed, False) for seed in range(16)), *((s, True) for s in range(32))])
+def test_random_shapes_and_options_equal_the_reference(seed: int, rotated: bool, library: Path, isa: str) -> None:
+    setup, draw = random_setup(seed, rotated), random.Random(seed + 1000)
     batch, steps, before = draw.choice([1, 2, 3]), [1, 1, 3, 97][seed % 4], draw.choice([0, 50, 333])
     positions = before + steps + 5
     cache, past = setup.empty(batch, positions), torch.zeros(batch, dtype=torch.int64)
@@ -121,9 +129,10 @@ def test_random_shapes_and_options_equal_the_reference(seed: int, library: Path,
     assert_same(setup.reference(tensors, cache), session.run(tensors, cache))
 
 
-def small_setup(dtype: torch.dtype = torch.float16, **config: object) -> Setup:
+def small_setup(dtype: torch.dtype = torch.float16, rotated: bool = False, **config: object) -> Setup:
     attention = replace(AttentionConfig(0.2, CacheRule(2, 5, 4)), **config)  # type: ignore[arg-type]
-    return Setup(attention, random_codebook(64, 32, 5, 1), random_codebook(64, 64, 4, 2), 6, 2, 32, 16, dtype)
+    keys = random_codebook(64, 32, 5, 1)
+    return Setup(attention, centered(keys) if rotated else keys, random_codebook(64, 64, 4, 2), 6, 2, 32, 16, dtype)
 
 
 def run_in_pieces(
@@ -140,9 +149,10 @@ def run_in_pieces(
     return torch.cat(outputs, 1), cache
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_pieces_do_not_matter(dtype: torch.dtype, library: Path, isa: str) -> None:
-    setup, total = small_setup(dtype), 101  # past 64 coded tokens the table-free decode path takes over
+def test_pieces_do_not_matter(dtype: torch.dtype, rotated: bool, library: Path, isa: str) -> None:
+    setup, total = small_setup(dtype, rotated), 101  # past 64 coded tokens the table-free decode path takes over
     whole = setup.tensors(torch.tensor([0]), torch.tensor([total]), total, total, 3)
     session = setup.session(library)
     once = run_in_pieces(session, setup, whole, [total])
@@ -188,16 +198,19 @@ def test_rows_of_a_batch_do_not_touch_each_other(library: Path) -> None:
     assert torch.equal(after.key_exact[1], cache.key_exact[1])
 
 
-def long_setup(width: int, stages: int) -> Setup:
+def long_setup(width: int, stages: int, rotated: bool = False) -> Setup:
     keys, values = (random_codebook(256, width, stages, seed) for seed in (1, 2))
+    if rotated:
+        keys = centered(keys)
     return Setup(AttentionConfig(128**-0.5), keys, values, 8, 2, 128, 64)
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(("width", "stages", "tokens"), [(128, 3, 9000), (256, 5, 4300)])
 def test_long_context_splits_and_threads_do_not_change_a_bit(
-    width: int, stages: int, tokens: int, library: Path, isa: str
+    width: int, stages: int, tokens: int, rotated: bool, library: Path, isa: str
 ) -> None:
-    setup = long_setup(width, stages)
+    setup = long_setup(width, stages, rotated)
     past = torch.tensor([tokens])
     tensors = setup.tensors(past, torch.tensor([1]), 1, tokens + 1, 6)
     cache = setup.empty(1, tokens + 1)
@@ -215,8 +228,9 @@ def test_long_context_splits_and_threads_do_not_change_a_bit(
         assert torch.equal(output, outputs[0][0])
 
 
-def test_a_rotary_table_that_does_not_compose_is_followed(library: Path, isa: str) -> None:
-    setup, tokens = long_setup(128, 3), 400
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_rotary_table_that_does_not_compose_is_followed(rotated: bool, library: Path, isa: str) -> None:
+    setup, tokens = long_setup(128, 3, rotated), 400
     tensors = setup.tensors(torch.tensor([tokens]), torch.tensor([1]), 1, tokens + 1, 6)
     generator = torch.Generator().manual_seed(8)
     angle = torch.rand(tokens + 1, 64, generator=generator) * 6
@@ -324,6 +338,7 @@ BAD_ATTRIBUTES = [
     ({"beam": 0}, "attribute beam is 0, must be 1 to 1024"),
     ({"softcap": -1.0}, "attribute softcap is -1, must be 0"),
     ({"rope_interleaved": 2}, "attribute rope_interleaved is 2, must be 0 or 1"),
+    ({"key_frame": 2}, "attribute key_frame is 2, must be 0 or 1"),
     ({"beam": 1.0}, "attribute beam must be an int, is a float"),
     ({"scale": 1}, "attribute scale must be a float, is an int"),
 ]
@@ -339,3 +354,13 @@ def test_an_unknown_instruction_set_is_refused(library: Path, monkeypatch: pytes
     monkeypatch.setenv("GSRQ_CPU_ISA", "mmx")
     with pytest.raises(Exception, match="GSRQ_CPU_ISA must be generic"):
         small_setup().session(library)
+
+
+def test_a_center_goes_with_the_rotated_frame_and_only_with_it(library: Path) -> None:
+    tensors = small_setup().tensors(torch.tensor([0]), torch.tensor([8]), 8, 100, 10)
+    for setup, frame, message in (
+        (small_setup(rotated=True), 0, "key_center is given, but attribute key_frame is 0"),
+        (small_setup(), 1, r"key_center has shape \[\], expected \[64\]"),
+    ):
+        with pytest.raises(Exception, match=f"GsrqAttention: {message}"):
+            setup.session(library, key_frame=frame).run(tensors, setup.empty(1, 50))

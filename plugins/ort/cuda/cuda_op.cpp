@@ -164,6 +164,9 @@ Status* create_kernel(const CustomOp* op, const Api* api, const KernelInfo* info
     kernel->io = static_cast<const Op*>(op)->io;
     kernel->exact = static_cast<const Op*>(op)->exact;
     if (std::string problem = read_attributes(api, info, &kernel->attributes); !problem.empty()) return problem;
+    if (kernel->attributes.rotated_keys)
+      return "on CUDA keys coded in the rotated frame (key_frame 1) are not supported yet; build with codec.key_frame: "
+             "pre-rope, or run on the CPU";
     for (size_t input = 11; input < kInputs; ++input)
       if (!constant(api, info, input))
         return "on CUDA the codebooks and transforms (inputs 11 to 14) must be initializers";
@@ -197,6 +200,7 @@ Status* compute(void* opaque, KernelContext* context) noexcept {
   return guarded(api, [&]() -> std::string {
     cpu::Shapes s;
     const std::array<const void*, kInputs> data = read_inputs(api, context, &s);
+    read_key_center(api, context, &s);
     if (std::string problem = cpu::check(kernel.attributes, s); !problem.empty()) return problem;
     cpu::Call lengths{};
     lengths.batch = s.query[0];

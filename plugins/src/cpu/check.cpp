@@ -95,7 +95,11 @@ std::string check(const Attributes& a, const Shapes& s) {
   if (auto e = expect("value_exact", s.value_exact, exact, "as key_exact"); !e.empty()) return e;
   if (auto e = expect("key_transform", s.key_transform, {kb[0], kb[3], kb[3]}, "groups, width, width"); !e.empty())
     return e;
-  return expect("value_transform", s.value_transform, {vb[0], vb[3], vb[3]}, "groups, width, width");
+  if (auto e = expect("value_transform", s.value_transform, {vb[0], vb[3], vb[3]}, "groups, width, width"); !e.empty())
+    return e;
+  if (a.rotated_keys) return expect("key_center", s.key_center, {kv * d}, "KV heads * head_dim; key_frame is 1");
+  if (!s.key_center.empty()) return "key_center is given, but attribute key_frame is 0";
+  return {};
 }
 
 std::string check(const Attributes& a, const Call& call) {

@@ -14,10 +14,11 @@ namespace {
 constexpr int64_t kSplitTokens = 4096;  // a key slice's codewords are read once for at least so many tokens
 constexpr int64_t kScoreTasks = 16;     // wanted, where the tokens suffice
 constexpr int64_t kBinFloats = 16384;   // bins of a value task: 64 KiB
+constexpr int64_t kPanelWords = 64;     // codewords of a panel, see TableTask
 
 struct Row {  // a batch row being decoded
   int64_t row, first, count, split_size, splits;
-  float *query, *weights, *maximum, *sum, *factors, *coded;  // of all KV heads
+  float *query, *weights, *maximum, *sum, *factors, *coded, *table;  // of all KV heads
 };
 
 }  // namespace
@@ -28,6 +29,12 @@ const Layer::KeyState* Layer::key_state(const Call& call, const Threads& threads
   const Words& words = call.key_words;
   const int64_t slices = round_up(call.head_dim / 2, kLanes) / kLanes, pairs = (words.stages + 1) / 2;
   auto state = std::make_unique<KeyState>();
+  if (attributes_.rotated_keys) {
+    prepare_panels(call, *state, threads);
+    state->half_rope = call.half_rope;
+    key_state_ = std::move(state);
+    return key_state_.get();
+  }
   const int64_t per_head = slices * words.stages * kCodewords * 2 * kLanes;
   auto* data = static_cast<int16_t*>(state->words.reserve(static_cast<size_t>(call.kv_heads * per_head) * 2));
   state->multipliers.resize(static_cast<size_t>(call.kv_heads * pairs));
@@ -52,6 +59,38 @@ const Layer::KeyState* Layer::key_state(const Call& call, const Threads& threads
   state->half_rope = call.half_rope;
   key_state_ = std::move(state);
   return key_state_.get();
+}
+
+void Layer::prepare_panels(const Call& call, KeyState& state, const Threads& threads) const {
+  const Words& words = call.key_words;
+  const int64_t d = call.head_dim, slices = round_up(d / 2, kLanes) / kLanes;
+  const int64_t size = slices * 2 * kLanes, stage_size = size * kCodewords;
+  auto* data = static_cast<uint16_t*>(
+      state.panels.reserve(static_cast<size_t>(call.kv_heads * words.stages * stage_size) * sizeof(uint16_t)));
+  state.center.assign(static_cast<size_t>(call.kv_heads * size), 0.0f);
+  std::vector<int64_t> order(static_cast<size_t>(size), -1);  // element of a head at each place of the slices
+  for (int64_t p = 0; p < d / 2; ++p) {
+    int64_t first, second;
+    pair_elements(p, call.half_rope, attributes_.rope_interleaved, &first, &second);
+    const int64_t place = p / kLanes * 2 * kLanes + p % kLanes;
+    order[static_cast<size_t>(place)] = first;
+    order[static_cast<size_t>(place + kLanes)] = second;
+  }
+  for (int64_t h = 0; h < call.kv_heads; ++h)
+    for (int64_t i = 0; i < size; ++i)
+      if (order[static_cast<size_t>(i)] >= 0)
+        state.center[static_cast<size_t>(h * size + i)] = call.key_center[h * d + order[static_cast<size_t>(i)]];
+  for_each_task(threads, static_cast<size_t>(call.kv_heads * words.stages), [&](size_t task) {
+    const int64_t h = static_cast<int64_t>(task) / words.stages, r = static_cast<int64_t>(task) % words.stages;
+    const int64_t group = h * d / words.width, column = h * d % words.width;
+    const uint16_t* stage = words.data + (group * words.stages + r) * kCodewords * words.width + column;
+    uint16_t* out = data + static_cast<int64_t>(task) * stage_size;
+    for (int64_t k = 0; k < kCodewords; ++k)
+      for (int64_t i = 0; i < size; ++i) {
+        const int64_t e = order[static_cast<size_t>(i)];
+        out[(k / kPanelWords * size + i) * kPanelWords + k % kPanelWords] = e < 0 ? 0 : stage[k * words.width + e];
+      }
+  });
 }
 
 KeySlices Layer::key_slices(const KeyState& state, const Call& call, int64_t kv_head) const {
@@ -80,6 +119,8 @@ void Layer::decode(const Call& call, const KeyState& state, const std::vector<in
   const int64_t chunks = (words.stages + bin_stages - 1) / bin_stages;
   const int64_t coded_size = words.groups * chunks * group_heads * queries * padded_width;
 
+  const int64_t table_size = a.rotated_keys ? kv * call.key_words.stages * kCodewords * lanes : 0;
+
   // The floats that the tasks share: 16-float multiples, so that every array is aligned.
   std::vector<Row> rows;
   const int64_t want = std::max<int64_t>(1, kScoreTasks / (static_cast<int64_t>(batch_rows.size()) * kv));
@@ -100,14 +141,15 @@ void Layer::decode(const Call& call, const KeyState& state, const std::vector<in
     row.splits = (range.count + row.split_size - 1) / row.split_size;
     rows.push_back(row);
     for (int64_t size : {kv * slices * lanes * 2 * kLanes, kv * round_up(range.count, kLanes) * lanes,
-                         kv * row.splits * lanes, kv * row.splits * lanes, kv * row.splits * lanes, coded_size})
+                         kv * row.splits * lanes, kv * row.splits * lanes, kv * row.splits * lanes, coded_size,
+                         table_size})
       offsets.push_back(take(size));
   }
   float* shared = call_scratch(total);
   for (size_t i = 0; i < rows.size(); ++i) {
     float** fields[] = {&rows[i].query, &rows[i].weights, &rows[i].maximum, &rows[i].sum, &rows[i].factors,
-                        &rows[i].coded};
-    for (size_t f = 0; f < 6; ++f) *fields[f] = shared + offsets[6 * i + f];
+                        &rows[i].coded, &rows[i].table};
+    for (size_t f = 0; f < 7; ++f) *fields[f] = shared + offsets[7 * i + f];
   }
 
   // The queries: rotated, scaled, cut into slices of RoPE pairs.
@@ -134,6 +176,23 @@ void Layer::decode(const Call& call, const KeyState& state, const std::vector<in
     int64_t a, b;
   };
   std::vector<Part> parts;
+  const int64_t stages = call.key_words.stages;
+  if (a.rotated_keys) {
+    for (const Row& row : rows)
+      for (int64_t h = 0; h < kv; ++h)
+        for (int64_t r = 0; r < stages; ++r) parts.push_back({&row, h, r});
+    for_each_task(threads, parts.size(), [&](size_t i) {
+      const int64_t h = parts[i].a, at = h * stages + parts[i].b;
+      TableTask task{};
+      task.panels = static_cast<const uint16_t*>(state.panels.data) + at * slices * 2 * kLanes * kCodewords;
+      task.slices = slices;
+      task.lanes = lanes;
+      task.query = parts[i].row->query + h * slices * lanes * 2 * kLanes;
+      task.table = parts[i].row->table + at * kCodewords * lanes;
+      kernels_->build_table(task);
+    });
+    parts.clear();
+  }
   for (const Row& row : rows)
     for (int64_t h = 0; h < kv; ++h)
       for (int64_t split = 0; split < row.splits; ++split) parts.push_back({&row, h, split});
@@ -141,23 +200,37 @@ void Layer::decode(const Call& call, const KeyState& state, const std::vector<in
   for_each_task(threads, parts.size(), [&](size_t i) {
     const Row& row = *parts[i].row;
     const int64_t h = parts[i].a, split = parts[i].b, begin = split * row.split_size;
-    ScoreTask task{};
-    task.keys = key_slices(state, call, h);
-    task.rope = {call.cos, call.sin, call.half_rope, a.rope_interleaved};
-    task.code_stride = key_stride;
-    task.codes = call.present_key_codes +
-                 (row.row * call.capacity + gsrq_code_row(row.first + begin, a.sinks)) * key_stride +
-                 gsrq_code_byte(h * d / call.key_words.width, 0, call.key_words.stages);
-    task.count = std::min(row.split_size, row.count - begin);
-    task.first_token = row.first + begin;
-    task.query = row.query + h * slices * lanes * 2 * kLanes;
-    task.lanes = lanes;
-    task.softcap = a.softcap;
-    task.weights = row.weights + (h * round_up(row.count, kLanes) + begin) * lanes;
-    task.maximum = row.maximum + (h * row.splits + split) * lanes;
-    task.sum = row.sum + (h * row.splits + split) * lanes;
-    task.scratch = task_scratch(static_cast<size_t>(score_scratch(lanes)));
-    kernels_->score(task);
+    const auto describe = [&](auto& task) {
+      task.rope = {call.cos, call.sin, call.half_rope, a.rope_interleaved};
+      task.code_stride = key_stride;
+      task.codes = call.present_key_codes +
+                   (row.row * call.capacity + gsrq_code_row(row.first + begin, a.sinks)) * key_stride +
+                   gsrq_code_byte(h * d / call.key_words.width, 0, call.key_words.stages);
+      task.count = std::min(row.split_size, row.count - begin);
+      task.first_token = row.first + begin;
+      task.query = row.query + h * slices * lanes * 2 * kLanes;
+      task.lanes = lanes;
+      task.softcap = a.softcap;
+      task.weights = row.weights + (h * round_up(row.count, kLanes) + begin) * lanes;
+      task.maximum = row.maximum + (h * row.splits + split) * lanes;
+      task.sum = row.sum + (h * row.splits + split) * lanes;
+    };
+    if (a.rotated_keys) {
+      LookupTask task{};
+      describe(task);
+      task.table = row.table + h * stages * kCodewords * lanes;
+      task.center = state.center.data() + h * slices * 2 * kLanes;
+      task.stages = stages;
+      task.slices = slices;
+      task.scratch = task_scratch(static_cast<size_t>(lookup_scratch(slices, lanes)));
+      kernels_->lookup(task);
+    } else {
+      ScoreTask task{};
+      describe(task);
+      task.keys = key_slices(state, call, h);
+      task.scratch = task_scratch(static_cast<size_t>(score_scratch(lanes)));
+      kernels_->score(task);
+    }
   });
 
   // One maximum for all splits of a head; what each split's weights are multiplied by. The first split's maximum and

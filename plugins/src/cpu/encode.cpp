@@ -8,6 +8,18 @@ namespace {
 
 constexpr int64_t kRows = 64;  // tokens of an encoding task
 
+// Element e of a head's key in the rotated frame, RoPE(key - center): float64, rounded once.
+float framed(const Rope& rope, int64_t token, const float* key, const float* center, int64_t e) {
+  const auto centred = [&](int64_t i) { return static_cast<double>(key[i]) - static_cast<double>(center[i]); };
+  if (e >= 2 * rope.half) return static_cast<float>(centred(e));
+  const int64_t p = rope.interleaved ? e / 2 : e % rope.half;
+  int64_t first, second;
+  pair_elements(p, rope.half, rope.interleaved, &first, &second);
+  const double c = rope.cos[token * rope.half + p], s = rope.sin[token * rope.half + p];
+  const double x = centred(first), y = centred(second);
+  return static_cast<float>(e == second ? y * c + x * s : x * c - y * s);
+}
+
 bool is_identity(const float* transform, const Words& words) {
   const int64_t width = words.width;
   for (int64_t g = 0; g < words.groups; ++g)
@@ -86,9 +98,11 @@ void Layer::encode(const Call& call, const void* new_keys, const void* new_value
     const int64_t width = words.width, run = std::min(width, d), past = call.past_lengths[part.row];
     const int64_t doubles = encode_scratch(part.count, width, words.stages, a.beam);
     double* scratch = reinterpret_cast<double*>(
-        task_scratch(static_cast<size_t>(2 * (doubles + part.count * width) + run)));
+        task_scratch(static_cast<size_t>(2 * (doubles + part.count * width) + d)));
     double* vectors = scratch + doubles;
     float* line = reinterpret_cast<float*>(vectors + part.count * width);
+    const bool rotated = !part.values && a.rotated_keys;
+    const Rope rope{call.cos, call.sin, call.half_rope, a.rope_interleaved};
     for (int64_t t = 0; t < part.count; ++t) {
       const int64_t token = a.sinks + part.first + t;
       for (int64_t e = 0; e < width; e += run) {
@@ -96,8 +110,16 @@ void Layer::encode(const Call& call, const void* new_keys, const void* new_value
         const int64_t row = token < past
                                 ? head * slots + gsrq_slot(token, a.sinks, a.window, a.block)
                                 : head * call.steps + token - past;
-        kernels_->widen((token < past ? exact : fresh) + (row * d + element % d) * bytes, line, run, call.element);
-        for (int64_t j = 0; j < run; ++j) vectors[t * width + e + j] = line[j];
+        const unsigned char* source = token < past ? exact : fresh;
+        if (rotated) {  // RoPE mixes the elements of the whole head
+          kernels_->widen(source + row * d * bytes, line, d, call.element);
+          const float* center = call.key_center + element / d * d;
+          for (int64_t j = 0; j < run; ++j)
+            vectors[t * width + e + j] = framed(rope, token, line, center, element % d + j);
+        } else {
+          kernels_->widen(source + (row * d + element % d) * bytes, line, run, call.element);
+          for (int64_t j = 0; j < run; ++j) vectors[t * width + e + j] = line[j];
+        }
       }
     }
     EncodeTask task{};

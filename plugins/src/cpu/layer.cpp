@@ -135,6 +135,7 @@ AttendTask Layer::attend_task(const Call& call, int64_t row, int64_t kv_head, co
   task.softcap = a.softcap;
   task.element = call.element;
   task.key_past = static_cast<const unsigned char*>(call.key_exact) + at * slots * bytes;
+  task.key_center = a.rotated_keys ? call.key_center + kv_head * call.head_dim : nullptr;
   task.value_past = static_cast<const unsigned char*>(call.value_exact) + at * slots * bytes;
   task.key_new = static_cast<const unsigned char*>(new_keys) + at * call.steps * bytes;
   task.value_new = static_cast<const unsigned char*>(new_values) + at * call.steps * bytes;

@@ -79,7 +79,12 @@ static inline void fill_tile(const AttendTask& task, Source source, int64_t firs
       widen((old ? task.key_past : task.key_new) + at, scratch.row, d, task.element);
       widen((old ? task.value_past : task.value_new) + at, value, d, task.element);
     }
-    rotate_row(task.rope, token, scratch.row, d, scratch.keys + t, kTile);
+    if (source == Source::coded && task.key_center != nullptr) {  // rotated already, less the rotated center
+      rotate_row(task.rope, token, task.key_center, d, scratch.keys + t, kTile);
+      for (int64_t e = 0; e < d; ++e) scratch.keys[t + e * kTile] += scratch.row[e];
+    } else {
+      rotate_row(task.rope, token, scratch.row, d, scratch.keys + t, kTile);
+    }
   }
 }
 

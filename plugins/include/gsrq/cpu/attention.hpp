@@ -17,13 +17,14 @@ struct Attributes {
   float scale = 0, softcap = 0;
   int64_t sinks = 0, window = 0, block = 0, beam = 1, sliding_window = 0;
   bool rope_interleaved = false, exact_prefill = false;
+  bool rotated_keys = false;  // keys are coded after RoPE
 };
 
 using Shape = std::vector<int64_t>;
 
-struct Shapes {  // of the 15 inputs, in the operator's order
+struct Shapes {  // of the inputs, in the operator's order; key_center is empty where the input is not given
   Shape query, key, value, cos, sin, past_lengths, new_lengths, key_codes, value_codes, key_exact, value_exact,
-      key_codebooks, value_codebooks, key_transform, value_transform;
+      key_codebooks, value_codebooks, key_transform, value_transform, key_center;
 };
 
 struct Call {
@@ -35,6 +36,7 @@ struct Call {
   Element element;
   Words key_words, value_words;
   const float *key_transform, *value_transform;
+  const float* key_center;  // null unless rotated_keys
   float* output;
   uint8_t *present_key_codes, *present_value_codes;
   void *present_key_exact, *present_value_exact;
@@ -76,6 +78,8 @@ class Layer {
     AlignedBuffer words;
     std::vector<int32_t> multipliers, bias;
     std::vector<float> unit;
+    AlignedBuffer panels;       // rotated frame: codewords in TableTask's order, of every head and stage
+    std::vector<float> center;  // rotated frame: of every head in LookupTask's order
     int64_t half_rope = -1;
   };
   struct Side;
@@ -83,6 +87,7 @@ class Layer {
 
   void build_metric(Metric& metric, const Words& words, const float* transform, const Threads& threads) const;
   const KeyState* key_state(const Call& call, const Threads& threads);
+  void prepare_panels(const Call& call, KeyState& state, const Threads& threads) const;
   KeySlices key_slices(const KeyState& state, const Call& call, int64_t kv_head) const;
   void encode(const Call& call, const void* new_keys, const void* new_values, const Threads& threads);
   void attend(const Call& call, const std::vector<int64_t>& rows, const void* new_keys, const void* new_values,

@@ -80,6 +80,29 @@ struct ScoreTask {
   float* scratch;  // score_scratch(lanes)
 };
 
+// One stage's score table of keys in the rotated frame: query x codeword for the query heads of one KV head.
+struct TableTask {
+  const uint16_t* panels;  // of the stage [4, slices, 2 * 16, 64]: 64 codewords, elements as in a query's slices
+  int64_t slices, lanes;
+  const float* query;  // [slices, lanes, 2, 16], as ScoreTask's
+  float* table;        // out [256, lanes]
+};
+
+// The same as ScoreTask of keys in the rotated frame, by table.
+struct LookupTask {
+  const float* table;   // [stages, 256, lanes]
+  const float* center;  // [slices, 2, 16]: what was taken off the head's keys before RoPE
+  int64_t stages, slices;
+  Rope rope;
+  const uint8_t* codes;
+  int64_t code_stride, count, first_token;
+  const float* query;
+  int64_t lanes;
+  float softcap;
+  float *weights, *maximum, *sum;  // out
+  float* scratch;                  // lookup_scratch(slices, lanes)
+};
+
 // Weights summed into bins (stage, code), then bins x codewords: the coded values' part of the output.
 struct ValueTask {
   Words words;
@@ -114,6 +137,7 @@ struct AttendTask {
   Element element;
   const unsigned char* key_past;  // exact buffers of this row and head [slots, head_dim]
   const unsigned char* value_past;
+  const float* key_center;        // [head_dim] of keys coded in the rotated frame, else null
   const unsigned char* key_new;  // the call's tokens, rounded to the buffers' type [steps, head_dim]
   const unsigned char* value_new;
   float* out;      // [count * queries, round_up(head_dim, 16)]: not yet divided by sum
@@ -146,6 +170,8 @@ struct Kernels {
   const char* name;
   void (*prepare_keys)(const PrepareTask&);
   void (*score)(const ScoreTask&);
+  void (*build_table)(const TableTask&);
+  void (*lookup)(const LookupTask&);
   void (*values)(const ValueTask&);
   void (*attend)(const AttendTask&);
   void (*encode)(const EncodeTask&);
@@ -157,6 +183,9 @@ struct Kernels {
 // Scratch sizes, in floats (encode: in doubles).
 static inline int64_t score_scratch(int64_t lanes) {
   return kMostSlices * (2 * kChunk + lanes) * 2 * kLanes;
+}
+static inline int64_t lookup_scratch(int64_t slices, int64_t lanes) {
+  return (2 * slices + 2) * kChunk * 2 * kLanes + (slices + 1) * lanes * 2 * kLanes + lanes * kChunk;
 }
 static inline int64_t value_scratch(int64_t stages, int64_t lanes, int64_t width) {
   return stages * kCodewords * lanes + 32 * round_up(width, kLanes);

@@ -16,6 +16,7 @@ namespace gsrq::cpu::GSRQ_ISA {
 #include "gsrq/cpu/gemm.hpp"
 #include "gsrq/cpu/prepare.hpp"
 #include "gsrq/cpu/score.hpp"
+#include "gsrq/cpu/lookup.hpp"
 #include "gsrq/cpu/values.hpp"
 #include "gsrq/cpu/attend.hpp"
 #include "gsrq/cpu/encode.hpp"
@@ -28,7 +29,8 @@ namespace gsrq::cpu::GSRQ_ISA {
 
 namespace gsrq::cpu {
 const Kernels GSRQ_CONCAT(GSRQ_ISA, _kernels) = {
-    GSRQ_STRING(GSRQ_ISA), GSRQ_ISA::prepare_keys, GSRQ_ISA::score, GSRQ_ISA::values, GSRQ_ISA::attend,
-    GSRQ_ISA::encode,      GSRQ_ISA::norms,        GSRQ_ISA::narrow, GSRQ_ISA::widen,
+    GSRQ_STRING(GSRQ_ISA), GSRQ_ISA::prepare_keys, GSRQ_ISA::score,  GSRQ_ISA::build_table, GSRQ_ISA::lookup,
+    GSRQ_ISA::values,      GSRQ_ISA::attend,       GSRQ_ISA::encode, GSRQ_ISA::norms,       GSRQ_ISA::narrow,
+    GSRQ_ISA::widen,
 };
 }  // namespace gsrq::cpu

@@ -313,6 +313,39 @@ static void score_pass(const ScoreTask& task, int64_t first_slice, float factor)
   }
 }
 
+// Scores of a run's tokens to softmax weights up to the run's maximum, for all query heads; see ScoreTask.
+static void soften_run(int64_t count, int64_t lanes, float softcap, float* w, float* maximum, float* sum) {
+  const int64_t padded = round_up(count, kLanes), used = count * lanes;
+  if (softcap > 0)
+    for (int64_t i = 0; i < used; ++i) w[i] = softcap * tanhf(w[i] / softcap);
+  for (int64_t i = used; i < padded * lanes; ++i) w[i] = -1e30f;  // weight 0
+  for (int64_t l = 0; l < lanes; l += 4) {
+    v4 most = load<v4>(w + l);
+    for (int64_t t = 1; t < count; ++t) {
+      const v4 x = load<v4>(w + t * lanes + l);
+      most = x > most ? x : most;
+    }
+    store(maximum + l, most);
+  }
+  // 16 tokens are a whole number of vectors for any number of lanes: vector i of each 16 has the same lanes.
+  const int64_t per = kLanes * lanes / kWidth;
+  for (int64_t l = 0; l < lanes; ++l) sum[l] = 0;
+  for (int64_t i = 0; i < per; ++i) {
+    float pattern[kWidth], sums[kWidth];
+    for (int x = 0; x < kWidth; ++x) pattern[x] = maximum[(i * kWidth + x) % lanes];
+    const vf most = load<vf>(pattern);
+    vf total = splat(0);
+    for (int64_t t = 0; t < padded; t += kLanes) {
+      float* at = w + t * lanes + i * kWidth;
+      const vf e = exp_nonpositive(load<vf>(at) - most);
+      store(at, e);
+      total += e;
+    }
+    store(sums, total);
+    for (int x = 0; x < kWidth; ++x) sum[(i * kWidth + x) % lanes] += sums[x];
+  }
+}
+
 static void score(const ScoreTask& task) {
   const float factor = table_factor(task.rope);
   const bool two = 2 * task.keys.stages * kStageWords * 2 <= kPassBytes;
@@ -325,35 +358,5 @@ static void score(const ScoreTask& task) {
       s += 1;
     }
   }
-
-  const int64_t lanes = task.lanes, padded = round_up(task.count, kLanes), used = task.count * lanes;
-  float* w = task.weights;
-  if (task.softcap > 0)
-    for (int64_t i = 0; i < used; ++i) w[i] = task.softcap * tanhf(w[i] / task.softcap);
-  for (int64_t i = used; i < padded * lanes; ++i) w[i] = -1e30f;  // weight 0
-  for (int64_t l = 0; l < lanes; l += 4) {
-    v4 most = load<v4>(w + l);
-    for (int64_t t = 1; t < task.count; ++t) {
-      const v4 x = load<v4>(w + t * lanes + l);
-      most = x > most ? x : most;
-    }
-    store(task.maximum + l, most);
-  }
-  // 16 tokens are a whole number of vectors for any number of lanes: vector i of each 16 has the same lanes.
-  const int64_t per = kLanes * lanes / kWidth;
-  for (int64_t l = 0; l < lanes; ++l) task.sum[l] = 0;
-  for (int64_t i = 0; i < per; ++i) {
-    float pattern[kWidth], sums[kWidth];
-    for (int x = 0; x < kWidth; ++x) pattern[x] = task.maximum[(i * kWidth + x) % lanes];
-    const vf most = load<vf>(pattern);
-    vf sum = splat(0);
-    for (int64_t t = 0; t < padded; t += kLanes) {
-      float* at = w + t * lanes + i * kWidth;
-      const vf e = exp_nonpositive(load<vf>(at) - most);
-      store(at, e);
-      sum += e;
-    }
-    store(sums, sum);
-    for (int x = 0; x < kWidth; ++x) task.sum[(i * kWidth + x) % lanes] += sums[x];
-  }
+  soften_run(task.count, task.lanes, task.softcap, task.weights, task.maximum, task.sum);
 }
