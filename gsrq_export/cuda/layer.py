@@ -108,7 +108,7 @@ class CudaLayer:
             sin=self.sin.data_ptr(),
             keys=self._book(self.keys),
             values=self._book(self.values),
-            key_centre=self._centre(),
+            key_center=self._center(),
         )
         self.pointer = ctypes.byref(self.struct)
         device = self.shape.device
@@ -129,9 +129,9 @@ class CudaLayer:
         sizes = {"groups": book.groups, "stages": book.stages, "width": book.width}
         return CodebookStruct(**sizes, codewords=words.data_ptr(), transform=transform.data_ptr())
 
-    def _centre(self) -> int | None:
-        """Address of the keys' centre; None where keys are coded before RoPE."""
-        center = getattr(self.keys, "center", None)
+    def _center(self) -> int | None:
+        """Address of the keys' center; None where keys are coded before RoPE."""
+        center = self.keys.center
         if center is None:
             return None
         self._kept.append(center.contiguous())

@@ -44,7 +44,7 @@ class LayerStruct(ctypes.Structure):
         ("sin", c_void_p),
         ("keys", CodebookStruct),
         ("values", CodebookStruct),
-        ("key_centre", c_void_p),
+        ("key_center", c_void_p),
         ("exponents", c_int32 * MOST_STAGES),
     ]
 

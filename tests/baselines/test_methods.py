@@ -145,9 +145,9 @@ def test_cq_is_weighted_k_means_of_each_channel_group() -> None:
 
 def test_grouped_k_means() -> None:
     generator = torch.Generator().manual_seed(2)
-    centres = torch.randn(3, 256, 2, generator=generator) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    centers = torch.randn(3, 256, 2, generator=generator) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
     member = torch.randint(256, (3, 4000), generator=generator)
-    x = centres.gather(1, member[..., None].expand(-1, -1, 2)) + 1e-3 * torch.randn(3, 4000, 2, generator=generator)
+    x = centers.gather(1, member[..., None].expand(-1, -1, 2)) + 1e-3 * torch.randn(3, 4000, 2, generator=generator)
     weights = torch.rand(3, 4000, generator=generator)
 
     def cost(x: torch.Tensor, weights: torch.Tensor, words: torch.Tensor) -> torch.Tensor:

@@ -24,12 +24,12 @@ def test_against_complex_numbers(head_dim: int, rope_dim: int, scale: float, int
     keys, center, cos, sin = material(head_dim, rope_dim, scale)
     found = to_frame(keys, center, cos[None], sin[None], interleaved)
     assert found.dtype == torch.float32
-    centred = keys.double() - center.double().reshape(HEADS, 1, head_dim)
+    centerd = keys.double() - center.double().reshape(HEADS, 1, head_dim)
     half = rope_dim // 2
     first = [2 * p if interleaved else p for p in range(half)]
     second = [2 * p + 1 if interleaved else p + half for p in range(half)]
-    turned = torch.complex(centred[..., first], centred[..., second]) * torch.complex(cos.double(), sin.double())
-    expected = centred.clone()
+    turned = torch.complex(centerd[..., first], centerd[..., second]) * torch.complex(cos.double(), sin.double())
+    expected = centerd.clone()
     expected[..., first], expected[..., second] = turned.real, turned.imag
     assert torch.equal(found, expected.float())
     # Back, with nothing lost: what attention sees is the key after RoPE.

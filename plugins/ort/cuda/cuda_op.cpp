@@ -100,7 +100,8 @@ void require_launch(int failed) {
   if (failed != 0) throw std::runtime_error(std::string("GsrqAttention: ") + gsrq_cuda_error());
 }
 
-gsrq_layer describe(const cpu::Attributes& a, const cpu::Shapes& s, const std::array<const void*, kInputs>& data) {
+gsrq_layer describe(const cpu::Attributes& a, const cpu::Shapes& s, const std::array<const void*, kInputs>& data,
+                    const float* key_center) {
   const auto book = [&](const cpu::Shape& shape, size_t words, size_t transform) {
     return gsrq_codebook{narrow("groups", shape[0]), narrow("stages", shape[1]),
                          narrow("width", shape[3]),  0,
@@ -125,15 +126,16 @@ gsrq_layer describe(const cpu::Attributes& a, const cpu::Shapes& s, const std::a
   layer.sin = static_cast<const float*>(data[4]);
   layer.keys = book(s.key_codebooks, 11, 13);
   layer.values = book(s.value_codebooks, 12, 14);
+  layer.key_center = key_center;
   return layer;
 }
 
 // The layer, inspected and prepared by the first call. Tables that may change are not taken for geometric ones.
 gsrq_layer prepare(Kernel& kernel, const cpu::Shapes& s, const std::array<const void*, kInputs>& data,
-                   cudaStream_t stream) {
+                   const float* key_center, cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(kernel.mutex);
   if (!kernel.ready) {
-    gsrq_layer layer = describe(kernel.attributes, s, data);
+    gsrq_layer layer = describe(kernel.attributes, s, data, key_center);
     const DeviceMemory scratch = device_memory(kInspectBytes);
     require_launch(gsrq_cuda_inspect(&layer, scratch.get(), stream));
     if (!kernel.constant_tables) layer.geometric = 0;
@@ -146,7 +148,7 @@ gsrq_layer prepare(Kernel& kernel, const cpu::Shapes& s, const std::array<const 
     kernel.ready = true;
   }
   // The initializers stay where they are and as they are; the rest is this call's.
-  gsrq_layer layer = describe(kernel.attributes, s, data);
+  gsrq_layer layer = describe(kernel.attributes, s, data, key_center);
   if (layer.heads != kernel.layer.heads || layer.kv_heads != kernel.layer.kv_heads ||
       layer.head_dim != kernel.layer.head_dim || layer.half_rope != kernel.layer.half_rope)
     throw std::invalid_argument("GsrqAttention: heads, head_dim and rope_dim must be the same in all calls");
@@ -164,12 +166,11 @@ Status* create_kernel(const CustomOp* op, const Api* api, const KernelInfo* info
     kernel->io = static_cast<const Op*>(op)->io;
     kernel->exact = static_cast<const Op*>(op)->exact;
     if (std::string problem = read_attributes(api, info, &kernel->attributes); !problem.empty()) return problem;
-    if (kernel->attributes.rotated_keys)
-      return "on CUDA keys coded in the rotated frame (key_frame 1) are not supported yet; build with codec.key_frame: "
-             "pre-rope, or run on the CPU";
     for (size_t input = 11; input < kInputs; ++input)
       if (!constant(api, info, input))
         return "on CUDA the codebooks and transforms (inputs 11 to 14) must be initializers";
+    if (kernel->attributes.rotated_keys && !constant(api, info, kKeyCenter))
+      return "on CUDA the keys' center (input 15) must be an initializer";
     kernel->constant_tables = constant(api, info, 3) && constant(api, info, 4);
     *out = kernel.release();
     return {};
@@ -200,7 +201,7 @@ Status* compute(void* opaque, KernelContext* context) noexcept {
   return guarded(api, [&]() -> std::string {
     cpu::Shapes s;
     const std::array<const void*, kInputs> data = read_inputs(api, context, &s);
-    read_key_center(api, context, &s);
+    const float* key_center = read_key_center(api, context, &s);
     if (std::string problem = cpu::check(kernel.attributes, s); !problem.empty()) return problem;
     cpu::Call lengths{};
     lengths.batch = s.query[0];
@@ -238,7 +239,7 @@ Status* compute(void* opaque, KernelContext* context) noexcept {
     for (int64_t b = 0; b < lengths.batch; ++b)
       call.max_total = std::max(call.max_total, lengths.past_lengths[b] + lengths.new_lengths[b]);
 
-    const gsrq_layer layer = prepare(kernel, s, data, stream);
+    const gsrq_layer layer = prepare(kernel, s, data, key_center, stream);
     const int64_t need = gsrq_cuda_workspace_bytes(&layer, &call);
     require_launch(need < 0);
     const size_t workspace = round_up(static_cast<size_t>(need)), half = static_cast<size_t>(call.batch) * sizeof(int64_t);

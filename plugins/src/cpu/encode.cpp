@@ -10,13 +10,13 @@ constexpr int64_t kRows = 64;  // tokens of an encoding task
 
 // Element e of a head's key in the rotated frame, RoPE(key - center): float64, rounded once.
 float framed(const Rope& rope, int64_t token, const float* key, const float* center, int64_t e) {
-  const auto centred = [&](int64_t i) { return static_cast<double>(key[i]) - static_cast<double>(center[i]); };
-  if (e >= 2 * rope.half) return static_cast<float>(centred(e));
+  const auto centerd = [&](int64_t i) { return static_cast<double>(key[i]) - static_cast<double>(center[i]); };
+  if (e >= 2 * rope.half) return static_cast<float>(centerd(e));
   const int64_t p = rope.interleaved ? e / 2 : e % rope.half;
   int64_t first, second;
   pair_elements(p, rope.half, rope.interleaved, &first, &second);
   const double c = rope.cos[token * rope.half + p], s = rope.sin[token * rope.half + p];
-  const double x = centred(first), y = centred(second);
+  const double x = centerd(first), y = centerd(second);
   return static_cast<float>(e == second ? y * c + x * s : x * c - y * s);
 }
 

@@ -83,6 +83,10 @@ int check_memory(const gsrq_layer& layer, const gsrq_call& call, const void* pre
                               static_cast<const void*>(call.new_lengths), static_cast<const void*>(call.output),
                               static_cast<const void*>(call.key_exact), static_cast<const void*>(call.value_exact)})
     if (pointer == nullptr) return fail("a tensor of the call is null");
+  for (const void* pointer : {call.key, call.value, static_cast<const void*>(call.key_exact),
+                              static_cast<const void*>(call.value_exact)})
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
+      return fail("key, value and the exact buffers must be aligned to 16 bytes");
   return 0;
 }
 

@@ -172,7 +172,7 @@ Constants take_constants(const gsrq_layer& layer, const DecodePlan& plan, Arena&
 }
 
 bool plan_of(const gsrq_layer& layer, DecodePlan* plan) {
-  return layer.key_centre == nullptr && make_decode_plan(layer, plan) && multipliers_fit(layer) && resident_clusters(*plan) > 0;
+  return layer.key_center == nullptr && make_decode_plan(layer, plan) && multipliers_fit(layer) && resident_clusters(*plan) > 0;
 }
 
 }  // namespace
@@ -181,7 +181,7 @@ bool plan_of(const gsrq_layer& layer, DecodePlan* plan) {
 using namespace decoding;
 
 int decode_prepare(const gsrq_layer& layer, Arena& prepared, cudaStream_t stream, bool launch) {
-  if (layer.key_centre != nullptr) return lookup_prepare(layer, prepared, stream, launch);
+  if (layer.key_center != nullptr) return lookup_prepare(layer, prepared, stream, launch);
   DecodePlan plan;
   if (!plan_of(layer, &plan)) return 0;
   const Constants constants = take_constants(layer, plan, prepared);
@@ -196,18 +196,18 @@ int decode_prepare(const gsrq_layer& layer, Arena& prepared, cudaStream_t stream
 
 bool decode_supported(const gsrq_layer& layer, const gsrq_call& call) {
   DecodePlan plan;
-  return call.steps == 1 && (layer.key_centre != nullptr ? lookup_supported(layer) : plan_of(layer, &plan));
+  return call.steps == 1 && (layer.key_center != nullptr ? lookup_supported(layer) : plan_of(layer, &plan));
 }
 
 void decode_workspace(const gsrq_layer& layer, const gsrq_call& call, Arena& workspace) {
-  if (layer.key_centre != nullptr) return lookup_workspace(layer, call, workspace);
+  if (layer.key_center != nullptr) return lookup_workspace(layer, call, workspace);
   DecodePlan plan;
   if (!plan_of(layer, &plan)) return;
   take_memory(layer, call, plan, layer.kv_heads * plan.parts, resident_clusters(plan), workspace);
 }
 
 int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Arena& workspace, cudaStream_t stream) {
-  if (layer.key_centre != nullptr) return lookup(layer, call, prepared, workspace, stream);
+  if (layer.key_center != nullptr) return lookup(layer, call, prepared, workspace, stream);
   DecodePlan plan;
   if (!plan_of(layer, &plan)) return fail("the fast decode does not apply");
   const int vheads = layer.kv_heads * plan.parts, clusters = resident_clusters(plan);

@@ -1,5 +1,5 @@
 // Decode over keys coded in the rotated frame. A block serves one KV head of one row at a time. Its query times every codeword
-// lies in shared memory as a table, so a token's score is a sum of one table row a key slot, plus the centre's score;
+// lies in shared memory as a table, so a token's score is a sum of one table row a key slot, plus the center's score;
 // the softmax weight is added, as an integer, to one bin a (value slot, head), and the bins are multiplied with the value
 // codebook at the end. Neither keys nor values are decoded.
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace decoding {
 
 bool make_lookup_plan(const gsrq_layer& layer, int most_shared, LookupPlan* out) {
   const int d = layer.head_dim;
-  if (layer.key_centre == nullptr || d < 16 || d > 512) return false;
+  if (layer.key_center == nullptr || d < 16 || d > 512) return false;
   LookupPlan p{};
   p.key_width = std::min(layer.keys.width, d);
   DecodePlan& b = p.head;
@@ -279,7 +279,7 @@ __device__ void multiply_bins(const gsrq_layer& layer, const LookupPlan& plan, i
 // What an item is and has gathered, in shared memory: registers are scarce.
 struct ItemState {
   Codes keys, values;
-  const float4* centre;
+  const float4* center;
   float4 now;  // reference (log2) of the window
   float maxima[kManyThreads / 32][kLookupLanes];  // of the warps' scores in a round
   float reference[kLookupLanes], sum[kLookupLanes];  // of the windows that were flushed
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(Threads, 1)
           codes_of(call, layer.keys, call.key_codes, kv_head, layer.head_dim, plan.key_slots, key_parts, linear_row);
       state.values =
           codes_of(call, layer.values, call.value_codes, kv_head, layer.head_dim, plan.head.slots, value_parts, linear_row);
-      state.centre = memory.centre + item * memory.padded + begin;
+      state.center = memory.center + item * memory.padded + begin;
     }
     for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads)
       reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
@@ -458,7 +458,7 @@ __global__ void __launch_bounds__(Threads, 1)
           }
         }
         window_tokens += Threads;
-        if (token + Threads < count) next = __ldg(state.centre + token + Threads);
+        if (token + Threads < count) next = __ldg(state.center + token + Threads);
         if (token < count) {
           const float references[kLookupLanes] = {now.x, now.y, now.z, now.w};
           uint32_t weight[kLookupLanes];
@@ -485,7 +485,7 @@ __global__ void __launch_bounds__(Threads, 1)
           }
         }
       } else if (round == -1 && thread < count) {
-        next = __ldg(state.centre + thread);
+        next = __ldg(state.center + thread);
       }
       __syncwarp();
       if (round >= -1 && round + 1 < rounds) look_up(round + 1, next);
@@ -606,7 +606,7 @@ Device device() {
 LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan, int blocks,
                          Arena& workspace) {
   const int64_t vheads = static_cast<int64_t>(layer.kv_heads) * plan.head.parts, rows = vheads * call.batch;
-  const int64_t d = layer.head_dim, pairs = std::max(layer.half_rope, kCentrePairs);
+  const int64_t d = layer.head_dim, pairs = std::max(layer.half_rope, kCenterPairs);
   LookupMemory m{};
   m.exact.exact = workspace.take<float>(rows * exact_splits(layer) * kLookupLanes * d);
   m.exact.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
@@ -616,7 +616,7 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
   m.rest = workspace.take<float>(rows * kLookupLanes);
   m.tables = workspace.take<float>(rows * plan.key_parts * (kPartBytes / 4));
   m.padded = (gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block) + 63) / 64 * 64;
-  m.centre = workspace.take<float4>(rows * m.padded);
+  m.center = workspace.take<float4>(rows * m.padded);
   m.scratch = workspace.take<float>(static_cast<int64_t>(blocks) * plan.value_parts * (kPartBytes / 4));
   m.values = workspace.take<float>((rows + blocks) * kLookupLanes * d);
   m.state = workspace.take<float2>((rows + blocks) * kLookupLanes);
@@ -629,7 +629,7 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
 using namespace decoding;
 
 int lookup_prepare(const gsrq_layer& layer, Arena& prepared, cudaStream_t stream, bool launch) {
-  uint4* const offsets = prepared.take<uint4>(kCentreTiles * kCentreSteps * 32);
+  uint4* const offsets = prepared.take<uint4>(kCenterTiles * kCenterSteps * 32);
   return launch ? fill_offsets(layer, offsets, stream) : 0;
 }
 
@@ -650,7 +650,7 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
   const Device found = device();
   if (!make_lookup_plan(layer, found.shared, &plan)) return fail("decoding by lookups does not apply");
   LookupMemory memory = take_memory(layer, call, plan, found.blocks, workspace);
-  memory.offsets = prepared.take<uint4>(kCentreTiles * kCentreSteps * 32);
+  memory.offsets = prepared.take<uint4>(kCenterTiles * kCenterSteps * 32);
   const int vheads = layer.kv_heads * plan.head.parts;
   if (prepare_lookup(layer, call, plan, memory, stream)) return 1;
   if (memory.padded > 0) {

@@ -15,8 +15,8 @@ constexpr int kFixedShared = 2048;                         // of lookup_kernel, 
 constexpr int kSpareShared = 1024;
 constexpr int kLookupBits = 18;                            // weights are integers of 2^-18 of their window's reference
 constexpr int kLookupTokens = 4095;                        // of a window: 4095 * 2^(18 + 2) < 2^32
-constexpr int kCentreSteps = 8, kCentrePairs = 8 * kCentreSteps;  // RoPE pairs that the tensor-core kernel takes
-constexpr int kCentreTiles = 8;                                   // of 16 tokens that one turn of the queries serves
+constexpr int kCenterSteps = 8, kCenterPairs = 8 * kCenterSteps;  // RoPE pairs that the tensor-core kernel takes
+constexpr int kCenterTiles = 8;                                   // of 16 tokens that one turn of the queries serves
 static_assert(kLookupTokens * 4LL * (1 << kLookupBits) < (1LL << 32), "bins would overflow");
 
 // A slot is a code byte of a head: stage r of the sub-vector, or of the part of one, that lies in the head.
@@ -33,7 +33,7 @@ struct LookupMemory {
   float2* drifts;         // [batch][vheads][pairs][4]: u and v of q . RoPE_t(m) = sum of u cos(t) + v sin(t)
   float* rest;            // [batch][vheads][4]: of the pairs that do not turn
   float* tables;          // [batch][vheads][key parts][256][8 slots][4 heads]: query times codeword
-  float4* centre;         // [batch][vheads][padded]: query times the turned centre, by coded token
+  float4* center;         // [batch][vheads][padded]: query times the turned center, by coded token
   int64_t padded;         // coded tokens of a row, rounded up
   float* scratch;         // [blocks][value parts][256][8 slots][4 heads]: bins of an item's earlier windows
   float* values;          // [items + blocks][4][head_dim], divided by the sum of weights

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = kCombineThreads, kPad = 8;
 constexpr int kTableRows = 16, kTablePairs = kTableRows * kLookupLanes, kTableCodes = 32;
-constexpr int kCentreTokens = kThreads / 32 * kCentreTiles * 16, kCentreHeads = 8;
+constexpr int kCenterTokens = kThreads / 32 * kCenterTiles * 16, kCenterHeads = 8;
 static_assert(kThreads / 32 == kPartSlots, "a warp fills one slot's tables");
 
 __device__ inline int position_of(const gsrq_call& call, int row) {
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
   const float scale = layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
   const int64_t item = static_cast<int64_t>(row) * vheads + vhead;
   const bool live = call.new_lengths[row] > 0;
-  const int pairs = max(half, kCentrePairs);
+  const int pairs = max(half, kCenterPairs);
   for (int i = threadIdx.x; i < kLookupLanes * max(d / 2, pairs); i += kThreads) {
     const int h = i % kLookupLanes, p = i / kLookupLanes, head = part * plan.head.part_heads + h;
     float2 q = make_float2(0, 0), drift = q;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
         const float y = load_constant(call.query, base + e1, call.dtype) * scale;
         const int64_t at = static_cast<int64_t>(position) * half + p;
         const float c = p < half ? __ldg(layer.cos + at) : 1.0f, s = p < half ? __ldg(layer.sin + at) : 0.0f;
-        const float* m = layer.key_centre + static_cast<int64_t>(kv_head) * d;
+        const float* m = layer.key_center + static_cast<int64_t>(kv_head) * d;
         const float mx = __ldg(m + e0), my = __ldg(m + e1);
         q = make_float2(x * c - y * s, y * c + x * s);
         drift = make_float2(q.x * mx + q.y * my, q.y * mx - q.x * my);
@@ -138,34 +138,34 @@ __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, cons
 // A warp takes 128 tokens: their offsets from the first are constant, so the matrix of their cosines and sines, as float16, lies
 // in shared memory, and the first token's row turns u and v. A product's columns are the heads of two vheads; two products share
 // a read of the matrix.
-__device__ void score_centre(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, int vheads,
+__device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, int vheads,
                              int block) {
   constexpr int kPairs = 2;  // of vheads that are scored together
-  const int stretches = static_cast<int>((memory.padded + kCentreTokens - 1) / kCentreTokens);
-  const int groups = (vheads + kCentreHeads - 1) / kCentreHeads, row = block / (stretches * groups);
-  const int first_vhead = block / stretches % groups * kCentreHeads, here = min(kCentreHeads, vheads - first_vhead);
+  const int stretches = static_cast<int>((memory.padded + kCenterTokens - 1) / kCenterTokens);
+  const int groups = (vheads + kCenterHeads - 1) / kCenterHeads, row = block / (stretches * groups);
+  const int first_vhead = block / stretches % groups * kCenterHeads, here = min(kCenterHeads, vheads - first_vhead);
   const Range range = coded_range(layer, call, row);
-  const int begin = block % stretches * kCentreTokens, end = min(begin + kCentreTokens, range.count);
+  const int begin = block % stretches * kCenterTokens, end = min(begin + kCenterTokens, range.count);
   if (begin >= end) return;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int64_t item = static_cast<int64_t>(row) * vheads + first_vhead;
   uint4* const offsets = reinterpret_cast<uint4*>(shared_memory);  // [tiles][steps][32]
-  float2* const drifts = reinterpret_cast<float2*>(offsets + kCentreTiles * kCentreSteps * 32);  // [vheads][pairs][4]
-  for (int i = thread; i < kCentreTiles * kCentreSteps * 32; i += kThreads) offsets[i] = __ldg(memory.offsets + i);
-  for (int i = thread; i < kCentreHeads * kCentrePairs * kLookupLanes / 2; i += kThreads)
+  float2* const drifts = reinterpret_cast<float2*>(offsets + kCenterTiles * kCenterSteps * 32);  // [vheads][pairs][4]
+  for (int i = thread; i < kCenterTiles * kCenterSteps * 32; i += kThreads) offsets[i] = __ldg(memory.offsets + i);
+  for (int i = thread; i < kCenterHeads * kCenterPairs * kLookupLanes / 2; i += kThreads)
     reinterpret_cast<float4*>(drifts)[i] =
-        i < here * kCentrePairs * kLookupLanes / 2
-            ? __ldg(reinterpret_cast<const float4*>(memory.drifts + item * kCentrePairs * kLookupLanes) + i)
+        i < here * kCenterPairs * kLookupLanes / 2
+            ? __ldg(reinterpret_cast<const float4*>(memory.drifts + item * kCenterPairs * kLookupLanes) + i)
             : make_float4(0, 0, 0, 0);
   __syncthreads();
-  const int half = layer.half_rope, first = begin + warp * kCentreTiles * 16;
+  const int half = layer.half_rope, first = begin + warp * kCenterTiles * 16;
   if (first >= end) return;
   const int64_t at = static_cast<int64_t>(range.first + first) * half;
 #pragma unroll 1
   for (int v = 0; v < here; v += 2 * kPairs) {
-    uint32_t b[kPairs][kCentreSteps][2];
+    uint32_t b[kPairs][kCenterSteps][2];
 #pragma unroll
-    for (int s = 0; s < kCentreSteps; ++s) {
+    for (int s = 0; s < kCenterSteps; ++s) {
       float turned[kPairs][2][2];
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
@@ -174,7 +174,7 @@ __device__ void score_centre(const gsrq_layer& layer, const gsrq_call& call, con
         const float c = __ldg(layer.cos + place), d = __ldg(layer.sin + place);
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
-          const float2 x = drifts[((v + 2 * i + g / kLookupLanes) * kCentrePairs + pair) * kLookupLanes + g % kLookupLanes];
+          const float2 x = drifts[((v + 2 * i + g / kLookupLanes) * kCenterPairs + pair) * kLookupLanes + g % kLookupLanes];
           turned[i][0][k] = x.x * c + x.y * d;
           turned[i][1][k] = x.y * c - x.x * d;
         }
@@ -194,11 +194,11 @@ __device__ void score_centre(const gsrq_layer& layer, const gsrq_call& call, con
                     : make_float2(0, 0);
     }
 #pragma unroll 2
-    for (int tile = 0; tile < kCentreTiles; ++tile) {
+    for (int tile = 0; tile < kCenterTiles; ++tile) {
       float sums[kPairs][4] = {};
 #pragma unroll
-      for (int s = 0; s < kCentreSteps; ++s) {
-        const uint4 x = offsets[(tile * kCentreSteps + s) * 32 + lane];
+      for (int s = 0; s < kCenterSteps; ++s) {
+        const uint4 x = offsets[(tile * kCenterSteps + s) * 32 + lane];
         const uint32_t a[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) multiply(sums[i], a, b[i][s][0], b[i][s][1]);
@@ -210,7 +210,7 @@ __device__ void score_centre(const gsrq_layer& layer, const gsrq_call& call, con
         for (int r = 0; r < 2; ++r) {
           const int token = first + tile * 16 + g + 8 * r;
           if (vhead < here && token < end)
-            reinterpret_cast<float2*>(memory.centre + (item + vhead) * memory.padded + token)[t % 2] =
+            reinterpret_cast<float2*>(memory.center + (item + vhead) * memory.padded + token)[t % 2] =
                 make_float2(sums[i][2 * r] + rest[i].x, sums[i][2 * r + 1] + rest[i].y);
         }
       }
@@ -219,14 +219,14 @@ __device__ void score_centre(const gsrq_layer& layer, const gsrq_call& call, con
 }
 
 // The same for any rotary table: a thread a (token, head).
-__device__ void score_centre_plain(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, int vheads,
+__device__ void score_center_plain(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, int vheads,
                                    int block) {
-  const int stretches = static_cast<int>((memory.padded + kCentreTokens - 1) / kCentreTokens);
-  const int groups = (vheads + kCentreHeads - 1) / kCentreHeads, row = block / (stretches * groups);
-  const int first_vhead = block / stretches % groups * kCentreHeads, here = min(kCentreHeads, vheads - first_vhead);
+  const int stretches = static_cast<int>((memory.padded + kCenterTokens - 1) / kCenterTokens);
+  const int groups = (vheads + kCenterHeads - 1) / kCenterHeads, row = block / (stretches * groups);
+  const int first_vhead = block / stretches % groups * kCenterHeads, here = min(kCenterHeads, vheads - first_vhead);
   const Range range = coded_range(layer, call, row);
-  const int begin = block % stretches * kCentreTokens, end = min(begin + kCentreTokens, range.count);
-  const int half = layer.half_rope, pairs = max(half, kCentrePairs);
+  const int begin = block % stretches * kCenterTokens, end = min(begin + kCenterTokens, range.count);
+  const int half = layer.half_rope, pairs = max(half, kCenterPairs);
   for (int i = threadIdx.x; i < (end - begin) * here * kLookupLanes; i += kThreads) {
     const int h = i % kLookupLanes, v = i / kLookupLanes % here, token = begin + i / (kLookupLanes * here);
     const int64_t at = static_cast<int64_t>(range.first + token) * half;
@@ -236,25 +236,25 @@ __device__ void score_centre_plain(const gsrq_layer& layer, const gsrq_call& cal
       const float2 x = memory.drifts[(item * pairs + p) * kLookupLanes + h];
       sum += x.x * __ldg(layer.cos + at + p) + x.y * __ldg(layer.sin + at + p);
     }
-    reinterpret_cast<float*>(memory.centre + item * memory.padded + token)[h] = sum;
+    reinterpret_cast<float*>(memory.center + item * memory.padded + token)[h] = sum;
   }
 }
 
 bool takes_offsets(const gsrq_layer& layer) {
-  return layer.geometric && layer.half_rope > 0 && layer.half_rope <= kCentrePairs;
+  return layer.geometric && layer.half_rope > 0 && layer.half_rope <= kCenterPairs;
 }
 
-// Blocks: first those of the centre, then of the tables, then of the exact tokens.
+// Blocks: first those of the center, then of the tables, then of the exact tokens.
 template <int Steps>
 __global__ void __launch_bounds__(kThreads, 2)
     prepare_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
-                   const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int centre_blocks,
+                   const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int center_blocks,
                    int table_blocks, int splits, int with_offsets) {
   int block = blockIdx.x;
-  if (block < centre_blocks) {
-    if (with_offsets) score_centre(layer, call, memory, vheads, block);
-    else score_centre_plain(layer, call, memory, vheads, block);
-  } else if ((block -= centre_blocks) < table_blocks) {
+  if (block < center_blocks) {
+    if (with_offsets) score_center(layer, call, memory, vheads, block);
+    else score_center_plain(layer, call, memory, vheads, block);
+  } else if ((block -= center_blocks) < table_blocks) {
     fill_tables<Steps>(layer, call, plan, memory, vheads, block);
   } else {
     attend_exact<kLookupLanes>(layer, call, plan.head, memory.exact, vheads, splits, block - table_blocks);
@@ -281,20 +281,20 @@ __global__ void offsets_kernel(const __grid_constant__ gsrq_layer layer, uint4* 
 
 int fill_offsets(const gsrq_layer& layer, uint4* offsets, cudaStream_t stream) {
   if (!takes_offsets(layer)) return 0;
-  offsets_kernel<<<kCentreTiles, 32 * kCentreSteps, 0, stream>>>(layer, offsets);
+  offsets_kernel<<<kCenterTiles, 32 * kCenterSteps, 0, stream>>>(layer, offsets);
   return launched("fill_offsets");
 }
 
 int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan, const LookupMemory& memory,
                    cudaStream_t stream) {
   const int64_t vheads = static_cast<int64_t>(layer.kv_heads) * plan.head.parts, batch = call.batch;
-  const int64_t stretches = (memory.padded + kCentreTokens - 1) / kCentreTokens;
-  const int64_t centre_blocks = stretches * ((vheads + kCentreHeads - 1) / kCentreHeads) * batch;
+  const int64_t stretches = (memory.padded + kCenterTokens - 1) / kCenterTokens;
+  const int64_t center_blocks = stretches * ((vheads + kCenterHeads - 1) / kCenterHeads) * batch;
   const int64_t table_blocks = memory.padded == 0 ? 0
                                                   : kCodewords / kTableCodes * plan.key_parts * vheads *
                                                         ((batch + kTableRows - 1) / kTableRows);
   const int splits = exact_splits(layer);
-  const int64_t blocks = centre_blocks + table_blocks + splits * vheads * batch;
+  const int64_t blocks = center_blocks + table_blocks + splits * vheads * batch;
   if (batch > 65535 || blocks > INT32_MAX) return fail("decode: %lld rows are too many", static_cast<long long>(batch));
   if (memory.padded > 0) {
     turn_queries<<<dim3(static_cast<unsigned>(vheads), static_cast<unsigned>(batch)), kThreads, 0, stream>>>(layer, call,
@@ -303,13 +303,13 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   }
   const int d = layer.head_dim;
   const int bytes = std::max({4 * kTablePairs * (d + kPad) + 2 * 4096, 4 * (8 * d + 2 * kExactTokens * (d + 8)),
-                              static_cast<int>(kCentreHeads * kCentrePairs * kLookupLanes * sizeof(float2) +
-                                               kCentreTiles * kCentreSteps * 32 * sizeof(uint4))});
+                              static_cast<int>(kCenterHeads * kCenterPairs * kLookupLanes * sizeof(float2) +
+                                               kCenterTiles * kCenterSteps * 32 * sizeof(uint4))});
   const auto kernel = plan.key_width <= 128 ? prepare_kernel<8> : prepare_kernel<16>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("prepare_lookup");
   kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(
-      layer, call, plan, memory, static_cast<int>(vheads), static_cast<int>(centre_blocks), static_cast<int>(table_blocks),
+      layer, call, plan, memory, static_cast<int>(vheads), static_cast<int>(center_blocks), static_cast<int>(table_blocks),
       splits, takes_offsets(layer));
   return launched("prepare_lookup");
 }

@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(kThreads) gather(gsrq_layer layer, gsrq_call c
                         exact_element(layer, call, true, b, token, row.past, head, second));
     at = ((b * layer.kv_heads + head) * plan.exact + e) * plan.stride;
   }
-  if (coded && layer.key_centre != nullptr) {  // turned already, less the turned centre
-    const float* m = layer.key_centre + head * d;
-    const float2 centre = rotated(layer, pair, token, make_float2(m[first], m[second]));
-    key = make_float2(key.x + centre.x, key.y + centre.y);
+  if (coded && layer.key_center != nullptr) {  // turned already, less the turned center
+    const float* m = layer.key_center + head * d;
+    const float2 center = rotated(layer, pair, token, make_float2(m[first], m[second]));
+    key = make_float2(key.x + center.x, key.y + center.y);
   } else {
     key = rotated(layer, pair, token, key);
   }

@@ -1,4 +1,4 @@
-// Key codewords to 16-bit fixed point (see KeySlices). Each stage is centred, so that the first stage's mean costs no
+// Key codewords to 16-bit fixed point (see KeySlices). Each stage is centerd, so that the first stage's mean costs no
 // precision, and has its own integer multiplier; the sums are exact in int32. The rounding error of a decoded
 // element is near sqrt(stages) * (a stage's half range) * 1e-5, below that of a float16 cache.
 static void prepare_keys(const PrepareTask& task) {
@@ -7,7 +7,7 @@ static void prepare_keys(const PrepareTask& task) {
   const uint16_t* words = task.words.data + task.group * stages * kCodewords * width + task.column;
   const double budget = 32768.0;  // the multipliers' sum; times 32767 it leaves int32 room for the bias
   float* spread = task.scratch;   // [stages] largest half range of a stage
-  float* centre = spread + stages;  // [stages, 2, 16]
+  float* center = spread + stages;  // [stages, 2, 16]
   double total = 0;
 
   for (int64_t r = 0; r < stages; ++r) {
@@ -62,8 +62,8 @@ static void prepare_keys(const PrepareTask& task) {
             low = x < low ? x : low;
             high = x > high ? x : high;
           }
-          centre[r * 2 + side] = (low + high) * 0.5f;
-          sum[side] += centre[r * 2 + side];
+          center[r * 2 + side] = (low + high) * 0.5f;
+          sum[side] += center[r * 2 + side];
           const double need = (high - low) * 0.5 * 1.0001 / (32767.0 * m);
           step = need > step ? need : step;
         }
@@ -83,7 +83,7 @@ static void prepare_keys(const PrepareTask& task) {
           const float inverse = static_cast<float>(1.0 / (static_cast<double>(rounded_step) * m));
           int16_t* row = out + r * kCodewords * 2 * kLanes + side * 4;
           for (int64_t k = 0; k < kCodewords; ++k) {
-            const float x = (half_to_float(stage[k * width]) - centre[r * 2 + side]) * inverse;
+            const float x = (half_to_float(stage[k * width]) - center[r * 2 + side]) * inverse;
             row[k * 2 * kLanes] = static_cast<int16_t>(x < 0 ? x - 0.5f : x + 0.5f);
           }
         }

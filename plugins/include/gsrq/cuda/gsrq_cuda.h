@@ -38,7 +38,7 @@ typedef struct {
   float scale, softcap;
   const float *cos, *sin;
   gsrq_codebook keys, values;
-  const float* key_centre; /* float [kv_heads, head_dim]: keys are coded turned, less this; NULL: coded before RoPE */
+  const float* key_center; /* float [kv_heads, head_dim]: keys are coded turned, less this; NULL: coded before RoPE */
   int32_t exponents[256]; /* host: of each key stage, for planes = 1: codeword = int8 * 2^exponent */
 } gsrq_layer;
 
@@ -50,7 +50,7 @@ typedef struct {
   const void *query, *key, *value;  /* [B, H, T, d], [B, N, T, d], contiguous; before RoPE */
   const int64_t *past_lengths, *new_lengths; /* [B] */
   int8_t *key_codes, *value_codes;  /* linear: [B, C, bytes]; paged: [pages, page, bytes] */
-  void *key_exact, *value_exact;    /* [B, N, S + W + P, d] */
+  void *key_exact, *value_exact;    /* [B, N, S + W + P, d]; these, key, value and codes: 16-byte aligned */
   const int32_t* block_table;       /* NULL: linear; else [B, table_stride]: page of coded rows page*i .. page*i+page-1 */
   int32_t page, table_stride;
   void* output;                     /* [B, T, H, d] */
