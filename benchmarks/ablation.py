@@ -27,7 +27,15 @@ from gsrq_export.baselines.attention import baseline
 from gsrq_export.baselines.base import CacheCodec, LayerCodecs
 from gsrq_export.baselines.residual import ResidualCodec
 from gsrq_export.cache.rule import CacheRule
-from gsrq_export.capture import KINDS, Captured, CaptureSettings, attention_metric, capture, output_projections
+from gsrq_export.capture import (
+    KINDS,
+    Captured,
+    CaptureSettings,
+    attention_metric,
+    capture,
+    output_projections,
+    training_vectors,
+)
 from gsrq_export.codec.cluster import Method
 from gsrq_export.codec.codebook import Codebook, LayerCodebooks
 from gsrq_export.codec.finetune import FinetuneLog, Finetuning, finetune
@@ -113,10 +121,20 @@ def norms(x: torch.Tensor, transform: torch.Tensor) -> torch.Tensor:
 
 
 class Trainer:
-    """Greedy codebooks by what decides them; each once, at the most stages wanted."""
+    """Greedy codebooks by what decides them; each once, at the most stages wanted.
 
-    def __init__(self, model: Any, spec: ModelSpec, captured: Captured, settings: list[Setting]) -> None:
-        self.model, self.spec, self.captured = model, spec, captured
+    rotated_keys: keys are coded after RoPE, see cache/frame.py.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        spec: ModelSpec,
+        captured: Captured,
+        settings: list[Setting],
+        rotated_keys: bool = False,
+    ) -> None:
+        self.model, self.spec, self.captured, self.rotated_keys = model, spec, captured, rotated_keys
         self.device = next(model.parameters()).device
         self.outputs = output_projections(model, spec)
         self.made: dict[tuple[object, ...], Codebook] = {}
@@ -149,7 +167,8 @@ class Trainer:
             self.stages(setting, layer, kind),
             self.width(setting, layer),
         )
-        vectors = self.captured.vectors(layer, kind).to(self.device).float()
+        vectors, center = training_vectors(self.captured, self.spec, layer, kind, self.rotated_keys, device=self.device)
+        vectors = vectors.float()
         weights = None
         if setting.weights == "gradient":
             weights = gradient_weights(self.captured.gradients(layer, kind, width).to(self.device))
@@ -158,7 +177,8 @@ class Trainer:
             vectors = vectors / norms(vectors, transform)
         if key not in self.made:
             training = Training(setting.method, setting.iterations)
-            self.made[key] = train_codebook(vectors, weights, width, self.most[key], training, transform)[0]
+            trained = train_codebook(vectors, weights, width, self.most[key], training, transform)[0]
+            self.made[key] = replace(trained, center=center)
         book = self.made[key].first_stages(stages)
         if setting.refits:
             book = refit_codebook(book, vectors, weights, setting.beam, setting.refits)[0]

@@ -1,8 +1,9 @@
 """How fast does the CPU op decode one token, against onnxruntime's own GroupQueryAttention in float32?
 
 Per attention layer, one new token, batch 1, the cache in place through IO binding on both sides. Each output is first
-checked against a plain reference. Then both are timed in turn, in short blocks; medians are compared.
-Usage: python benchmarks/cpu_decode.py [--repeats 30] [--threads 2]
+checked against a plain reference. Then both are timed in turn, in short blocks; medians are compared. A row of the
+rotated frame (codec.key_frame: rotated) has a third side in the same turns: the same shape with keys coded before RoPE.
+Usage: python benchmarks/cpu_decode.py [--repeats 30] [--threads 2] [--only PART-OF-A-NAME]
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +45,15 @@ class Shape:
     head_dim: int
     width: int
     stages: int
+    rotated: bool = False
 
 
 SHAPES = (
     Shape("llama-3-8b D128 R16", 32, 8, 128, 128, 16),
     Shape("recall-28m D256 R32", 8, 2, 128, 256, 32),
     Shape("recall-28m D128 R16", 8, 2, 128, 128, 16),
+    Shape("llama-3-8b D128 R16, rotated keys", 32, 8, 128, 128, 16, rotated=True),
+    Shape("recall-28m D256 R32, rotated keys", 8, 2, 128, 256, 32, rotated=True),
 )
 
 
@@ -73,6 +77,8 @@ class Row:
     prepared_key_bytes: int
     max_error: float
     gqa_max_error: float
+    rotated: bool
+    pre_rope_ms: float | None  # of a rotated row: the same shape with keys coded before RoPE
 
 
 def codebook(shape: Shape, seed: int) -> Codebook:
@@ -161,6 +167,9 @@ def measure(shape: Shape, tokens: int, library: Path, threads: int, repeats: int
 
     heads, kv, d = shape.heads, shape.kv_heads, shape.head_dim
     keys, values = codebook(shape, 1), codebook(shape, 2)
+    plain = keys
+    if shape.rotated:
+        keys = replace(keys, center=randn(kv * d))
     angle = torch.arange(tokens + 64)[:, None] * 500000.0 ** -(torch.arange(d // 2) / (d // 2))
     cos, sin = angle.cos(), angle.sin()
     query, key, value = randn(1, heads, 1, d), randn(1, kv, 1, d), randn(1, kv, 1, d)
@@ -180,12 +189,20 @@ def measure(shape: Shape, tokens: int, library: Path, threads: int, repeats: int
     config = AttentionConfig(d**-0.5, RULE)
     rule = {"scale": config.scale, "sinks": RULE.sinks, "window": RULE.window, "block": RULE.block}
     outputs = ["output", *(f"present_{name}" for name in CACHE)]
-    node = helper.make_node("GsrqAttention", [*tensors, *books], outputs, domain="ai.gsrq", **rule)
-    session = new_session(make_model(node, tensors, books), threads, library)
-    ours = Side(session, tensors, {f"present_{name}": name for name in CACHE})
-    ours.run()
-    want, _ = gsrq_attention(query, key, value, cos, sin, past, torch.tensor([1]), cache, keys, values, config)
-    error = float((ours.output() - want).abs().max())
+
+    def side(book: Codebook) -> tuple[Side, float]:
+        """The operator with these keys' codebook, and how far its output is off the reference."""
+        frame = {} if book.center is None else {"key_frame": 1}
+        constants = books if book.center is None else {**books, "key_center": book.center}
+        node = helper.make_node("GsrqAttention", [*tensors, *constants], outputs, domain="ai.gsrq", **rule, **frame)
+        session = new_session(make_model(node, tensors, constants), threads, library)
+        made = Side(session, tensors, {f"present_{name}": name for name in CACHE})
+        made.run()
+        want, _ = gsrq_attention(query, key, value, cos, sin, past, torch.tensor([1]), cache, book, values, config)
+        return made, float((made.output() - want).abs().max())
+
+    ours, error = side(keys)
+    before, before_error = side(plain) if shape.rotated else (None, 0.0)
 
     full_keys, full_values = randn(1, kv, tokens, d), randn(1, kv, tokens, d)
     full = {"query": query.reshape(1, 1, -1), "key": key.reshape(1, 1, -1), "value": value.reshape(1, 1, -1)}
@@ -204,16 +221,19 @@ def measure(shape: Shape, tokens: int, library: Path, threads: int, repeats: int
     grouped = turned[0].reshape(1, kv, heads // kv, d)
     weight = (grouped @ full_keys.transpose(2, 3) * d**-0.5).softmax(-1)
     gqa_error = float((theirs.output().flatten() - (weight @ full_values).flatten()).abs().max())
-    for name, off in (("ai.gsrq", error), ("GroupQueryAttention", gqa_error)):
+    for name, off in (("ai.gsrq", max(error, before_error)), ("GroupQueryAttention", gqa_error)):
         if not off < TOLERANCE:
             raise SystemExit(f"{shape.name}, {tokens} tokens: {name} is {off} off its reference")
 
-    mine, other = [], []
+    mine, other, unrotated = [], [], []
     for _ in range(repeats):
         mine += ours.times(BLOCK)
         time.sleep(PAUSE)
         other += theirs.times(BLOCK)
         time.sleep(PAUSE)
+        if before is not None:
+            unrotated += before.times(BLOCK)
+            time.sleep(PAUSE)
 
     # A step that codes a block of 64 tokens, less one that does not; both at the end of the context.
     encode = []
@@ -250,6 +270,8 @@ def measure(shape: Shape, tokens: int, library: Path, threads: int, repeats: int
         keys.codewords.numel() * 2,
         error,
         gqa_error,
+        shape.rotated,
+        float(np.median(unrotated)) if unrotated else None,
     )
 
 
@@ -278,6 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=30, help=f"blocks of {BLOCK} runs a side")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", help="shapes whose names have this part; other rows stay in the file")
     arguments = parser.parse_args()
     library = native.ensure()
     report: dict[str, object] = {"environment": environment(library, arguments.threads)}
@@ -285,7 +308,10 @@ def main() -> None:
     print(
         f"{'shape':22} {'tokens':>6} {'ours ms':>8} {'GQA ms':>8} {'speed':>6} {'cache':>6} {'encode':>7} {'error':>8}"
     )
-    for shape in SHAPES:
+    kept = []
+    if arguments.only:
+        kept = [row for row in json.loads(RESULTS.read_text())["rows"] if arguments.only not in row["shape"]]
+    for shape in (shape for shape in SHAPES if arguments.only in shape.name):
         for tokens in CONTEXTS:
             row = measure(shape, tokens, library, arguments.threads, arguments.repeats)
             rows.append(row)
@@ -295,9 +321,10 @@ def main() -> None:
                 f"quartiles {row.gsrq_quartiles_ms[0]:.2f}-{row.gsrq_quartiles_ms[1]:.2f} / "
                 f"{row.gqa_quartiles_ms[0]:.2f}-{row.gqa_quartiles_ms[1]:.2f} ms, "
                 f"codebooks {row.codebook_bytes / 2**20:.1f} MiB + {row.prepared_key_bytes / 2**20:.1f} prepared"
+                + (f", keys before RoPE {row.pre_rope_ms:.3f} ms" if row.pre_rope_ms else "")
             )
     report["load_average_1min_at_end"] = os.getloadavg()[0]
-    report["rows"] = [asdict(row) for row in rows]
+    report["rows"] = [*kept, *(asdict(row) for row in rows)]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written to {RESULTS}")

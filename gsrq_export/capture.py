@@ -234,10 +234,15 @@ def framed_keys(
 
 
 def training_vectors(
-    captured: Captured, spec: ModelSpec, layer: LayerSpec, kind: str, rotated_keys: bool
+    captured: Captured,
+    spec: ModelSpec,
+    layer: LayerSpec,
+    kind: str,
+    rotated_keys: bool,
+    device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a codebook of the layer's keys or values is trained on, [N, KV * head_dim], and its center."""
-    vectors = captured.vectors(layer, kind)
+    vectors = captured.vectors(layer, kind).to(device)
     if kind != "key" or not rotated_keys:
         return vectors, None
     center = key_center(vectors)

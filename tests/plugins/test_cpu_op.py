@@ -113,7 +113,7 @@ def random_setup(seed: int, rotated: bool = False) -> Setup:
     )
 
 
-@pytest.mark.parametrize(("seed", "rotated"), [*((seed, False) for seed in range(16)), *((s, True) for s in range(32))])
+@pytest.mark.parametrize(("seed", "rotated"), [*((seed, False) for seed in range(16)), *((s, True) for s in range(16))])
 def test_random_shapes_and_options_equal_the_reference(seed: int, rotated: bool, library: Path, isa: str) -> None:
     setup, draw = random_setup(seed, rotated), random.Random(seed + 1000)
     batch, steps, before = draw.choice([1, 2, 3]), [1, 1, 3, 97][seed % 4], draw.choice([0, 50, 333])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,8 +43,8 @@ def test_answers_are_found_to_the_token() -> None:
         assert len(answers) >= 1
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_the_divergence_is_that_of_the_coded_cache(int8: bool) -> None:
+@pytest.mark.parametrize(("int8", "rotated"), [(False, False), (True, False), (False, True)])
+def test_the_divergence_is_that_of_the_coded_cache(int8: bool, rotated: bool) -> None:
     model, tokenizer = demo()
     spec = inspect_model(model, 256)
     ids = traffic(2, 128)
@@ -55,6 +56,9 @@ def test_the_divergence_is_that_of_the_coded_cache(int8: bool) -> None:
     ]
     for book in books:
         book.codewords[:, :, 255] = 60  # never chosen, and makes the steps of int8 so coarse that they tell
+    if rotated:
+        centers = [torch.randn(128, generator=generator) if i % 2 == 0 else None for i in range(12)]
+        books = [replace(book, center=center) for book, center in zip(books, centers, strict=True)]
     meter = Meter(model, spec, rows, answers, beam=2, int8=int8)
     found = meter.measure({(i // 2, ("key", "value")[i % 2]): book for i, book in enumerate(books)}, RULE)
     layers = [LayerCodebooks(*books[i : i + 2]) for i in range(0, 12, 2)]
