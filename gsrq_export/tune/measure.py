@@ -78,6 +78,7 @@ class Meter:
     ) -> None:
         self.model, self.spec, self.ids, self.answers, self.beam = model, spec, ids, answers, beam
         self.int8 = int8
+        self.device = next(model.parameters()).device
         self._exact: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -85,7 +86,9 @@ class Meter:
         """The divergence with these places coded under the rule and all others exact."""
         if self.int8:
             books = {place: snap_side(book, place[1]) for place, book in books.items()}
-        coders = {place: ResidualCodec(book, self.beam).reconstruct_heads for place, book in books.items()}
+        coders = {
+            place: ResidualCodec(book.to(self.device), self.beam).reconstruct_heads for place, book in books.items()
+        }
         pairs = [
             (coders.get((layer.index, KINDS[0])), coders.get((layer.index, KINDS[1]))) for layer in self.spec.layers
         ]
@@ -95,7 +98,7 @@ class Meter:
             with intercept(self.model, student):
                 found = self._log_probabilities(i)
             exact = self._target(i)
-            rows.append((exact.exp() * (exact - found)).sum(-1))
+            rows.append((exact.exp() * (exact - found)).sum(-1).cpu())
         kl = torch.stack(rows).double()
         answered = kl[self.answers]
         return Divergence(float(kl.mean()), float(answered.mean()) if len(answered) else None)
@@ -111,5 +114,5 @@ class Meter:
 
     def _log_probabilities(self, row: int) -> torch.Tensor:
         """float32 [T, vocab]."""
-        logits: torch.Tensor = self.model(input_ids=self.ids[row : row + 1], use_cache=False).logits[0]
+        logits: torch.Tensor = self.model(input_ids=self.ids[row : row + 1].to(self.device), use_cache=False).logits[0]
         return logits.float().log_softmax(-1)
