@@ -57,8 +57,9 @@ def assign(
     codes = torch.empty(groups, rows, dtype=torch.uint8, device=vectors.device)
     gains = torch.empty(groups, rows, device=vectors.device)
     inertia = torch.empty(groups, dtype=torch.float64, device=vectors.device)
+    words = words.contiguous()  # kept: its memory must not become the workspace
     outputs = (t.data_ptr() for t in (codes, gains, inertia))
-    _launch("assign", (vectors, weights, None), words.contiguous().data_ptr(), int(inner), *outputs)
+    _launch("assign", (vectors, weights, None), words.data_ptr(), int(inner), *outputs)
     return Assigned(codes, gains, inertia)
 
 
