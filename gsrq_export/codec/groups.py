@@ -138,7 +138,8 @@ def train_groups(
 
 def _energy(x: torch.Tensor) -> torch.Tensor:
     """Sums of squares of each group, float64 [G], without a float64 copy of x."""
-    return (x.norm(dim=2).double() ** 2).sum(1)
+    squares: torch.Tensor = (x.norm(dim=2).double() ** 2).sum(1)
+    return squares
 
 
 def _subtract(x: torch.Tensor, words: torch.Tensor, codes: torch.Tensor) -> None:
