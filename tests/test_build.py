@@ -88,6 +88,7 @@ def test_the_artifact_is_complete_and_sound(built: Path) -> None:
     data = json.loads(run("inspect", "--artifact", built, "--json").output)
     assert data["metrics"]["coded"]["perplexity"]["perplexity"] > 1
     assert data["manifest"]["layers"][0]["keys"] == {"width": 64, "stages": 2}
+    assert data["manifest"]["environment"]["device"] == "cpu"
     profiles = data["metrics"]["profile"]
     assert [(p["layer"], p["kind"]) for p in profiles] == [(0, "key"), (0, "value"), (1, "key"), (1, "value")]
     assert [len(p["profile"]["by_stage"]) for p in profiles] == [2, 1, 2, 1]

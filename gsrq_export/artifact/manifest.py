@@ -114,11 +114,13 @@ def make_manifest(
     op_version: int,
     opset: int,
     libraries: Mapping[str, Path] | None = None,
+    device: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Hash every file in a directory. `save_manifest` writes the result.
 
     Args:
         libraries: native libraries that the build used, by file name.
+        device: what calculated, added to the environment.
     Raises:
         ArtifactError: the directory holds links or special files, or names that no manifest may hold.
     """
@@ -137,7 +139,7 @@ def make_manifest(
         cache=cache,
         layers=layers,
         libraries={library: file_hash(path) for library, path in sorted((libraries or {}).items())},
-        environment={**environment(), "platform": platform.system()},
+        environment={**environment(), "platform": platform.system(), **(device or {})},
         files={n: _entry(directory / n, hashed) for n in sorted(names)},
     )
 

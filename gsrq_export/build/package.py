@@ -25,6 +25,7 @@ from gsrq_export.artifact.manifest import (
     with_file,
 )
 from gsrq_export.artifact.publish import publish
+from gsrq_export.build.device import describe_device
 from gsrq_export.build.profile import PROFILE_FILE, load_profiles
 from gsrq_export.build.rivals import COMPARISON
 from gsrq_export.build.source import Source
@@ -97,6 +98,7 @@ def _assemble(source: Source, done: Mapping[str, Path], building: Path) -> None:
         op_version=OPERATOR_VERSION,
         opset=next(o.version for o in graph.opset_import if o.domain == ""),
         libraries={library.name: library} if library else {},
+        device=describe_device(source.device),
     )
     # The report shows the manifest's provenance, and the manifest lists the report.
     write_report(building / "report.html", metrics, _built(recipe, cache, traffic, done), _provenance(manifest))

@@ -8,8 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gsrq_export.accounting import LayerShape
 from gsrq_export.baselines.methods import chosen
+from gsrq_export.build.device import CPU, check_device, describe_device
 from gsrq_export.model.introspect import ModelSpec, inspect_model
 from gsrq_export.model.loading import (
     TOKENIZER_FILES,
@@ -25,9 +28,14 @@ from gsrq_export.stages.keys import file_hash
 
 @dataclass(frozen=True)
 class Source:
-    """A recipe and its model. Nothing is read before it is asked for, and nothing twice."""
+    """A recipe and its model. Nothing is read before it is asked for, and nothing twice.
+
+    Attributes:
+        device: where the model and the codec calculate, "cpu", "cuda" or "cuda:N".
+    """
 
     recipe: Recipe
+    device: str = CPU
 
     @cached_property
     def directory(self) -> Path:
@@ -49,7 +57,22 @@ class Source:
 
     @property
     def model(self) -> Any:
-        return self._loaded[0]
+        """On the CPU, wherever it was."""
+        return self._loaded[0].to(CPU)
+
+    @property
+    def placed_model(self) -> Any:
+        """The same model, moved to ``device`` until ``model`` is asked for again."""
+        return self._loaded[0].to(check_device(self.device))
+
+    @property
+    def place(self) -> torch.device:
+        return check_device(self.device)
+
+    @cached_property
+    def calculated_on(self) -> dict[str, str]:
+        """What keys of stages hold of the device, as GPUs round differently; nothing of the CPU."""
+        return {} if self.device == CPU else describe_device(self.device)
 
     @property
     def tokenizer(self) -> Any:
@@ -80,6 +103,7 @@ class Source:
 
     def check(self) -> None:
         """Everything that can be refused without loading weights."""
+        check_device(self.device)
         if self.recipe.evaluate and self.recipe.evaluate.compare:
             chosen(self.recipe.evaluate.compare.methods)  # refuses ids that there are not
         weight_files(self.directory)

@@ -63,7 +63,7 @@ def stages(source: Source) -> list[Stage]:
     if not codec["refits"]:
         del codec["beam"]  # without refits training is greedy
     widths = {**captured_widths(source), "weights": recipe.codec.weights, "key_frame": recipe.codec.key_frame}
-    last = last_training(recipe)
+    last, here = last_training(recipe), source.calculated_on
     found = [
         Stage(
             "traffic",
@@ -73,11 +73,11 @@ def stages(source: Source) -> list[Stage]:
             },
             partial(_traffic, source),
         ),
-        Stage("capture", {"model": model, "widths": widths}, partial(_capture, source), ("traffic",)),
-        Stage("codebooks", {"codec": codec, "model": model}, partial(_codebooks, source), ("capture",)),
+        Stage("capture", {"model": model, "widths": widths, **here}, partial(_capture, source), ("traffic",)),
+        Stage("codebooks", {"codec": codec, "model": model, **here}, partial(_codebooks, source), ("capture",)),
     ]
     if finetuning:
-        material = {"finetune": finetuning, "beam": beam, "cache": recipe.cache.model_dump(mode="json")}
+        material = {"finetune": finetuning, "beam": beam, "cache": recipe.cache.model_dump(mode="json"), **here}
         found.append(Stage("finetune", material, partial(_finetune, source), ("traffic", "codebooks")))
     if codewords == "int8":
         found.append(Stage(SNAPPING, {"codewords": codewords}, partial(_snap, source), (last_float(recipe),)))
@@ -148,7 +148,8 @@ def _capture(source: Source, context: Context) -> None:
         rotated_keys=source.recipe.codec.rotated_keys,
     )
     with context.reporter.task("capture: sequences", len(ids)) as task:
-        capture(source.model, source.spec, ids, settings, context.directory, task.advance)
+        spec = source.spec  # before the model is moved: it reads it on the CPU
+        capture(source.placed_model, spec, ids, settings, context.directory, task.advance)
 
 
 def _codebooks(source: Source, context: Context) -> None:
@@ -174,6 +175,7 @@ def _codebooks(source: Source, context: Context) -> None:
                     task.advance(steps(layer, kind))
                 else:
                     vectors, center = training_vectors(captured, spec, layer, kind, codec.rotated_keys)
+                    vectors = vectors.to(source.place)
                     weights = None
                     if codec.weights == "gradient":
                         weights = gradient_weights(captured.gradients(layer, kind, side.width), codec.tau)
@@ -184,7 +186,7 @@ def _codebooks(source: Source, context: Context) -> None:
                         vectors, weights, side.width, side.stages, training, transform, task.advance
                     )
                     metadata = {"distortion": json.dumps(log.to_dict())}
-                    context.unit(name, partial(save_book, replace(book, center=center), metadata=metadata))
+                    context.unit(name, partial(save_book, replace(book.to("cpu"), center=center), metadata=metadata))
                 book, metadata = load_book(context.directory / name)
                 books.append(book)
                 logs.append({"layer": layer.layer_idx, "kind": kind, **json.loads(metadata["distortion"])})
@@ -201,7 +203,9 @@ def _finetune(source: Source, context: Context) -> None:
     ids = torch.from_numpy(np.load(context.inputs["traffic"] / "ids.npy", allow_pickle=False))
     books = load_codebooks(context.inputs["codebooks"] / CODEBOOKS_FILE)
     with context.reporter.task("finetune: steps", given.steps) as task:
-        tuned, log = finetune(source.model, source.spec, ids, books, recipe.cache.rule, settings, task.advance)
+        spec = source.spec  # before the model is moved
+        tuned, log = finetune(source.placed_model, spec, ids, books, recipe.cache.rule, settings, task.advance)
+    tuned = [pair.to("cpu") for pair in tuned]
     context.unit("finetune.json", _writer(log.to_dict()))
     context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, tuned, {}))
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from gsrq_export.cache.rule import CODEBOOK_SIZE
+from gsrq_export.codec import fused
 from gsrq_export.errors import GsrqError
 
 Method = Literal["gskm", "kmeans", "kmeans-spherical"]
@@ -37,6 +38,8 @@ class Clusters:
 
 def nearest(x: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest codeword of each row: index int64 [N], and 2 <x, c> - ||c||^2 float32 [N]."""
+    if fused.available(x.device, x.shape[1]):
+        return fused.nearest(x, words)
     bias = -(words**2).sum(1)
     scores = [torch.addmm(bias, block, words.T, alpha=2).max(1) for block in torch.split(x, _rows(x))]
     return torch.cat([s.indices for s in scores]), torch.cat([s.values for s in scores])
@@ -58,11 +61,7 @@ def cluster(
         iterations: updates; no monotone descent is promised by GSKM, so the best iterate is returned.
         generator: on the CPU, for seeds and empty clusters.
     """
-    if x.shape[0] < CODEBOOK_SIZE:
-        raise GsrqError(
-            f"{x.shape[0]} calibration vectors for {CODEBOOK_SIZE} codewords",
-            "raise traffic.sequences or traffic.sequence_length; 100 vectors a codeword are a fair minimum",
-        )
+    check_rows(x.shape[0])
     norm = x.norm(dim=1)
     energy = float((weights * norm**2).sum(dtype=torch.float64))
     words = _seed(x, weights, method, generator)
@@ -77,6 +76,15 @@ def cluster(
             words = _update(x, weights, assignment, gain, words, norm, method, generator)
     assert best is not None
     return best
+
+
+def check_rows(rows: int) -> None:
+    """Raises GsrqError where there are too few rows for the codewords."""
+    if rows < CODEBOOK_SIZE:
+        raise GsrqError(
+            f"{rows} calibration vectors for {CODEBOOK_SIZE} codewords",
+            "raise traffic.sequences or traffic.sequence_length; 100 vectors a codeword are a fair minimum",
+        )
 
 
 def _seed(x: torch.Tensor, weights: torch.Tensor, method: Method, generator: torch.Generator) -> torch.Tensor:
@@ -113,13 +121,24 @@ def _update(
         shapes = torch.where(length > 1e-6, direction / length.clamp(min=TINY), old)
         gains = (updated * shapes).sum(1).clamp(min=0)  # the mean of <x, s> over the members
         updated = gains[:, None] * shapes
-    empty = torch.nonzero(~filled).flatten()
-    if len(empty):
-        error = weights * (norm**2 - gain)
-        some = reseeding_rows(len(x), generator).to(x.device)
-        worst = some[error[some].argsort(descending=True, stable=True)[: len(empty)]]
-        updated[empty] = x[worst]
+    reseed(updated, ~filled, x, weights * (norm**2 - gain), generator)
     return updated
+
+
+def reseed(
+    words: torch.Tensor, empty: torch.Tensor, x: torch.Tensor, error: torch.Tensor, generator: torch.Generator
+) -> None:
+    """Replace codewords without members, in place, by rows that are coded worst.
+
+    Args:
+        words: float32 [256, D]; empty: bool [256].
+        x: float32 [N, D]; error: float32 [N], weighted.
+    """
+    which = torch.nonzero(empty).flatten()
+    if len(which):
+        some = reseeding_rows(len(x), generator).to(x.device)
+        worst = some[error[some].argsort(descending=True, stable=True)[: len(which)]]
+        words[which] = x[worst]
 
 
 def reseeding_rows(rows: int, generator: torch.Generator) -> torch.Tensor:
@@ -141,6 +160,8 @@ def sum_rows(values: torch.Tensor, assignment: torch.Tensor, scale: torch.Tensor
     if values.device.type == "cpu":
         out.index_add_(0, assignment, values if scale is None else values * scale[:, None])
         return out
+    if fused.available(values.device, values.shape[-1] if values.ndim > 1 else 1):
+        return fused.sum_rows(values, assignment, scale)
     # As a product with the one-hot assignment: atomics of index_add_ would not repeat to the bit.
     of = torch.ones_like(values[:, 0] if values.ndim > 1 else values) if scale is None else scale
     each = torch.arange(CODEBOOK_SIZE, device=values.device)

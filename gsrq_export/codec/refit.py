@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from gsrq_export.codec import fused
 from gsrq_export.codec.cluster import GPU_ROWS, sum_rows
 from gsrq_export.codec.codebook import ENCODE_CHUNK, Codebook, beam_search
 
@@ -83,6 +84,8 @@ def encode_rows(x: torch.Tensor, words: torch.Tensor, beam: int) -> torch.Tensor
     Returns:
         int64 [N, R].
     """
+    if beam == 1 and fused.available(x.device, x.shape[1]):
+        return fused.encode(x, words)
     size = GPU_ROWS // beam if x.is_cuda else ENCODE_CHUNK
     parts = [beam_search(part[None], words[None], beam)[:, 0] for part in torch.split(x, size)]
     return torch.cat(parts)

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from gsrq_export.cache.rule import CODEBOOK_SIZE
+from gsrq_export.codec import fused
 from gsrq_export.codec.cluster import Method, cluster, nearest
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.codec.refit import held_out, refit_codebook
 from gsrq_export.errors import GsrqError
+
+TOGETHER = 4 << 30  # bytes of vectors that are trained on at once
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def train_codebook(
         width: elements of a sub-vector (D).
         stages: residual stages (R).
         transform: float32 [groups, width, width], the metric; None for squared error.
-        progress: called with 1 after each stage of each sub-vector.
+        progress: called with the number of sub-vectors that finished a stage.
     Raises:
         GsrqError: too few vectors, or vectors that are not finite.
     """
@@ -96,20 +99,79 @@ def train_codebook(
     transform = transform.to(vectors.device, torch.float32).contiguous()
     held = held_out(rows, vectors.device)
     words = torch.empty(groups, stages, CODEBOOK_SIZE, width, dtype=torch.float16, device=vectors.device)
-    logs = []
-    for g in range(groups):
-        x = vectors[:, g * width : (g + 1) * width].float() @ transform[g].T
-        w = weights[:, g].to(x.device) if weights is not None else x.new_ones(rows)
-        generator = torch.Generator().manual_seed(training.seed * 1_000_003 + g)
-        back = torch.linalg.inv(transform[g].double())
-        logs.append(
-            _train_group(x[~held], w[~held], x[held], words[g], transform[g], back, training, generator, progress)
-        )
-    train, unseen, usage = (row.tolist() for row in torch.tensor(logs).mean(0))
+    train_groups = _train_together if fused.available(vectors.device, width) else _train_in_turn
+    logs = train_groups(vectors, weights, held, words, transform, training, progress)
+    train, unseen, usage = (row.tolist() for row in logs.mean(0))
     book = Codebook(words, transform)
     if training.refits:
         book, train, unseen = refit_codebook(book, vectors, weights, training.beam, training.refits)
     return book, Distortion(train, unseen, usage)
+
+
+def _generator(training: Training, group: int) -> torch.Generator:
+    return torch.Generator().manual_seed(training.seed * 1_000_003 + group)
+
+
+def _train_in_turn(
+    vectors: torch.Tensor,
+    weights: torch.Tensor | None,
+    held: torch.Tensor,
+    words: torch.Tensor,
+    transform: torch.Tensor,
+    training: Training,
+    progress: Callable[[int], None],
+) -> torch.Tensor:
+    """Fills ``words`` [groups, R, 256, D], one sub-vector after the other.
+
+    Args:
+        held: bool [N], rows that are not trained on.
+    Returns:
+        [groups, 3, R]: relative error of the training and the held-out rows, and usage, by stage.
+    """
+    logs = []
+    groups, width = transform.shape[:2]
+    for g in range(groups):
+        x = vectors[:, g * width : (g + 1) * width].float() @ transform[g].T
+        w = weights[:, g].to(x.device) if weights is not None else x.new_ones(len(x))
+        back = torch.linalg.inv(transform[g].double())
+        generator = _generator(training, g)
+        logs.append(
+            _train_group(x[~held], w[~held], x[held], words[g], transform[g], back, training, generator, progress)
+        )
+    return torch.tensor(logs)
+
+
+def _train_together(
+    vectors: torch.Tensor,
+    weights: torch.Tensor | None,
+    held: torch.Tensor,
+    words: torch.Tensor,
+    transform: torch.Tensor,
+    training: Training,
+    progress: Callable[[int], None],
+) -> torch.Tensor:
+    """The same on the CUDA kernels, of as many sub-vectors at once as ``TOGETHER`` bytes hold."""
+    from gsrq_export.codec.groups import train_groups
+
+    groups, width = transform.shape[:2]
+    size = max(1, TOGETHER // (4 * len(vectors) * width))
+    logs = []
+    for start in range(0, groups, size):
+        part = slice(start, min(groups, start + size))
+        turned = transform[part].transpose(1, 2)
+        split = [
+            vectors[rows, part.start * width : part.stop * width].reshape(-1, len(turned), width).transpose(0, 1)
+            for rows in (~held, held)
+        ]
+        train, unseen = (x.float() @ turned for x in split)
+        del split
+        w = train.new_ones(train.shape[:2])
+        if weights is not None:
+            w = weights[:, part].to(train.device)[~held].T.contiguous()
+        generators = [_generator(training, g) for g in range(part.start, part.stop)]
+        options = training.method, training.iterations, generators, progress
+        logs.append(train_groups(train, w, unseen, words[part], transform[part], *options))
+    return torch.cat(logs).cpu()
 
 
 def _train_group(

@@ -12,6 +12,7 @@ from gsrq_export.artifact.publish import check_destination
 from gsrq_export.build.package import budgets, publish_artifact
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import stages
+from gsrq_export.commands.options import device_option
 from gsrq_export.recipe import Recipe, StdinSource, load_recipe
 from gsrq_export.stages.engine import Pipeline
 from gsrq_export.stages.progress import make_reporter
@@ -24,11 +25,12 @@ from gsrq_export.traffic.sources import spool_stdin
     "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="The artifact's directory."
 )
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), help="Intermediate files; default: OUT.work.")
+@device_option
 @click.option("--dry-run", is_flag=True, help="Print the plan, sizes and effective bits; run and write nothing.")
-def build(recipe_file: Path, out: Path, work: Path | None, dry_run: bool) -> None:
+def build(recipe_file: Path, out: Path, work: Path | None, device: str, dry_run: bool) -> None:
     """Build the artifact of a recipe. Killed and started again it goes on; what did not change is not run again."""
     recipe = load_recipe(recipe_file)
-    source = Source(recipe)
+    source = Source(recipe, device)
     source.check()
     check_destination(out)
     work = work or out.with_name(f"{out.name}.work")
@@ -41,7 +43,7 @@ def build(recipe_file: Path, out: Path, work: Path | None, dry_run: bool) -> Non
         for planned in Pipeline(work, stages(source), reporter).plan():
             click.echo(f"{planned.name:<10} {planned.status:<8} {planned.directory}")
         return
-    source = Source(spooled(recipe, work))
+    source = Source(spooled(recipe, work), device)
     done = Pipeline(work, stages(source), reporter).run()
     publish_artifact(source, done, out)
     reporter.line(f"artifact: {out}")

@@ -17,6 +17,14 @@ artifact_option = click.option(
     help="Directory that `gsrq build` wrote.",
 )
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of one operator; default: all cores.")
+device_option = click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="cpu|cuda[:N]",
+    help="Where capture, codebooks, refits, fine-tuning and measuring run. With the library of `gsrq plugins build "
+    "--cuda` codebooks train on its kernels.",
+)
 backend_option = click.option(
     "--backend",
     type=click.Choice(["auto", "cpu-op", "cuda-op", "onnx-function"]),

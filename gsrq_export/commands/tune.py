@@ -11,6 +11,7 @@ import click
 
 from gsrq_export.build.source import Source
 from gsrq_export.commands.build import spooled
+from gsrq_export.commands.options import device_option
 from gsrq_export.errors import GsrqError
 from gsrq_export.recipe import load_recipe
 from gsrq_export.stages.engine import Pipeline
@@ -35,6 +36,7 @@ from gsrq_export.tune.write import Report, page, recipe_text, report_data
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The recipe to write.")
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), help="Intermediate files; default: OUT.work.")
 @click.option("--effort", type=click.Choice(list(EFFORTS)), default="quick", show_default=True)
+@device_option
 def tune(
     recipe_file: Path,
     bits: float | None,
@@ -44,6 +46,7 @@ def tune(
     out: Path,
     work: Path | None,
     effort: str,
+    device: str,
 ) -> None:
     """Search every layer's budgets, sinks and window for a target; write a recipe, and beside it .json and .html."""
     if (bits is None) == (memory is None):
@@ -51,26 +54,26 @@ def tune(
     if out.suffix not in (".yaml", ".yml"):
         raise GsrqError(f"--out {out}: not a recipe's name", "end it with .yaml")
     given = load_recipe(recipe_file)
-    source = Source(given)
+    source = Source(given, device)
     source.check()
     layers = source.shapes()
     target = make_target(given, layers, context, sequences, bits, parse_memory(memory) if memory is not None else None)
     work = work or out.with_name(f"{out.name}.work")
     recipe, reporter = spooled(given, work), make_reporter()
     started = time.monotonic()
-    plan = Plan.make(recipe, EFFORTS[effort], ladder_bits(recipe, layers, target))
+    plan = Plan.make(recipe, EFFORTS[effort], ladder_bits(recipe, layers, target), device)
     done = Pipeline(work, tune_stages(plan), reporter).run()
     measured = time.monotonic()
     ids, answers = read_traffic(done["traffic"], plan.source.tokenizer)
     parts, ladders = split(answers, plan.effort), measures_in(done["sensitivity"])
     books = {ladder: read_book(done["ladders"], *ladder) for ladder in ladders}
     rows = parts.compared
-    int8 = recipe.codec.codewords == "int8"
-    meter = Meter(plan.source.model, plan.source.spec, ids[rows], answers[rows], recipe.codec.beam, int8)
+    int8, spec = recipe.codec.codewords == "int8", plan.source.spec  # the spec before the model is moved
+    meter = Meter(plan.source.placed_model, spec, ids[rows], answers[rows], recipe.codec.beam, int8)
     result = Search(recipe, layers, target, books, ladders, meter).run(reporter)
     # Standard input was read into the work directory, and is still to be read by who builds the recipe.
     best = replace(result.best, recipe=result.best.recipe.model_copy(update={"traffic": given.traffic}))
-    report = Report(given, target, effort, plan.effort, parts, ladders, replace(result, best=best))
+    report = Report(given, target, effort, plan.effort, parts, ladders, replace(result, best=best), device)
     seconds = {"stages": measured - started, "search": time.monotonic() - measured}
     text, data, html = recipe_text(report), json.dumps(report_data(report, seconds), indent=1) + "\n", page(report)
     with disk_errors("tuned recipe", out.parent.absolute()):

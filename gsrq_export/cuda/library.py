@@ -62,6 +62,16 @@ class CallStruct(ctypes.Structure):
     ]
 
 
+class ClusteringStruct(ctypes.Structure):
+    _fields_ = [
+        ("groups", c_int32),
+        ("width", c_int32),
+        ("rows", c_int64),
+        *((name, c_void_p) for name in ("vectors", "weights", "norms")),
+    ]
+
+
+_CLUSTERING = POINTER(ClusteringStruct)
 _LAYER, _CALL = POINTER(LayerStruct), POINTER(CallStruct)
 _PART = (c_int, [_LAYER, _CALL, c_void_p, c_void_p, c_int64, c_void_p])
 PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
@@ -80,6 +90,9 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
         c_int,
         [_LAYER, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
     ),
+    "gsrq_cuda_clustering_workspace_bytes": (c_int64, [_CLUSTERING]),
+    "gsrq_cuda_clustering_assign": (c_int, [_CLUSTERING, c_void_p, c_int32, *[c_void_p] * 4, c_int64, c_void_p]),
+    "gsrq_cuda_clustering_update": (c_int, [_CLUSTERING, c_int32, *[c_void_p] * 5, c_int64, c_void_p]),
 }
 
 

@@ -78,6 +78,7 @@ class Meter:
     ) -> None:
         self.model, self.spec, self.ids, self.answers, self.beam = model, spec, ids, answers, beam
         self.int8 = int8
+        self.device = next(model.parameters()).device
         self._exact: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -87,7 +88,10 @@ class Meter:
             books = {place: snap_side(book, place[1]) for place, book in books.items()}
         coders = {
             place: key_coder(
-                ResidualCodec(book, self.beam).reconstruct_heads, book, self.spec, self.spec.layers[place[0]]
+                ResidualCodec(book.to(self.device), self.beam).reconstruct_heads,
+                book.to(self.device),
+                self.spec,
+                self.spec.layers[place[0]],
             )
             for place, book in books.items()
         }
@@ -100,7 +104,7 @@ class Meter:
             with intercept(self.model, student):
                 found = self._log_probabilities(i)
             exact = self._target(i)
-            rows.append((exact.exp() * (exact - found)).sum(-1))
+            rows.append((exact.exp() * (exact - found)).sum(-1).cpu())
         kl = torch.stack(rows).double()
         answered = kl[self.answers]
         return Divergence(float(kl.mean()), float(answered.mean()) if len(answered) else None)
@@ -116,5 +120,5 @@ class Meter:
 
     def _log_probabilities(self, row: int) -> torch.Tensor:
         """float32 [T, vocab]."""
-        logits: torch.Tensor = self.model(input_ids=self.ids[row : row + 1], use_cache=False).logits[0]
+        logits: torch.Tensor = self.model(input_ids=self.ids[row : row + 1].to(self.device), use_cache=False).logits[0]
         return logits.float().log_softmax(-1)

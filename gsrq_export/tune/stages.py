@@ -58,13 +58,13 @@ class Plan:
     bits: float
 
     @classmethod
-    def make(cls, recipe: Recipe, effort: Effort, bits: float) -> Plan:
+    def make(cls, recipe: Recipe, effort: Effort, bits: float, device: str = "cpu") -> Plan:
         narrow = {
             (i, kind): CodecSide(width=candidate_widths(recipe, shape, i, kind)[-1], stages=1)
             for i, shape in enumerate(Source(recipe).shapes())
             for kind in KINDS
         }
-        return cls(recipe, Source(with_budget(recipe, narrow)), effort, bits)
+        return cls(recipe, Source(with_budget(recipe, narrow), device), effort, bits)
 
     @property
     def shapes(self) -> Sequence[LayerShape]:
@@ -113,6 +113,7 @@ def tune_stages(plan: Plan) -> list[Stage]:
         "ladders": [[*ladder, plan.highest(ladder[2])] for ladder in plan.ladders()],
         "model": plan.source.weight_hash,
         "tokenizer": plan.source.tokenizer_hashes,
+        **plan.source.calculated_on,
     }
     rule = recipe.cache.model_dump(mode="json", include={"sinks", "window", "block"})
     coding = recipe.codec.model_dump(mode="json", include={"beam", "codewords"})
@@ -120,7 +121,12 @@ def tune_stages(plan: Plan) -> list[Stage]:
         traffic,
         capture,
         Stage("ladders", material, partial(_train, plan), ("traffic", "capture")),
-        Stage("sensitivity", {"rule": rule, **coding}, partial(_sense, plan), ("traffic", "ladders")),
+        Stage(
+            "sensitivity",
+            {"rule": rule, **coding, **plan.source.calculated_on},
+            partial(_sense, plan),
+            ("traffic", "ladders"),
+        ),
     ]
 
 
@@ -174,10 +180,9 @@ def _train(plan: Plan, context: Context) -> None:
             if codec.metric == "attention":
                 transform = attention_metric(captured, spec, layer, kind, width, outputs)
             vectors, center = training_vectors(captured, spec, layer, kind, codec.rotated_keys)
-            book, _ = train_codebook(
-                vectors[rows], weights, width, plan.highest(width), training, transform, task.advance
-            )
-            context.unit(name, partial(save_book, replace(book, center=center)))
+            vectors = vectors[rows].to(source.place)
+            book, _ = train_codebook(vectors, weights, width, plan.highest(width), training, transform, task.advance)
+            context.unit(name, partial(save_book, replace(book.to("cpu"), center=center)))
 
 
 def _sense(plan: Plan, context: Context) -> None:
@@ -185,7 +190,8 @@ def _sense(plan: Plan, context: Context) -> None:
     ids, answers = read_traffic(context.inputs["traffic"], source.tokenizer)
     sensed = split(answers, plan.effort).sensed
     codec = plan.recipe.codec
-    meter = Meter(source.model, source.spec, ids[sensed], answers[sensed], codec.beam, codec.codewords == "int8")
+    spec = source.spec  # before the model is moved
+    meter = Meter(source.placed_model, spec, ids[sensed], answers[sensed], codec.beam, codec.codewords == "int8")
     steps = {ladder: rungs(plan.highest(ladder[2]), plan.effort.rungs) for ladder in plan.ladders()}
     with context.reporter.task("sensitivity: measures", sum(map(len, steps.values()))) as task:
         for ladder, stages in steps.items():

@@ -14,6 +14,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from gsrq_export import __version__
+from gsrq_export.build.device import describe_device
 from gsrq_export.capture import KINDS
 from gsrq_export.recipe import Recipe, parse_recipe
 from gsrq_export.report.svg import Axis, Curve, plot
@@ -44,6 +45,7 @@ class Report:
     split: Split
     ladders: Ladders
     result: Result
+    device: str = "cpu"
 
 
 def recipe_text(report: Report) -> str:
@@ -107,6 +109,7 @@ def report_data(report: Report, seconds: Mapping[str, float]) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
+            **describe_device(report.device),
         },
         "seconds": dict(seconds),
     }

@@ -140,7 +140,8 @@ def test_a_built_library_has_what_the_header_declares() -> None:
     declared = set(re.findall(r"^GSRQ_CUDA_API [^(;]*?(gsrq_cuda_\w+)\(", header, re.MULTILINE))
     assert len(declared) > 10
     assert exported(library) == declared
-    assert set(native.describe(library, native.CUDA).instruction_sets) <= {"80", "90", "100"}
+    sets = native.describe(library, native.CUDA).instruction_sets
+    assert {name.rstrip("af") for name in sets} <= {"80", "90", "100"}  # 90a has what 9.0 alone can do
 
 
 def test_the_library_for_onnx_runtime_on_cuda_exports_its_entry_points_alone() -> None:

@@ -88,6 +88,40 @@ GSRQ_CUDA_API int gsrq_cuda_encode_vectors(const gsrq_layer* layer, int32_t side
                                            int64_t n, int8_t* codes, const void* prepared, void* workspace,
                                            int64_t workspace_bytes, void* stream);
 
+/* Clustering of calibration vectors, one codebook of 256 codewords a group: gsrq_export/codec/cluster.py has the method.
+ * Distances are formed on tensor cores and compared in registers: no matrix of rows x codewords is written. Sums run in a
+ * fixed order: the same bits every time. */
+enum {
+  GSRQ_SUMS = 0,      /* sum of w x */
+  GSRQ_MEANS = 1,     /* sum of w x / sum of w: the codewords of k-means */
+  GSRQ_GAIN_SHAPE = 2 /* the codewords of gain-shape k-means */
+};
+
+typedef struct {
+  int32_t groups, width; /* width up to 512 */
+  int64_t rows;          /* of each group */
+  const float* vectors;  /* [groups, rows, width]; aligned to 16 bytes */
+  const float* weights;  /* [groups, rows]; NULL: ones */
+  const float* norms;    /* [groups, rows], lengths of the vectors; for GSRQ_GAIN_SHAPE alone */
+} gsrq_clustering;
+
+/* Bytes of workspace (256-byte aligned, contents need not survive) for any of the functions below. */
+GSRQ_CUDA_API int64_t gsrq_cuda_clustering_workspace_bytes(const gsrq_clustering* of);
+
+/* The codeword k of words [groups, 256, width] with the most 2 <x, c_k> - ||c_k||^2, or with `inner` the most <x, c_k>; of
+ * equals the lowest. codes uint8 [groups, rows]; gains float [groups, rows], that score, may be NULL; inertia double
+ * [groups], the sum of weight * gain, may be NULL. Scores are as those of float32 sums, see docs/cuda.md. */
+GSRQ_CUDA_API int gsrq_cuda_clustering_assign(const gsrq_clustering* of, const float* words, int32_t inner, uint8_t* codes,
+                                              float* gains, double* inertia, void* workspace, int64_t workspace_bytes,
+                                              void* stream);
+
+/* Over the rows of each code: updated float [groups, 256, width] as `form` says, zeros for a codeword without weight;
+ * totals float [groups, 256], the sum of weights. words, the codewords before, for GSRQ_GAIN_SHAPE alone: a direction is
+ * kept where the mean direction vanishes. `updated` may be `words`. */
+GSRQ_CUDA_API int gsrq_cuda_clustering_update(const gsrq_clustering* of, int32_t form, const uint8_t* codes,
+                                              const float* words, float* updated, float* totals, void* workspace,
+                                              int64_t workspace_bytes, void* stream);
+
 #ifdef __cplusplus
 }
 #endif
