@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode_rivals import measure_rivals
 from environment import environment
 
 from gsrq_export import CacheRule, Codebook
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", default=[f"{b}x{n}" for b, n in SHAPES], help="as 16x32768")
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192, 32768])
+    parser.add_argument("--rivals-only", action="store_true", help="time FlashInfer, FlexAttention and torch alone")
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
     result: dict[str, Any] = {
@@ -270,6 +272,7 @@ def main() -> None:
         "read_bytes_a_second": read_bandwidth(),
         "decode": [],
         "sdpa": [],
+        "rivals": [],
         "prefill": [],
     }
     print(
@@ -290,7 +293,11 @@ def main() -> None:
             f"{batch} x {length}: floor {floor:.3f} ms, torch { ({k: round(v, 3) for k, v in times.items()}) }",
             flush=True,
         )
-        for setting in SETTINGS:
+        rivals = measure_rivals((batch, length, HEADS, KV_HEADS, HEAD_DIM), milliseconds)
+        keep("rivals", {"batch": batch, "length": length, "found": rivals, "bf16_floor_ms": floor})
+        print(f"  rivals: {rivals}", flush=True)
+        torch.cuda.empty_cache()
+        for setting in () if args.rivals_only else SETTINGS:
             row = decode_row(setting, batch, length, bandwidth, min(times.values()))
             keep("decode", row)
             print(
@@ -301,7 +308,7 @@ def main() -> None:
                 flush=True,
             )
             torch.cuda.empty_cache()
-    for steps in args.prefill:
+    for steps in () if args.rivals_only else args.prefill:
         for exact in (True, False):
             row = prefill_row(SETTINGS[0], steps, exact)
             keep("prefill", row)

@@ -338,6 +338,52 @@ def calibration_plot(data: dict[str, Any]) -> str:
     return standalone(bars(title, "step", Axis("times faster"), ticks, [Series("CUDA kernels", "coded", faster)]))
 
 
+def rivals(data: dict[str, Any]) -> str:
+    """Rivals' bf16 decode; the torch column is the fastest backend."""
+    names = list(data["rivals"][0]["found"])
+    fastest = {(r["batch"], r["length"]): min(r["ms"].values()) for r in data["sdpa"]}
+    rows = []
+    for row in data["rivals"]:
+        cells = [f"{row['batch']} x {row['length'] // 1024}k", f"{1e3 * row['bf16_floor_ms']:.0f}"]
+        cells.append(f"{1e3 * fastest[row['batch'], row['length']]:.0f}")
+        cells += [f"{1e3 * of['ms']:.0f}" if "ms" in (of := row["found"][name]) else "absent" for name in names]
+        rows.append(cells)
+    return table(["batch x length", "bf16 floor, µs", "torch, µs", *(f"{name}, µs" for name in names)], rows)
+
+
+def ort_decode(data: dict[str, Any]) -> str:
+    """A row a context: batch 1 and the largest batch of either graph; empty where it was not run."""
+    found = {(r["attention"], r["length"], r["largest"]): r for r in data["rows"]}
+    rows = []
+    for length in dict.fromkeys(r["length"] for r in data["rows"]):
+        for largest in (False, True):
+            pair = [found.get((attention, length, largest), {"batch": 0}) for attention in ("gsrq", "gqa")]
+            if not any(row["batch"] for row in pair):
+                continue
+            cells = [f"{length // 1024}k", "largest" if largest else "1"]
+            for row in pair:
+                some = bool(row["batch"])
+                cells.append(str(row["batch"]) if some else "")
+                cells.append(f"{row['mean_step_ms']:.1f}" if some else "")
+                cells.append(f"**{row['tokens_a_second']:.0f}**" if some else "")
+                cells.append(f"{row['memory_bytes'] / 1e9:.1f}" if some else "")
+            rows.append(cells)
+    header = ["context", "batch"]
+    for name in ("coded", "GQA fp16"):
+        header += [f"{name}: rows", "step, ms", "tokens/s", "memory, GB"]
+    return table(header, rows)
+
+
+def ort_recall(data: dict[str, Any]) -> str:
+    found = data["comparison"]
+    header = ["", "perplexity", *(f"recall@{row['tokens']}" for row in found["recall"])]
+    rows = [
+        [run["backend"], f"{found['perplexity'][i]:.4f}", *(f"{row['rates'][i]:.3f}" for row in found["recall"])]
+        for i, run in enumerate(data["runs"])
+    ]
+    return table(header, rows)
+
+
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew, and the plots."""
     data = {f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json")}
@@ -350,6 +396,9 @@ def documents() -> dict[Path, str]:
         "cuda_decode": ("cuda_attention", cuda_decode),
         "cuda_prefill": ("cuda_attention", cuda_prefill),
         "cuda_calibration": ("cuda_calibration", calibration),
+        "rivals": ("decode_rivals", rivals),
+        "ort_decode": ("ort_decode", ort_decode),
+        "ort_recall": ("ort_recall", ort_recall),
         "gskm": ("gskm_gaussian", gskm),
         "gskm_use": ("gskm_gaussian", gskm_use),
         "tune": ("tune_demo-6m", tune),
