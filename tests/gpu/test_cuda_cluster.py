@@ -82,8 +82,8 @@ def test_assignment(shape: tuple[int, int, int], inner: bool) -> None:
 
 def test_equals_take_the_lowest_code() -> None:
     x, words, _ = data(2, 3001, 128)
-    words[:, 128:] = words[:, :128]
     words[:, 64:128] = words[:, :64]
+    words[:, 128:] = words[:, :128]
     assert int(assign(x, words).codes.max()) < 64
 
 

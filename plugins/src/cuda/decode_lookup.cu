@@ -33,7 +33,7 @@ bool make_lookup_plan(const gsrq_layer& layer, int most_shared, LookupPlan* out)
   b.part_heads = (b.group + b.parts - 1) / b.parts;
   const int parts = p.key_parts + p.value_parts;
   for (p.threads = kManyThreads; p.threads >= kFewThreads; p.threads /= 2) {
-    p.shared_bytes = parts * (kPartBytes + 2 * p.threads * kPartSlots) + kSpareShared;
+    p.shared_bytes = parts * kPartBytes + std::max(parts * 2 * p.threads * kPartSlots, kFragmentBytes);
     *out = p;
     if (p.shared_bytes + kFixedShared <= most_shared) return true;
   }
@@ -166,7 +166,6 @@ __device__ __noinline__ float4 capped(float4 x, float cap) {
 
 // A part's bins as fragments of the product's left side: codes in pairs, each split into two float16, rows 0 to 3 and 4 to
 // 7 the four heads of the one and the other. fragments: [8 slots][kFragmentPitch] words, [16 steps][32 lanes][2] of each.
-constexpr int kFragmentPitch = 16 * 32 * 2 + 8;  // eight words more: a warp's stores fall into more banks
 constexpr int kProductUnit = 32;                 // dims that a warp multiplies at a time
 constexpr int kCodeGroups = 8;                   // parts of the codewords that warps take
 

@@ -12,7 +12,8 @@ constexpr int kPartWords = kPartSlots * kLookupLanes;
 constexpr int kPartBytes = kCodewords * kPartWords * 4;    // of a table or of bins
 constexpr int kMostParts = 5;                              // of keys or values
 constexpr int kFixedShared = 2048;                         // of lookup_kernel, beside its tables
-constexpr int kSpareShared = 1024;
+constexpr int kFragmentPitch = 16 * 32 * 2 + 8;  // words of a slot; eight more: a warp's stores fall into more banks
+constexpr int kFragmentBytes = kPartSlots * kFragmentPitch * 4;
 constexpr int kLookupBits = 18;                            // weights are integers of 2^-18 of their window's reference
 constexpr int kLookupTokens = 4095;                        // of a window: 4095 * 2^(18 + 2) < 2^32
 constexpr int kCenterSteps = 8, kCenterPairs = 8 * kCenterSteps;  // RoPE pairs that the tensor-core kernel takes
