@@ -21,11 +21,11 @@ from gsrq_export.cache.reference import AttentionConfig
 from gsrq_export.codec.codebook import LayerCodebooks
 from gsrq_export.export.function import attributes
 
-Attention = Literal["gsrq", "gqa"]
+Attention = Literal["gsrq", "rotated", "gqa"]  # "rotated": gsrq with keys coded after RoPE
 KIND = {torch.float16: TensorProto.FLOAT16, torch.float32: TensorProto.FLOAT}
 PARTS = ("key_codes", "value_codes", "key_exact", "value_exact")
 BOOKS = ("key_codebooks", "value_codebooks", "key_transform", "value_transform")
-PAST = {"gsrq": PARTS, "gqa": ("key", "value")}
+PAST = {"gsrq": PARTS, "rotated": PARTS, "gqa": ("key", "value")}
 CONSTANTS = "constants.data"
 MODEL = "model.onnx"
 
@@ -120,13 +120,13 @@ def write_decoder(
     Args:
         dtype: of weights, activations and exact cache; float16 or float32.
         positions: rows of the rotary tables.
-        config, codebooks: for "gsrq"; codebooks(layer) are copied into the file once a layer.
+        config, codebooks: but for "gqa"; codebooks(layer) are copied into the file once a layer.
 
-    Inputs besides the weights: input_ids int64 [B, 1]; for "gsrq" past_lengths and new_lengths int64 [B] and
+    Inputs besides the weights: input_ids int64 [B, 1]; but for "gqa" past_lengths and new_lengths int64 [B] and
     past.{i}.{part}; for "gqa" seqlens_k int32 [B] (tokens after the call, less one), total_sequence_length int32 [1],
     past.{i}.key and past.{i}.value [B, kv_heads, capacity, head_dim]. Outputs: logits [B, 1, vocab], present.{i}.*.
     """
-    if attention == "gsrq" and (config is None or codebooks is None):
+    if attention != "gqa" and (config is None or codebooks is None):
         raise ValueError("the coded graph needs a config and codebooks")
     d = decoder
     g = _Graph(directory / CONSTANTS)
@@ -150,8 +150,12 @@ def write_decoder(
         constants = [g.constant(f"{i}.{name}", t) for name, t in zip(BOOKS, tensors, strict=True)]
         inputs = [heads(q, d.heads), heads(k, d.kv_heads), heads(v, d.kv_heads), "cos", "sin"]
         inputs += ["past_lengths", "new_lengths", *(f"past.{i}.{part}" for part in PARTS), *constants]
+        center = books.keys.center
+        if center is not None:
+            inputs.append(g.constant(f"{i}.key_center", center))
         outputs = [f"{i}.attention", *(f"present.{i}.{part}" for part in PARTS)]
-        g.nodes.append(helper.make_node("GsrqAttention", inputs, outputs, domain="ai.gsrq", **attributes(config)))
+        found = attributes(config, center is not None)
+        g.nodes.append(helper.make_node("GsrqAttention", inputs, outputs, domain="ai.gsrq", **found))
         return g.op("Reshape", f"{i}.attention", joined, name=f"{i}.joined")
 
     def grouped(i: int, q: str, k: str, v: str) -> str:
@@ -175,7 +179,7 @@ def write_decoder(
     residual = g.op("Gather", "embed", "input_ids", name="embedded")
     x = g.op("SimplifiedLayerNormalization", residual, "0.norm", name="0.norm_out", axis=-1, epsilon=d.epsilon)
     for i in range(d.layers):
-        attend = coded if attention == "gsrq" else grouped
+        attend = grouped if attention == "gqa" else coded
         seen = attend(i, matmul(x, f"{i}.q"), matmul(x, f"{i}.k"), matmul(x, f"{i}.v"))
         x, residual = add_norm(matmul(seen, f"{i}.o"), residual, f"{i}.mlp_norm")
         gate = matmul(x, f"{i}.gate")
@@ -190,7 +194,7 @@ def write_decoder(
 
     kind = KIND[dtype]
     inputs = [info("input_ids", TensorProto.INT64, ["batch", 1])]
-    if attention == "gsrq":
+    if attention != "gqa":
         inputs += [info(name, TensorProto.INT64, ["batch"]) for name in ("past_lengths", "new_lengths")]
     else:
         inputs.append(info("seqlens_k", TensorProto.INT32, ["batch"]))

@@ -1,4 +1,5 @@
-"""Decoding a LLaMA-3-8B-shaped model through onnxruntime-gpu: coded cache against GroupQueryAttention in float16.
+"""Decoding a LLaMA-3-8B-shaped model through onnxruntime-gpu: coded caches, of both key frames, against
+GroupQueryAttention in float16.
 
 Random weights and random cache contents: what is measured is speed and memory. Weights, caches and logits lie on
 the GPU and are bound, the caches in place. Before anything is timed a step of each graph is held to the same step in
@@ -43,28 +44,36 @@ from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attent
 from gsrq_export.codec.codebook import LayerCodebooks
 
 RULE = CacheRule(4, 64, 64)
-WIDTH, STAGES = 128, 16  # one bit an element
+WIDTH = 128
+STAGES = {"gsrq": (16, 16), "rotated": (24, 8)}  # of keys and values: one bit an element
 CONTEXTS = (8192, 32768, 131072)
 LONGEST = 1 << 20
 TOLERANCE = 2e-2  # of the logits' norm, float16 against float32 over all layers
 SPARE = 2 << 30  # bytes left free when the largest batch is guessed
 STEPS = 12
-NAMES = {"gsrq": "coded, 1 bit", "gqa": "GroupQueryAttention"}
+NAMES: dict[Attention, str] = {
+    "gsrq": "coded, 1 bit",
+    "rotated": "coded after RoPE, 1 bit",
+    "gqa": "GroupQueryAttention",
+}
 TYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.int8: np.int8, torch.int64: np.int64}
 TYPES |= {torch.int32: np.int32}
 
 
-def codebooks(decoder: Decoder) -> Callable[[int], LayerCodebooks]:
+def codebooks(decoder: Decoder, attention: Attention) -> Callable[[int], LayerCodebooks]:
     """Random codewords on an int8 grid, of two kinds in turn; each layer holds its own copy."""
 
-    def book(seed: int) -> Codebook:
+    def book(seed: int, stages: int, centered: bool) -> Codebook:
         generator = torch.Generator().manual_seed(seed)
-        groups = decoder.kv_heads * decoder.head_dim // WIDTH
-        words = (32 * torch.randn(groups, STAGES, 256, WIDTH, generator=generator)).round().clamp(-127, 127)
-        words *= 2.0 ** ((0.85 ** torch.arange(STAGES)).log2().round() - 6)[:, None, None]
-        return Codebook(words.half(), torch.eye(WIDTH).expand(groups, -1, -1).contiguous())
+        total = decoder.kv_heads * decoder.head_dim
+        words = (32 * torch.randn(total // WIDTH, stages, 256, WIDTH, generator=generator)).round().clamp(-127, 127)
+        words *= 2.0 ** ((0.85 ** torch.arange(stages)).log2().round() - 6)[:, None, None]
+        center = torch.randn(total, generator=generator) if centered else None
+        return Codebook(words.half(), torch.eye(WIDTH).expand(total // WIDTH, -1, -1).contiguous(), center)
 
-    kinds = [LayerCodebooks(book(2 * i), book(2 * i + 1)) for i in range(2)]
+    keys, values = STAGES[attention]
+    rotated = attention == "rotated"
+    kinds = [LayerCodebooks(book(2 * i, keys, rotated), book(2 * i + 1, values, False)) for i in range(2)]
     return lambda layer: kinds[layer % 2]
 
 
@@ -88,14 +97,14 @@ class Runner:
         self.decoder, self.attention, self.weights, self.rule = decoder, attention, weights, rule
         self.device, self.dtype = weights["embed"].device.type, weights["embed"].dtype
         self.config = AttentionConfig(decoder.head_dim**-0.5, rule)
-        self.codebooks = codebooks(decoder)
+        self.codebooks = None if attention == "gqa" else codebooks(decoder, attention)
         path = write_decoder(
             directory, decoder, attention, self.dtype, positions, config=self.config, codebooks=self.codebooks
         )
         options = ort.SessionOptions()
         options.log_severity_level = 3
         on_gpu = self.device == "cuda"
-        if attention == "gsrq":
+        if attention != "gqa":
             library = native.find(native.ORT_CUDA if on_gpu else native.ORT)
             if library is None:
                 raise SystemExit("no library is built: gsrq plugins build" + (" --cuda" if on_gpu else ""))
@@ -119,8 +128,9 @@ class Runner:
         d = self.decoder
         if part.endswith("codes"):
             capacity = max(self.rule.coded(length), self.rule.block)
-            return batch, capacity, d.kv_heads * d.head_dim // WIDTH * STAGES
-        return batch, d.kv_heads, self.rule.exact_slots if self.attention == "gsrq" else length, d.head_dim
+            stages = STAGES[self.attention][part.startswith("value")]
+            return batch, capacity, d.kv_heads * d.head_dim // WIDTH * stages
+        return batch, d.kv_heads, length if self.attention == "gqa" else self.rule.exact_slots, d.head_dim
 
     def allocate(self, batch: int, length: int, fill: bool = True) -> None:
         """Caches with room for ``length`` tokens a row; random, or zero."""
@@ -146,7 +156,7 @@ class Runner:
         for name, tensor in self.cache.items():
             self._bind(f"past.{name}", tensor)
             self._bind(f"present.{name}", tensor, output=True)
-        if self.attention == "gsrq":
+        if self.attention != "gqa":
             self.binding.bind_cpu_input("new_lengths", np.ones(batch, np.int64))
         else:
             self.seqlens = torch.zeros(batch, dtype=torch.int32, device=self.device)
@@ -158,7 +168,7 @@ class Runner:
 
     def at(self, past: int) -> None:
         """The next step has ``past`` tokens a row in the cache."""
-        if self.attention == "gsrq":
+        if self.attention != "gqa":
             self.binding.bind_cpu_input("past_lengths", np.full(self.rows, past, np.int64))
         else:
             self.seqlens.fill_(past)
@@ -204,6 +214,7 @@ class Runner:
         lengths = torch.tensor([past], device=self.device)
 
         def coded(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            assert self.codebooks is not None
             books = self.codebooks(i).to(self.device)
             one = torch.ones_like(lengths)
             cache = self.layer_cache(i, row)
@@ -216,7 +227,7 @@ class Runner:
             score = q.reshape(1, d.kv_heads, -1, d.head_dim) @ keys.transpose(2, 3) * d.head_dim**-0.5
             return (score.softmax(-1) @ values).reshape(1, 1, d.heads, d.head_dim)
 
-        attend = coded if self.attention == "gsrq" else grouped
+        attend = grouped if self.attention == "gqa" else coded
         return reference_step(d, self.weights, ids[row : row + 1, None], attend)[0, 0]
 
 
@@ -231,7 +242,7 @@ def check_step(runner: Runner, past: int, row: int = 0) -> float:
 
 
 def check_graphs_agree(decoder: Decoder, device: str, dtype: torch.dtype, steps: int = 24) -> float:
-    """Both graphs decode the same tokens from nothing, with a window that keeps all exact; returns the worst error."""
+    """The graphs decode the same tokens from nothing, with a window that keeps all exact; returns the worst error."""
     weights = random_weights(decoder, dtype, device, 1)
     with tempfile.TemporaryDirectory() as temporary:
         found = []
@@ -240,10 +251,10 @@ def check_graphs_agree(decoder: Decoder, device: str, dtype: torch.dtype, steps:
             directory = Path(temporary) / attention
             directory.mkdir()
             rule = CacheRule(4, 64, 64)
-            runner = Runner(directory, decoder, attention, weights, 64, rule)  # type: ignore[arg-type]
+            runner = Runner(directory, decoder, attention, weights, 64, rule)
             runner.allocate(2, 64, fill=False)
             found.append([runner.step(past, tokens[past]) for past in range(steps)])
-        errors = [relative_error(one, other) for one, other in zip(*found, strict=True)]
+        errors = [relative_error(*pair) for one in found[:-1] for pair in zip(one, found[-1], strict=True)]
     if not all(error < TOLERANCE for error in errors):  # NaN, which max may pass over, is refused
         raise SystemExit(f"the graphs differ by {max(errors):.2e} of the logits' norm, allowed {TOLERANCE}")
     return max(errors)
@@ -254,7 +265,7 @@ def measure(runner: Runner, batch: int, length: int, before: int) -> dict[str, A
     plain = runner.milliseconds(length - 2, STEPS)
     row: dict[str, Any] = {"batch": batch, "step_ms": plain, "coding_step_ms": None}
     mean = plain
-    if runner.attention == "gsrq":
+    if runner.attention != "gqa":
         # The token that completes a block, at most 64 tokens earlier.
         full = RULE.sinks + RULE.window + RULE.coded(length - 1) - 1
         row["coding_step_ms"] = runner.milliseconds(full, 3)
@@ -325,6 +336,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--contexts", type=int, nargs="+", default=[*CONTEXTS, LONGEST])
     parser.add_argument("--layers", type=int, default=Decoder.layers)
+    parser.add_argument("--kinds", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--most", type=int, default=2048, help="rows at most")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no measurement is begun")
     arguments = parser.parse_args()
@@ -347,7 +359,7 @@ def main() -> None:
         "weights_bytes": sum(t.numel() * t.element_size() for t in weights.values()),
         "gpu_bytes": torch.cuda.mem_get_info()[1],
         "rule": asdict(RULE),
-        "codec": {"width": WIDTH, "stages": STAGES, "bits": 8 * STAGES / WIDTH},
+        "codec": {"width": WIDTH, "stages": STAGES, "bits": 1},
         "note": "random weights, all distinct in memory; codebooks of two kinds, copied for each layer; random caches; "
         "no sampling; one process, no CUDA graphs on either side",
         "graphs_agree_within": agreement,
@@ -357,7 +369,7 @@ def main() -> None:
         "left_out": [],
     }
     for length in arguments.contexts:
-        for attention in NAMES:
+        for attention in arguments.kinds:
             label = f"{NAMES[attention]}, {length}"
             if time.monotonic() - start > arguments.limit:
                 result["left_out"].append({"attention": attention, "length": length, "why": "time limit"})
@@ -365,7 +377,7 @@ def main() -> None:
             most = arguments.most if length < LONGEST else 1
             try:
                 # The step in torch takes float32 keys and values of all tokens: not for the longest.
-                rows = measure_context(decoder, attention, weights, length, before, most, length < LONGEST)  # type: ignore[arg-type]
+                rows = measure_context(decoder, attention, weights, length, before, most, length < LONGEST)
             except (RuntimeError, ort.capi.onnxruntime_pybind11_state.Fail) as error:
                 if "memory" not in str(error).lower():
                     raise

@@ -357,7 +357,8 @@ def ort_decode(data: dict[str, Any]) -> str:
     rows = []
     for length in dict.fromkeys(r["length"] for r in data["rows"]):
         for largest in (False, True):
-            pair = [found.get((attention, length, largest), {"batch": 0}) for attention in ("gsrq", "gqa")]
+            kinds = ("gsrq", "rotated", "gqa")
+            pair = [found.get((attention, length, largest), {"batch": 0}) for attention in kinds]
             if not any(row["batch"] for row in pair):
                 continue
             cells = [f"{length // 1024}k", "largest" if largest else "1"]
@@ -369,7 +370,7 @@ def ort_decode(data: dict[str, Any]) -> str:
                 cells.append(f"{row['memory_bytes'] / 1e9:.1f}" if some else "")
             rows.append(cells)
     header = ["context", "batch"]
-    for name in ("coded", "GQA fp16"):
+    for name in ("coded", "coded after RoPE", "GQA fp16"):
         header += [f"{name}: rows", "step, ms", "tokens/s", "memory, GB"]
     return table(header, rows)
 

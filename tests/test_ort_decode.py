@@ -1,4 +1,4 @@
-"""The decoder of benchmarks/ort_decode.py, small and on the CPU: both graphs against torch and against each other."""
+"""The decoder of benchmarks/ort_decode.py, small and on the CPU: its graphs against torch and against each other."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_with_all_tokens_exact_the_graphs_agree(bench: ModuleType) -> None:
     assert bench.check_graphs_agree(small(bench), "cpu", torch.float32, 20) < 1e-5
 
 
-@pytest.mark.parametrize("attention", ["gsrq", "gqa"])
+@pytest.mark.parametrize("attention", ["gsrq", "rotated", "gqa"])
 def test_a_step_equals_torch(bench: ModuleType, tmp_path: Path, attention: str) -> None:
     made = runner(bench, tmp_path, attention)
     coding = bench.RULE.sinks + bench.RULE.window + bench.RULE.coded(511) - 1
@@ -56,7 +56,7 @@ def test_a_step_equals_torch(bench: ModuleType, tmp_path: Path, attention: str) 
         assert bench.check_step(made, past, row) < 1e-4
 
 
-@pytest.mark.parametrize("attention", ["gsrq", "gqa"])
+@pytest.mark.parametrize("attention", ["gsrq", "rotated", "gqa"])
 def test_the_check_refuses_another_model(bench: ModuleType, tmp_path: Path, attention: str) -> None:
     made = runner(bench, tmp_path, attention)
     made.decoder = replace(made.decoder, theta=10.0)  # of the reference; the graph has its tables
@@ -82,7 +82,7 @@ def test_a_decoder_of_8_billion_has_their_weights(bench: ModuleType) -> None:
 
 
 def test_sizes_of_a_row(bench: ModuleType, tmp_path: Path) -> None:
-    for attention in ("gsrq", "gqa"):
+    for attention in ("gsrq", "rotated", "gqa"):
         directory = tmp_path / attention
         directory.mkdir()
         made = runner(bench, directory, attention)

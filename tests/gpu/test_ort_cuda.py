@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from attention_cases import CASES, Case, Data
+from attention_cases import CASES, ROTATED, Case, Data
 from op_session import CACHE, FEEDS, ONNX_TYPE, OpSession
 from tiny_artifact import tiny_artifact
 
@@ -46,6 +46,12 @@ def feeds(data: Data, start: int, stop: int, io: torch.dtype = torch.float32) ->
     return dict(zip(FEEDS, values, strict=True))
 
 
+def assert_close(output: torch.Tensor, expected: torch.Tensor, limit: float = 1e-3) -> None:
+    """Row by row: a decode multiplies queries and keys as float16 (tests/gpu/test_cuda_kernels.py)."""
+    for row, (got, right) in enumerate(zip(output, expected, strict=True)):
+        assert float((got - right).norm()) <= limit * float(right.norm()), f"row {row}"
+
+
 def assert_same(got: LayerCache, expected: LayerCache) -> None:
     for name, tensor in vars(expected).items():
         assert torch.equal(getattr(got, name), tensor), name
@@ -53,7 +59,7 @@ def assert_same(got: LayerCache, expected: LayerCache) -> None:
 
 @pytest.mark.parametrize("tables", [True, False])
 @pytest.mark.parametrize("chunk", [37, 10, 1])
-@pytest.mark.parametrize("case", [*CASES, WIDE], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ROTATED, WIDE], ids=str)
 def test_the_shared_cases(case: Case, chunk: int, tables: bool) -> None:
     if case.config.exact_prefill and chunk != case.steps:
         pytest.skip("what exact prefill shows depends on the parts")
@@ -63,7 +69,7 @@ def test_the_shared_cases(case: Case, chunk: int, tables: bool) -> None:
     for start in range(0, case.steps, chunk):
         output, cache = runner.run(feeds(data, start, start + chunk), cache)
         parts.append(output)
-    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-4, rtol=1e-4)
+    assert_close(torch.cat(parts, 1), expected)
     assert_same(cache, after)
 
 
@@ -102,7 +108,7 @@ def test_bound_caches_are_updated_in_place() -> None:
         binding = bound(runner, feeds(data, t, t + 1), cache)
         runner.session.run_with_iobinding(binding)
         parts.append(torch.from_numpy(binding.get_outputs()[-1].numpy()))
-    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-4, rtol=1e-4)
+    assert_close(torch.cat(parts, 1), expected)
     assert_same(LayerCache(*(x.cpu() for x in vars(cache).values())), after)
 
 
@@ -138,10 +144,14 @@ def test_a_model_on_cuda_agrees_with_the_cpu(library: str | None) -> None:
     assert on_cuda.backend == ("cuda-op" if library else "onnx-function")
     generator = np.random.default_rng(0)
     prompts = [generator.integers(3, 97, n).tolist() for n in (60, 1, 33)]
-    np.testing.assert_allclose(on_cuda.prefill(prompts), on_cpu.prefill(prompts), atol=2e-3, rtol=2e-3)
+
+    def close(got: np.ndarray, expected: np.ndarray) -> bool:  # type: ignore[type-arg]
+        return float(np.linalg.norm(got - expected)) < 4e-3 * float(np.linalg.norm(expected))
+
+    assert close(on_cuda.prefill(prompts), on_cpu.prefill(prompts))
     for _ in range(20):
         tokens = generator.integers(3, 97, 3).tolist()
-        np.testing.assert_allclose(on_cuda.step(tokens), on_cpu.step(tokens), atol=2e-3, rtol=2e-3)
+        assert close(on_cuda.step(tokens), on_cpu.step(tokens))
     assert on_cuda.lengths.tolist() == [80, 21, 53]
     for part in ("key_codes", "value_codes"):
         same = on_cuda.read_cache(0, part) == on_cpu.read_cache(0, part)
