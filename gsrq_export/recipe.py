@@ -371,6 +371,16 @@ def _disagreements(recipe: Recipe) -> list[FieldProblem]:
             problems.append(
                 FieldProblem(f"codec.layers.{i}.layer", layer, "has a budget already", "keep one entry a layer")
             )
+    triton = recipe.triton
+    if triton.max_sequences < triton.max_batch_size:
+        problems.append(
+            FieldProblem(
+                "triton.max_sequences",
+                triton.max_sequences,
+                f"is below triton.max_batch_size, {triton.max_batch_size}",
+                "allow at least as many sequences as fit a batch",
+            )
+        )
     finetune = recipe.codec.finetune
     if finetune and traffic.sequences < 2:
         problems.append(

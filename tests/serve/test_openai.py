@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,17 +18,34 @@ from families import ROOT
 from real_triton import fetch, free_ports, require_server, settled
 from serve_artifact import PROMPTS, generated, served_artifact
 
+from gsrq_export.runtime.generate import Generation, load_eos, load_tokenizer
+from gsrq_export.runtime.session import OrtModel
+
 pytestmark = pytest.mark.slow
 NAME = "demo"
 
 
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
 @pytest.fixture(scope="module")
-def ports() -> Iterator[tuple[int, int]]:
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The served artifact with a chat template, which the demo model lacks."""
+    path = shutil.copytree(served_artifact(), tmp_path_factory.mktemp("chat") / "artifact")
+    file = path / "tokenizer" / "tokenizer_config.json"
+    data = json.loads(file.read_text())
+    file.unlink()
+    file.write_text(json.dumps({**data, "chat_template": TEMPLATE}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ports(artifact: Path) -> Iterator[tuple[int, int]]:
     """(OpenAI port, metrics port) of a running `gsrq serve`."""
     require_server()
     pytest.importorskip("uvicorn")
     http, grpc, metrics, front = free_ports(4)
-    arguments = ["--artifact", str(served_artifact()), "--name", NAME, "--openai", "--openai-port", str(front)]
+    arguments = ["--artifact", str(artifact), "--name", NAME, "--openai", "--openai-port", str(front)]
     arguments += ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "cli.py"), "serve", *arguments, "--max-new-tokens", "280", "--threads", "1"],
@@ -85,11 +105,26 @@ def test_a_client_that_leaves(client: Any, ports: tuple[int, int]) -> None:
     assert "gsrq_slots_used" in text
 
 
-def test_chat_without_a_template_is_refused(client: Any) -> None:
+def test_chat(client: Any, artifact: Path) -> None:
     import openai
 
-    with pytest.raises(openai.BadRequestError, match="no chat template"):
-        client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "hello"}])
+    messages = [{"role": "system", "content": "the old man"}, {"role": "user", "content": "walked slowly"}]
+    tokenizer = load_tokenizer(artifact)
+    ids = tokenizer.encode("system: the old man\nuser: walked slowly\nassistant:", add_special_tokens=False)
+    text = "".join(Generation(OrtModel(artifact, 1), tokenizer, ids, max_new_tokens=20, eos=load_eos(artifact)))
+    whole = client.chat.completions.create(model=NAME, messages=messages, max_completion_tokens=20, temperature=0)
+    assert (whole.choices[0].message.role, whole.choices[0].message.content) == ("assistant", text)
+    assert whole.usage.prompt_tokens == len(ids)
+    chunks = list(
+        client.chat.completions.create(model=NAME, messages=messages, max_tokens=20, temperature=0, stream=True)
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == text
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices[0].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="tools: not supported"):
+        client.chat.completions.create(model=NAME, messages=messages, tools=[{"type": "function"}])
+    with pytest.raises(openai.BadRequestError, match="messages"):
+        client.chat.completions.create(model=NAME, messages=[])
 
 
 @pytest.mark.parametrize(
