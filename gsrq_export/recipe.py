@@ -205,6 +205,10 @@ class EvaluateRecipe(_Section):
 class TritonRecipe(_Section):
     name: Annotated[str, Field(pattern=SLUG)] | None = None  # of the served model; none: the recipe's
     max_batch_size: Positive = 8
+    max_sequences: Annotated[int, Field(ge=1, le=1 << 20)] = 32  # that live on the server at once
+    # The custom-op library's path on the server. None: the onnxruntime backend runs the graph's function of standard
+    # operators, the python backend the library that `gsrq plugins build` made there.
+    op_library: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./+@-]{1,255}$")] | None = None
 
 
 class Recipe(_Section):
@@ -372,6 +376,16 @@ def _disagreements(recipe: Recipe) -> list[FieldProblem]:
             problems.append(
                 FieldProblem(f"codec.layers.{i}.layer", layer, "has a budget already", "keep one entry a layer")
             )
+    triton = recipe.triton
+    if triton.max_sequences < triton.max_batch_size:
+        problems.append(
+            FieldProblem(
+                "triton.max_sequences",
+                triton.max_sequences,
+                f"is below triton.max_batch_size, {triton.max_batch_size}",
+                "allow at least as many sequences as fit a batch",
+            )
+        )
     finetune = recipe.codec.finetune
     if finetune and traffic.sequences < 2:
         problems.append(

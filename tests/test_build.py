@@ -82,7 +82,8 @@ def test_the_artifact_is_complete_and_sound(built: Path) -> None:
     assert run("verify", "--artifact", built).exit_code == 0
     for name in ("model.onnx", "codebooks.safetensors", "recipe.resolved.yaml", "metrics.json", "report.html"):
         assert (built / name).is_file()
-    assert (built / "triton/tiny/config.pbtxt").is_file()
+    assert (built / "triton/onnxruntime/tiny/config.pbtxt").is_file()
+    assert (built / "triton/python/tiny/1/model.py").is_file()
     shown = run("inspect", "--artifact", built).output
     assert "bits       0.25 nominal" in shown
     data = json.loads(run("inspect", "--artifact", built, "--json").output)

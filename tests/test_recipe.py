@@ -63,6 +63,11 @@ def test_defaults_and_round_trip() -> None:
         ("codec: 3", ["codec = 3", "keys and values"]),
         ("cache: {sinks: -1}", ["cache.sinks = -1"]),
         ("cache: {window: 2000}", ["cache.window = 2000", "nothing is ever coded", "export.max_length 2048"]),
+        (
+            "triton: {max_batch_size: 8, max_sequences: 4}",
+            ["triton.max_sequences = 4", "below triton.max_batch_size, 8"],
+        ),
+        ("triton: {op_library: 'x\" }'}", ["triton.op_library"]),
         ("traffic: {sequences: 1, sequence_length: 100}", ["traffic.sequences = 1", "100 tokens", "256 codewords"]),
         ("evaluate: {recall: {lengths: [64, 4096]}}", ["evaluate.recall.lengths.1 = 4096", "export.max_length"]),
         (

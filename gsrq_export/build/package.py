@@ -35,12 +35,14 @@ from gsrq_export.compare.schema import load_comparison
 from gsrq_export.export.function import OPERATOR_VERSION
 from gsrq_export.export.model import CODEBOOKS_FILE, MODEL_FILE, WEIGHTS_FILE
 from gsrq_export.export.triton import TritonSettings, write_triton_repository
+from gsrq_export.export.triton_python import PythonSettings, write_python_model
 from gsrq_export.model.loading import TOKENIZER_FILES
 from gsrq_export.recipe import Recipe, resolved_yaml
 from gsrq_export.report.html import write_report
 from gsrq_export.report.schema import BuildMetrics, CacheSize, Distortion
 from gsrq_export.runtime.metadata import CacheMetadata
 from gsrq_export.runtime.metadata import LayerShape as CachedLayer
+from gsrq_export.serve.limits import Limits
 from gsrq_export.stages.storage import disk_errors
 
 KEY_FRAMES = {"pre-rope": "before RoPE", "rotated": "after RoPE"}  # as pages and commands put it
@@ -78,11 +80,10 @@ def _assemble(source: Source, done: Mapping[str, Path], building: Path) -> None:
     traffic = json.loads((done["traffic"] / "traffic.json").read_text())
     metrics = _metrics(recipe, cache, done)
     metrics.save(building / "metrics.json")
-    write_triton_repository(
-        building,
-        recipe.triton.name or recipe.name.replace(".", "_"),
-        TritonSettings(max_batch_size=recipe.triton.max_batch_size),
-    )
+    served, triton = recipe.triton.name or recipe.name.replace(".", "_"), recipe.triton
+    most = triton.max_sequences
+    write_triton_repository(building, served, TritonSettings(triton.max_batch_size, most, op_library=triton.op_library))
+    write_python_model(building, served, PythonSettings(Limits(most), op_library=triton.op_library or "auto"))
     library = native.find()
     manifest = make_manifest(
         building,

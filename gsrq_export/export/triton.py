@@ -15,20 +15,16 @@ Requests of a sequence must wait for each other's answer. A wrong past_lengths g
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import onnx
 from onnx import TensorProto
 
 from gsrq_export.errors import ArtifactError, GsrqError
+from gsrq_export.export.triton_files import check_library, check_name, link_files, load_graph, model_files
 from gsrq_export.runtime.metadata import PARTS, CacheMetadata
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-LIBRARY = re.compile(r"[A-Za-z0-9_./+@-]{1,255}")
 TYPES = {
     TensorProto.INT64: "TYPE_INT64",
     TensorProto.INT8: "TYPE_INT8",
@@ -68,17 +64,14 @@ class TritonSettings:
                 f"triton.max_sequences: {self.max_sequences} is below max_batch_size {self.max_batch_size}",
                 "allow at least as many sequences as fit a batch",
             )
-        if self.op_library is not None and not LIBRARY.fullmatch(self.op_library):
-            raise GsrqError(
-                f"triton.op_library: {self.op_library!r} has characters that a path should not have here",
-                "use letters, digits and . _ / + @ -",
-            )
+        if self.op_library is not None:
+            check_library(self.op_library, "triton.op_library")
 
 
 def write_triton_repository(artifact_dir: Path, name: str, settings: TritonSettings | None = None) -> Path:
-    """Write ``triton/<name>/`` into an artifact: config.pbtxt and version 1 of the model.
+    """Write ``triton/onnxruntime/<name>/`` into an artifact: config.pbtxt and version 1 of the model.
 
-    The model's files are hard links to the artifact's own (copies where the file system has none).
+    The model's files are hard links to the artifact's own (copies where the file system has none), and read-only.
 
     Args:
         artifact_dir: holds model.onnx and its external data.
@@ -89,62 +82,11 @@ def write_triton_repository(artifact_dir: Path, name: str, settings: TritonSetti
         GsrqError: a bad name, or one that is there already.
         ArtifactError: model.onnx is missing, is not ours, or its data lies outside the directory.
     """
-    if not NAME.fullmatch(name):
-        raise GsrqError(f"triton name {name!r} is not valid", "use up to 64 letters, digits, _ and -, no _ or - first")
+    check_name(name)
     model = load_graph(artifact_dir / "model.onnx")
     config = triton_config(model, name, settings or TritonSettings())
-    files = [PurePosixPath("model.onnx"), *external_files(model)]
-    for file in files:
-        if not (artifact_dir / file).is_file():
-            raise ArtifactError(f"{artifact_dir / file} does not exist", "build the artifact again")
-    target = artifact_dir / "triton" / name
-    if target.exists():
-        raise GsrqError(f"{target} exists", "remove it or choose another name")
-    version = target / "1"
-    version.mkdir(parents=True)
-    for file in files:
-        place = version / file
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(artifact_dir / file, place)
-        except OSError:
-            shutil.copyfile(artifact_dir / file, place)
-    (target / "config.pbtxt").write_text(config, "utf-8")
-    return target
-
-
-def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph without its external data.
-
-    Raises:
-        ArtifactError: missing, or not ONNX.
-    """
-    if not path.is_file():
-        raise ArtifactError(f"{path} does not exist", "name the directory that a build wrote")
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's error type is not public
-        raise ArtifactError(f"{path} is not an ONNX model", "build the artifact again") from error
-
-
-def external_files(model: onnx.ModelProto) -> list[PurePosixPath]:
-    """The files, relative to the model, that hold its large tensors.
-
-    Raises:
-        ArtifactError: one would lie outside the model's directory.
-    """
-    found = set()
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if tensor.data_location == TensorProto.EXTERNAL and entry.key == "location":
-                file = PurePosixPath(entry.value)
-                if file.is_absolute() or ".." in file.parts or not file.parts or "\\" in entry.value:
-                    raise ArtifactError(
-                        f"model.onnx: {tensor.name} lies in {entry.value!r}, outside the artifact",
-                        "do not use this file",
-                    )
-                found.add(file)
-    return sorted(found)
+    files = model_files(artifact_dir)
+    return link_files(artifact_dir, artifact_dir / "triton" / "onnxruntime" / name, files, {"config.pbtxt": config})
 
 
 def triton_config(model: onnx.ModelProto, name: str, settings: TritonSettings) -> str:

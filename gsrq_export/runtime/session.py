@@ -100,6 +100,11 @@ class OrtModel:
         return self.metadata.max_length
 
     @property
+    def session(self) -> Any:
+        """The onnxruntime.InferenceSession, for a caller that keeps caches of its own."""
+        return self._session
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens in each row's cache: int64 [B]."""
         return self._lengths.copy()

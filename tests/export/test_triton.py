@@ -17,7 +17,7 @@ from tiny_artifact import MAX_LENGTH, RULE, tiny_artifact
 
 from gsrq_export import GsrqError
 from gsrq_export.errors import ArtifactError
-from gsrq_export.export import triton
+from gsrq_export.export import triton_files
 from gsrq_export.export.triton import TritonSettings, write_triton_repository
 from gsrq_export.runtime.session import OrtModel
 
@@ -120,7 +120,7 @@ def test_files_are_linked_and_run(artifact: Path, monkeypatch: pytest.MonkeyPatc
     def no_links(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(triton.os, "link", no_links)
+    monkeypatch.setattr(triton_files.os, "link", no_links)
     copied = write_triton_repository(artifact, "copied") / "1"
     for name in files:
         assert not (copied / name).samefile(artifact / name)
@@ -197,4 +197,4 @@ def test_refusals(artifact: Path, tmp_path: Path) -> None:
     (artifact / "model.onnx").write_bytes(b"not onnx")
     with pytest.raises(ArtifactError, match="is not an ONNX model"):
         write_triton_repository(artifact, "x")
-    assert not (artifact / "triton" / "x").exists()
+    assert not (artifact / "triton" / "onnxruntime" / "x").exists()
