@@ -1,4 +1,4 @@
-"""Writes the tables of the documents, and their plots, from the JSON in benchmarks/results/.
+"""Writes the tables of the documents, and their plots, from the JSON in benchmarks/results/ and from the recipes.
 
 python benchmarks/tables.py            # rewrite the tables between the markers
 python benchmarks/tables.py --check    # exit status 1 if a document differs
@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,18 @@ from typing import Any
 from environment import ROOT
 from gskm_gaussian import plots, spread, standalone
 
+from gsrq_export.accounting import LayerShape, effective_bits, footprint, nominal_bits, token_bytes
+from gsrq_export.build.source import Source
 from gsrq_export.cache.rule import CacheRule
+from gsrq_export.recipe import Recipe, load_recipe
+from gsrq_export.recipe_files import bundled_recipes
 from gsrq_export.report.svg import Axis, Series, bars
 
 RESULTS = ROOT / "benchmarks/results"
 RULE = CacheRule(4, 64, 64)
 CONTEXTS = (2048, 8192, 131072)
+MEMORY_CONTEXTS = (8192, 32768, 131072)  # or as many tokens as the recipe's longest
+SEQUENCES = (1, 32)  # that share the codebooks
 
 
 def sequence_bits(nominal: float, context: int) -> float:
@@ -385,6 +392,44 @@ def ort_recall(data: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def stated_recipes() -> list[tuple[Recipe, Sequence[LayerShape]]]:
+    """The recipes that state their model's architecture, with its layers."""
+    recipes = [load_recipe(file) for file in bundled_recipes()]
+    return [(r, Source(r).stated_shapes()) for r in recipes if r.model.architecture is not None]
+
+
+def models() -> str:
+    rows = []
+    for recipe, shapes in stated_recipes():
+        one, first = footprint(recipe, shapes, 1), shapes[0]
+        keys, values = recipe.codec.keys, recipe.codec.values
+        rows.append(
+            [
+                recipe.name,
+                f"{len(shapes)} x {first.num_kv_heads} x {first.head_dim}",
+                f"D {keys.width}, R {keys.stages} + {values.stages}",
+                f"{nominal_bits(recipe, shapes):g}",
+                *(f"{n:,}" for n in (one.fp16, one.fp16 // 2, token_bytes(recipe, shapes))),
+                f"{one.codebooks / 2**20:,.0f} MiB",
+            ]
+        )
+    header = ["recipe", "layers x KV heads x head_dim", "codec, keys + values", "bits"]
+    return table([*header, "bf16, bytes a token", "FP8", "coded", "codebooks"], rows)
+
+
+def memory() -> str:
+    rows = []
+    for recipe, shapes in stated_recipes():
+        limit = recipe.export.max_length
+        for context in sorted({min(n, limit) for n in MEMORY_CONTEXTS}):
+            size = footprint(recipe, shapes, context)
+            cells = [f"{n / 2**20:,.0f}" for n in (size.fp16, size.fp16 // 2, size.per_sequence)]
+            shared = [f"{effective_bits(recipe, shapes, context, n):.2f}" for n in SEQUENCES]
+            rows.append([recipe.name, f"{context // 1024}k", *cells, f"{size.fp16 / size.per_sequence:.1f}x", *shared])
+    header = ["recipe", "tokens", "bf16, MiB", "FP8, MiB", "coded, MiB", "bf16 over coded"]
+    return table([*header, *(f"effective bits, {n} sequence{'s' * (n > 1)}" for n in SEQUENCES)], rows)
+
+
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew, and the plots."""
     data = {f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json")}
@@ -411,18 +456,24 @@ def documents() -> dict[Path, str]:
         "tasks": ("tasks_recall-28m", tasks),
         "int8": ("int8_demo-6m", int8),
     }
+    counted = {"models": models, "memory": memory}  # from the recipes, nothing measured
     out = {ROOT / "docs/img" / name: text for name, text in plots(data["gskm_gaussian"]["rows"]).items()}
     out[ROOT / "docs/img/cuda_decode.svg"] = cuda_plot(data["cuda_attention"])
     if "cuda_calibration" in data:
         out[ROOT / "docs/img/cuda_calibration.svg"] = calibration_plot(data["cuda_calibration"])
-    for name in ("method", "quality", "speed", "tune"):
+    for name in ("method", "models", "quality", "speed", "tune"):
         path = ROOT / f"docs/{name}.md"
 
         def replace(match: re.Match[str]) -> str:
-            source, maker = makers[match[1]]
-            if source not in data:  # not measured yet
-                return match[0]
-            return f"<!-- table: {match[1]} -->\n{maker(data[source])}\n<!-- end -->"
+            name = match[1]
+            if name in counted:
+                text = counted[name]()
+            else:
+                source, maker = makers[name]
+                if source not in data:  # not measured yet
+                    return match[0]
+                text = maker(data[source])
+            return f"<!-- table: {name} -->\n{text}\n<!-- end -->"
 
         out[path] = re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, path.read_text(), flags=re.DOTALL)
     return out

@@ -55,6 +55,11 @@ def footprint(recipe: Recipe, layers: Sequence[LayerShape], context_length: int,
     )
 
 
+def token_bytes(recipe: Recipe, layers: Sequence[LayerShape]) -> int:
+    """Bytes of one coded token's codes, all layers."""
+    return sum(_code_bytes(recipe.codec.side(kind, i), layer) for kind in SIDES for i, layer in enumerate(layers))
+
+
 def nominal_bits(recipe: Recipe, layers: Sequence[LayerShape], kinds: Sequence[str] = SIDES) -> float:
     """Bits an element, codes alone, over all layers; of keys or values alone with one kind."""
     coded = [(layer.elements, recipe.codec.side(kind, i)) for kind in kinds for i, layer in enumerate(layers)]

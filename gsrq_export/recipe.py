@@ -13,12 +13,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gsrq_export.cache.rule import CODEBOOK_SIZE, CacheRule
-from gsrq_export.errors import GsrqError
 from gsrq_export.evaluate.tasks.names import TaskName
+from gsrq_export.model.architecture import Architecture
 from gsrq_export.recipe_errors import FieldProblem, describe_errors, recipe_error
+from gsrq_export.recipe_files import asset_roots, parse_yaml, read_recipe
 
 SLUG = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-MAX_RECIPE_BYTES = 1 << 20
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -36,6 +36,7 @@ class _Section(BaseModel):
 class ModelSource(_Section):
     path: Annotated[str, Field(min_length=1)]  # a directory or a hub id
     revision: str | None = None
+    architecture: Architecture | None = None  # what the model must be, see model/architecture.py
 
 
 class SelfSource(_Section):
@@ -241,39 +242,21 @@ class Recipe(_Section):
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe; its relative paths are resolved (see `resolve_path`), so it means the same anywhere.
+    """Read a recipe and the files it extends; relative paths are resolved, so it means the same anywhere.
 
     Raises:
         GsrqError: unreadable, not YAML, or with any fault; all faults are listed with field, value and mend.
     """
     path = Path(path)
-    try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise GsrqError(f"{path} has {path.stat().st_size} bytes: not a recipe", "give a recipe's YAML file")
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise GsrqError(
-            f"recipe {path} is not UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8"
-        ) from None
-    except OSError as error:
-        raise GsrqError(
-            f"recipe {path} cannot be read: {error.strerror}", "`gsrq recipes` lists those there are"
-        ) from None
-    return parse_recipe(text, str(path), path.resolve().parent)
+    return _validated(read_recipe(path), str(path), path.resolve().parent)
 
 
 def parse_recipe(text: str, name: str, directory: Path) -> Recipe:
-    """A recipe from its YAML text. ``directory``: where its relative paths start; ``name``: for messages."""
-    try:
-        data = yaml.load(text, _StrictLoader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise GsrqError(f"recipe {where}: {error.problem}", "correct the YAML at that place") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise GsrqError(f"recipe {name} is not YAML: {error}", "see recipes/ for examples") from None
-    if not isinstance(data, dict):
-        raise GsrqError(f"recipe {name}: holds {type(data).__name__}, not keys and values", "see recipes/ for examples")
+    """A recipe from its YAML text, which must stand alone. ``directory``: where its relative paths start."""
+    return _validated(parse_yaml(text, name), name, directory)
+
+
+def _validated(data: dict[str, Any], name: str, directory: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -284,12 +267,6 @@ def parse_recipe(text: str, name: str, directory: Path) -> Recipe:
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with every default written out; `parse_recipe` gives an equal recipe back."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def asset_roots() -> list[Path]:
-    """Where recipes' relative paths may also start: a checkout's root, or the files bundled with the package."""
-    package = Path(__file__).resolve().parent
-    return [root for root in (package.parent, package / "_bundled") if (root / "assets").is_dir()]
 
 
 def resolve_path(value: str, directory: Path) -> str:
@@ -457,23 +434,3 @@ def _is_hub_id(path: str) -> bool:
 
 def _is_glob(path: str) -> bool:
     return any(c in path for c in "*?[")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses duplicate keys, which YAML parsers silently resolve to the last one."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, Any] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a word", problem_mark=key_node.start_mark)
-            if key in seen:
-                first = seen[key].start_mark.line + 1
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key!r} stands twice; first in line {first}", problem_mark=key_node.start_mark
-                )
-            seen[key] = key_node
-        return super().construct_mapping(node, deep)

@@ -101,10 +101,29 @@ class Source:
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         return [LayerShape(kv_heads, head_dim)] * int(config.num_hidden_layers)
 
+    def stated_shapes(self) -> Sequence[LayerShape]:
+        """The layers' shapes as the recipe states them; where it does not, the model's."""
+        architecture = self.recipe.model.architecture
+        if architecture is None:
+            return self.shapes()
+        return [LayerShape(*architecture.kv_shape)] * architecture.num_hidden_layers
+
     def check(self) -> None:
         """Everything that can be refused without loading weights."""
         check_device(self.device)
         if self.recipe.evaluate and self.recipe.evaluate.compare:
             chosen(self.recipe.evaluate.compare.methods)  # refuses ids that there are not
+        if self.recipe.model.architecture is not None:
+            check_stated(self.recipe)  # before anything is fetched
         weight_files(self.directory)
+        if self.recipe.model.architecture is not None:
+            self.recipe.model.architecture.check_model(self._config, self.recipe.name)
         check_against(self.recipe, [(shape.num_kv_heads, shape.head_dim) for shape in self.shapes()], self._positions)
+
+
+def check_stated(recipe: Recipe) -> None:
+    """Refuse a recipe that the architecture it states cannot follow."""
+    architecture = recipe.model.architecture
+    if architecture is not None:
+        heads = [architecture.kv_shape] * architecture.num_hidden_layers
+        check_against(recipe, heads, architecture.max_position_embeddings)

@@ -10,6 +10,7 @@ from gsrq_export import __version__
 from gsrq_export.commands.build import build
 from gsrq_export.commands.compare import compare
 from gsrq_export.commands.evaluate import evaluate
+from gsrq_export.commands.export import export
 from gsrq_export.commands.generate import generate
 from gsrq_export.commands.inspect import inspect
 from gsrq_export.commands.plugins import plugins
@@ -27,7 +28,7 @@ def cli() -> None:
     """Key-value caches of one bit an element or less, from calibration to deployable artifacts."""
 
 
-for command in (build, compare, evaluate, generate, inspect, plugins, recipes, regress, serve, tune, verify):
+for command in (build, compare, evaluate, export, generate, inspect, plugins, recipes, regress, serve, tune, verify):
     cli.add_command(command)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +15,41 @@ from gsrq_export.build.package import budgets, publish_artifact
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import stages
 from gsrq_export.commands.options import device_option
+from gsrq_export.build.tiny import tiny_recipe
 from gsrq_export.recipe import Recipe, StdinSource, load_recipe
+from gsrq_export.recipe_files import find_recipe
 from gsrq_export.stages.engine import Pipeline
 from gsrq_export.stages.progress import make_reporter
 from gsrq_export.traffic.sources import spool_stdin
 
 
 @click.command()
-@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.option("--recipe", "recipe_file", required=True, help="A YAML file, or the name of a recipe that comes along.")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="The artifact's directory."
 )
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), help="Intermediate files; default: OUT.work.")
 @device_option
 @click.option("--dry-run", is_flag=True, help="Print the plan, sizes and effective bits; run and write nothing.")
-def build(recipe_file: Path, out: Path, work: Path | None, device: str, dry_run: bool) -> None:
+@click.option(
+    "--tiny", is_flag=True, help="On a small random model of the recipe's architecture: a trial of seconds, no weights."
+)
+def build(recipe_file: str, out: Path, work: Path | None, device: str, dry_run: bool, tiny: bool) -> None:
     """Build the artifact of a recipe. Killed and started again it goes on; what did not change is not run again."""
-    recipe = load_recipe(recipe_file)
+    recipe = load_recipe(find_recipe(recipe_file))
+    work = work or out.with_name(f"{out.name}.work")
+    with contextlib.ExitStack() as stack:
+        if tiny:
+            check_destination(out)
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) if dry_run else work
+            recipe = tiny_recipe(recipe, scratch.absolute())
+        _build(recipe, out, work, device, dry_run)
+
+
+def _build(recipe: Recipe, out: Path, work: Path, device: str, dry_run: bool) -> None:
     source = Source(recipe, device)
     source.check()
     check_destination(out)
-    work = work or out.with_name(f"{out.name}.work")
     reporter = make_reporter()
     if dry_run:
         click.echo(describe(source))

@@ -29,7 +29,7 @@ pytestmark = [
 DEVICE = "cuda"
 SHAPES = [(1, 1, 1), (1, 999, 3), (3, 54, 16), (2, 257, 31), (2, 4097, 48), (3, 1025, 64), (1, 20011, 96)]
 SHAPES += [(8, 5003, 128), (2, 3001, 130), (1, 2999, 200), (2, 1500, 256), (1, 700, 384), (2, 333, 512), (1, 100, 509)]
-CLOSE = 4e-6  # of what the terms of a score add up to: nearer scores than that float32 cannot tell apart
+CLOSE = 5e-6  # of what the terms of a score add up to: nearer scores than that float32 cannot tell apart
 
 
 @pytest.fixture(autouse=True)

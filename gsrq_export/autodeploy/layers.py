@@ -1,0 +1,107 @@
+"""An artifact's layers, ready for the torch operators: codebooks, rotary tables and attributes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from gsrq_export.artifact.verify import verify_artifact
+from gsrq_export.cache.reference import AttentionConfig
+from gsrq_export.cache.rule import CacheRule
+from gsrq_export.codec.codebook import LayerCodebooks
+from gsrq_export.codec.storage import load_codebooks
+from gsrq_export.cuda.layer import CudaLayer
+from gsrq_export.errors import ArtifactError
+from gsrq_export.export.function import DOMAIN, OPERATOR
+from gsrq_export.export.model import CODEBOOKS_FILE, MODEL_FILE
+from gsrq_export.runtime.metadata import CacheMetadata, LayerShape
+
+COS, SIN = 3, 4  # the operator's inputs
+FIRST_CACHE = 7
+
+
+@dataclass(frozen=True)
+class ArtifactLayer:
+    """One layer that owns a cache, counted from 0."""
+
+    shape: LayerShape
+    config: AttentionConfig
+    books: LayerCodebooks
+    cos: torch.Tensor  # [positions, rope_dim / 2]
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ArtifactLayers:
+    metadata: CacheMetadata
+    layers: tuple[ArtifactLayer, ...]
+
+
+@lru_cache(maxsize=4)
+def artifact_layers(directory: Path) -> ArtifactLayers:
+    """Verify an artifact and read what its attention needs; the model's weights are not loaded.
+
+    Raises:
+        ArtifactError: it is not sound, or its graph has not one attention node a layer.
+    """
+    verify_artifact(directory, deep=False)
+    graph = onnx.load(str(directory / MODEL_FILE), load_external_data=False)
+    metadata = CacheMetadata.from_properties({p.key: p.value for p in graph.metadata_props})
+    tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
+    books = load_codebooks(directory / CODEBOOKS_FILE)
+    nodes: dict[int, Any] = {}
+    for node in graph.graph.node:
+        if node.domain == DOMAIN and node.op_type == OPERATOR:
+            nodes[int(node.input[FIRST_CACHE].split(".")[1])] = node
+    if sorted(nodes) != list(range(len(metadata.layers))) or len(books) != len(nodes):
+        raise ArtifactError(
+            f"{directory}: {len(nodes)} attention nodes and {len(books)} codebooks for {len(metadata.layers)} layers",
+            "build the artifact again",
+        )
+    found = []
+    for i, shape in enumerate(metadata.layers):
+        node = nodes[i]
+        cos, sin = (_table(tensors[node.input[at]], directory) for at in (COS, SIN))
+        found.append(ArtifactLayer(shape, _config(node), books[i], cos, sin))
+    return ArtifactLayers(metadata, tuple(found))
+
+
+@cache
+def torch_layer(directory: Path, index: int, heads: int, device: torch.device) -> CudaLayer:
+    """The layer on a device, kept for as long as the process lives: graphs hold on to it by its number."""
+    layer = artifact_layers(directory).layers[index]
+    return CudaLayer(
+        heads, layer.shape.head_dim, layer.books.keys, layer.books.values, layer.cos, layer.sin, layer.config, device
+    )
+
+
+def _config(node: Any) -> AttentionConfig:
+    given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return AttentionConfig(
+        scale=float(given["scale"]),
+        rule=CacheRule(int(given["sinks"]), int(given["window"]), int(given["block"])),
+        beam=int(given.get("beam", 1)),
+        rope_interleaved=bool(given.get("rope_interleaved", 0)),
+        exact_prefill=bool(given.get("exact_prefill", 0)),
+        softcap=float(given.get("softcap", 0.0)),
+        sliding_window=int(given.get("sliding_window", 0)),
+    )
+
+
+def _table(tensor: Any, directory: Path) -> torch.Tensor:
+    """A float32 initializer. Outside data is read here: onnx refuses files with more than one hard link, which the
+    artifact's are (its Triton repository has them too); verification has held their places to the directory."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+    given = {entry.key: entry.value for entry in tensor.external_data}
+    count = int(np.prod(tensor.dims))
+    array = np.fromfile(directory / given["location"], np.dtype("<f4"), count, offset=int(given.get("offset", 0)))
+    if tensor.data_type != onnx.TensorProto.FLOAT or array.size != count:
+        raise ArtifactError(f"{directory}: {tensor.name} is not a whole float32 table", "build the artifact again")
+    return torch.from_numpy(array.reshape(tuple(tensor.dims)))
