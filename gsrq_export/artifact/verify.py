@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from gsrq_export.artifact.manifest import MANIFEST, Manifest, check_name, list_files, load_manifest
+from gsrq_export.artifact.manifest import OWN, Manifest, check_name, list_files, load_manifest
 from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.errors import ArtifactError, GsrqError
 from gsrq_export.recipe import parse_recipe
@@ -60,7 +60,7 @@ def find_problems(directory: Path, deep: bool = True) -> list[str]:
     """Everything wrong with an artifact, a line each; empty if it is sound. See `verify_artifact`."""
     try:
         manifest = load_manifest(directory)
-        present = list_files(directory) - {MANIFEST}
+        present = list_files(directory) - set(OWN)
     except ArtifactError as error:
         return [error.problem]
     except OSError as error:

@@ -15,6 +15,7 @@ from gsrq_export.commands.inspect import inspect
 from gsrq_export.commands.plugins import plugins
 from gsrq_export.commands.recipes import recipes
 from gsrq_export.commands.regress import regress
+from gsrq_export.commands.sign import sign
 from gsrq_export.commands.tune import tune
 from gsrq_export.commands.verify import verify
 from gsrq_export.errors import GsrqError
@@ -26,7 +27,7 @@ def cli() -> None:
     """Key-value caches of one bit an element or less, from calibration to deployable artifacts."""
 
 
-for command in (build, compare, evaluate, generate, inspect, plugins, recipes, regress, tune, verify):
+for command in (build, compare, evaluate, generate, inspect, plugins, recipes, regress, sign, tune, verify):
     cli.add_command(command)
 
 
