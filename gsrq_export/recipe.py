@@ -19,6 +19,9 @@ from gsrq_export.recipe_errors import FieldProblem, describe_errors, recipe_erro
 
 SLUG = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 MAX_RECIPE_BYTES = 1 << 20
+MAX_CHARACTERS = 128 << 10  # a second of reading, at most
+MAX_DEPTH = 50
+MAX_NODES = 50_000  # values of a recipe, each as often as aliases repeat it
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -253,8 +256,15 @@ def load_recipe(path: str | Path) -> Recipe:
     return parse_recipe(text, str(path), path.resolve().parent)
 
 
-def parse_recipe(text: str, name: str, directory: Path) -> Recipe:
-    """A recipe from its YAML text. ``directory``: where its relative paths start; ``name``: for messages."""
+def parse_recipe(text: str, name: str, directory: Path | None) -> Recipe:
+    """A recipe from its YAML text.
+
+    Args:
+        name: for messages.
+        directory: where its relative paths start; None leaves them as they are and touches no file.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise GsrqError(f"recipe {name} has over {MAX_CHARACTERS >> 10} Ki characters", "see recipes/ for examples")
     try:
         data = yaml.load(text, _StrictLoader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -269,7 +279,7 @@ def parse_recipe(text: str, name: str, directory: Path) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise recipe_error(name, describe_errors(error, data, Recipe)) from None
-    return _resolved(recipe, directory)
+    return recipe if directory is None else _resolved(recipe, directory)
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -288,7 +298,10 @@ def resolve_path(value: str, directory: Path) -> str:
 
     One that exists nowhere is returned as the recipe's directory would have it.
     """
-    given = Path(value).expanduser()
+    try:
+        given = Path(value).expanduser()
+    except RuntimeError as error:  # ~user without a home
+        raise GsrqError(f"path {value!r}: {error}", "write it from / on") from None
     if given.is_absolute():
         return str(given)
     for root in (directory, *asset_roots()):
@@ -441,7 +454,18 @@ def _is_glob(path: str) -> bool:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses duplicate keys, which YAML parsers silently resolve to the last one."""
+    """Refuses duplicate keys, which YAML parsers silently resolve to the last one, and aliases that multiply."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= MAX_DEPTH:  # each level costs the scanner time for every token within
+            raise yaml.MarkedYAMLError(problem=f"brackets over {MAX_DEPTH} deep", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            _expanded_size(node, {})
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, Any] = {}
@@ -458,3 +482,25 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen[key] = key_node
         return super().construct_mapping(node, deep)
+
+
+def _expanded_size(node: Any, sizes: dict[int, int]) -> int:
+    """Nodes below and including one, each as often as aliases repeat it.
+
+    Raises:
+        MarkedYAMLError: over MAX_NODES, or a node within itself.
+    """
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            raise yaml.MarkedYAMLError(problem="an alias stands within what it names", problem_mark=node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)] = 0  # not known yet
+    size = 1
+    if isinstance(node, yaml.MappingNode):
+        size += sum(_expanded_size(part, sizes) for pair in node.value for part in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        size += sum(_expanded_size(part, sizes) for part in node.value)
+    if size > MAX_NODES:
+        raise yaml.MarkedYAMLError(problem=f"over {MAX_NODES} values, aliases followed", problem_mark=node.start_mark)
+    sizes[id(node)] = size
+    return size

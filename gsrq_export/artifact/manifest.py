@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -191,12 +192,18 @@ def check_name(name: str) -> None:
     """Refuse names of files that could reach outside an artifact, or mean different files on different systems.
 
     Raises:
-        ArtifactError: absolute, '..', backslash, drive, control character, not in its plain form, the manifest or the
+        ArtifactError: absolute, '..', backslash, drive, control character, half of a
+            surrogate pair, not in its plain form, the manifest or the
             signature.
     """
     pure = PurePosixPath(name)
     plain = str(pure) == name and ".." not in pure.parts and not pure.is_absolute() and name not in ("", ".")
-    if not plain or any(c in "\\:" or ord(c) < 32 for c in name) or len(name) > 1024 or name in OWN:
+    if (
+        not plain
+        or any(c in "\\:" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
+        or len(name) > 1024
+        or name in OWN
+    ):
         raise ArtifactError(f"file name {name!r} is not a plain path inside the artifact", "do not use this artifact")
 
 
@@ -244,7 +251,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_schema(path: Path, data: Any) -> bool:
     """Whether the minor version is newer than ours."""
     version = data.get("schema") if isinstance(data, dict) else None
-    if not isinstance(version, str) or version.count(".") != 1 or not version.replace(".", "").isdecimal():
+    if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,4}\.[0-9]{1,4}", version):
         raise ArtifactError(f"{path}: schema {version!r} is no version", "it is not an artifact's manifest")
     major, minor = (int(part) for part in version.split("."))
     if major != SCHEMA[0]:
