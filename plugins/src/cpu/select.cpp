@@ -10,7 +10,7 @@
 namespace gsrq::cpu {
 
 #if defined(__x86_64__)
-// clang before 16 does not know __builtin_cpu_supports("f16c").
+// clang 14 does not know __builtin_cpu_supports("f16c").
 static bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
