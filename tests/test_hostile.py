@@ -137,6 +137,16 @@ def test_aliases_that_do_not_multiply_are_fine() -> None:
     assert recipe.codec.keys == recipe.codec.values
 
 
+def test_paths_of_a_recipe() -> None:
+    """A home that there is not is an error; a stranger's recipe is read without looking at the disk."""
+    for path in ("~nobody-such/m", "../../../**/*"):
+        text = f"name: x\nmodel: {{path: m}}\ntraffic: {{sources: [{{kind: text, path: '{path}'}}]}}\n"
+        assert parse_recipe(text, "r.yaml", None).traffic.sources[0].path == path  # type: ignore[union-attr]
+    text = text.replace(path, "~nobody-such/m")
+    with pytest.raises(GsrqError, match=r"~nobody-such/m.*home"):
+        parse_recipe(text, "r.yaml", Path("/nowhere"))
+
+
 # Calls that run code, or a shell, from data.
 FORBIDDEN = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads",
