@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gsrq_export.cache.rule import CODEBOOK_SIZE, CacheRule
+from gsrq_export.errors import GsrqError
 from gsrq_export.evaluate.tasks.names import TaskName
 from gsrq_export.model.architecture import Architecture
 from gsrq_export.recipe_errors import FieldProblem, describe_errors, recipe_error
@@ -251,17 +252,22 @@ def load_recipe(path: str | Path) -> Recipe:
     return _validated(read_recipe(path), str(path), path.resolve().parent)
 
 
-def parse_recipe(text: str, name: str, directory: Path) -> Recipe:
-    """A recipe from its YAML text, which must stand alone. ``directory``: where its relative paths start."""
+def parse_recipe(text: str, name: str, directory: Path | None) -> Recipe:
+    """A recipe from its YAML text, which must stand alone.
+
+    Args:
+        name: for messages.
+        directory: where its relative paths start; None leaves them as they are and touches no file.
+    """
     return _validated(parse_yaml(text, name), name, directory)
 
 
-def _validated(data: dict[str, Any], name: str, directory: Path) -> Recipe:
+def _validated(data: dict[str, Any], name: str, directory: Path | None) -> Recipe:
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise recipe_error(name, describe_errors(error, data, Recipe)) from None
-    return _resolved(recipe, directory)
+    return recipe if directory is None else _resolved(recipe, directory)
 
 
 def resolved_yaml(recipe: Recipe) -> str:
@@ -274,7 +280,10 @@ def resolve_path(value: str, directory: Path) -> str:
 
     One that exists nowhere is returned as the recipe's directory would have it.
     """
-    given = Path(value).expanduser()
+    try:
+        given = Path(value).expanduser()
+    except RuntimeError as error:  # ~user without a home
+        raise GsrqError(f"path {value!r}: {error}", "write it from / on") from None
     if given.is_absolute():
         return str(given)
     for root in (directory, *asset_roots()):

@@ -11,7 +11,10 @@ import yaml
 from gsrq_export.errors import GsrqError
 
 MAX_RECIPE_BYTES = 1 << 20
-MAX_DEPTH = 8  # of files that extend files
+MAX_CHARACTERS = 128 << 10  # a second of reading, at most
+MAX_DEPTH = 50
+MAX_NODES = 50_000  # values of a recipe, each as often as aliases repeat it
+MAX_EXTENDED = 8  # files that extend each other
 EXTENDS = "extends"
 
 
@@ -61,8 +64,10 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     """Keys and values of a YAML text.
 
     Raises:
-        GsrqError: not YAML, not a mapping, or with a key that stands twice.
+        GsrqError: too long or deep, not YAML, not a mapping, or with a key that stands twice.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise GsrqError(f"recipe {name} has over {MAX_CHARACTERS >> 10} Ki characters", "see recipes/ for examples")
     try:
         data = yaml.load(text, _StrictLoader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -78,9 +83,9 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
 
 def _read(path: Path, chain: Sequence[Path]) -> dict[str, Any]:
     here = path.resolve()
-    if here in chain or len(chain) >= MAX_DEPTH:
+    if here in chain or len(chain) >= MAX_EXTENDED:
         steps = " -> ".join(file.name for file in (*chain, here))
-        what = "a file extends itself" if here in chain else f"more than {MAX_DEPTH} files extend each other"
+        what = "a file extends itself" if here in chain else f"more than {MAX_EXTENDED} files extend each other"
         raise GsrqError(f"recipe {chain[0]}: {EXTENDS}: {what}: {steps}", "name each file once")
     data = parse_yaml(_text(path), str(path))
     if EXTENDS not in data:
@@ -133,7 +138,18 @@ def _text(path: Path) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses duplicate keys, which YAML parsers silently resolve to the last one."""
+    """Refuses duplicate keys, which YAML parsers silently resolve to the last one, and aliases that multiply."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= MAX_DEPTH:  # each level costs the scanner time for every token within
+            raise yaml.MarkedYAMLError(problem=f"brackets over {MAX_DEPTH} deep", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            _expanded_size(node, {})
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, Any] = {}
@@ -150,3 +166,25 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen[key] = key_node
         return super().construct_mapping(node, deep)
+
+
+def _expanded_size(node: Any, sizes: dict[int, int]) -> int:
+    """Nodes below and including one, each as often as aliases repeat it.
+
+    Raises:
+        MarkedYAMLError: over MAX_NODES, or a node within itself.
+    """
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            raise yaml.MarkedYAMLError(problem="an alias stands within what it names", problem_mark=node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)] = 0  # not known yet
+    size = 1
+    if isinstance(node, yaml.MappingNode):
+        size += sum(_expanded_size(part, sizes) for pair in node.value for part in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        size += sum(_expanded_size(part, sizes) for part in node.value)
+    if size > MAX_NODES:
+        raise yaml.MarkedYAMLError(problem=f"over {MAX_NODES} values, aliases followed", problem_mark=node.start_mark)
+    sizes[id(node)] = size
+    return size

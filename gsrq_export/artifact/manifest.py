@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -20,8 +21,10 @@ from gsrq_export.stages.keys import code_hash, environment, file_hash
 from gsrq_export.stages.storage import write_atomic
 
 MANIFEST = "manifest.json"
+SIGNATURE = "artifact.sig"  # of all other files; see signing.py
 SCHEMA = (1, 1)
 MAX_MANIFEST_BYTES = 4 << 20
+OWN = (MANIFEST, SIGNATURE)  # which no manifest lists
 MAX_FILES = 10_000
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -125,7 +128,7 @@ def make_manifest(
         ArtifactError: the directory holds links or special files, or names that no manifest may hold.
     """
     names = list_files(directory)
-    names.discard(MANIFEST)
+    names -= {MANIFEST, SIGNATURE}
     hashed: dict[tuple[int, int], FileEntry] = {}  # by file: hard links are read once
     return Manifest(
         schema_version=f"{SCHEMA[0]}.{SCHEMA[1]}",
@@ -193,11 +196,18 @@ def check_name(name: str) -> None:
     """Refuse names of files that could reach outside an artifact, or mean different files on different systems.
 
     Raises:
-        ArtifactError: absolute, '..', backslash, drive, control character, not in its plain form, or the manifest.
+        ArtifactError: absolute, '..', backslash, drive, control character, half of a
+            surrogate pair, not in its plain form, the manifest or the
+            signature.
     """
     pure = PurePosixPath(name)
     plain = str(pure) == name and ".." not in pure.parts and not pure.is_absolute() and name not in ("", ".")
-    if not plain or any(c in "\\:" or ord(c) < 32 for c in name) or len(name) > 1024 or name == MANIFEST:
+    if (
+        not plain
+        or any(c in "\\:" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
+        or len(name) > 1024
+        or name in OWN
+    ):
         raise ArtifactError(f"file name {name!r} is not a plain path inside the artifact", "do not use this artifact")
 
 
@@ -217,12 +227,12 @@ def list_files(directory: Path) -> set[str]:
             if path.is_dir():
                 pending.append(path)
             elif path.is_file():
-                if name != MANIFEST:
+                if name not in OWN:
                     check_name(name)
                 names.add(name)
             else:
                 raise ArtifactError(f"{name} is neither a file nor a directory", "an artifact holds plain files")
-            if len(names) > MAX_FILES + 1:
+            if len(names) > MAX_FILES + len(OWN):
                 raise ArtifactError(f"{directory} holds over {MAX_FILES} files", "it is no artifact")
     return names
 
@@ -245,7 +255,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_schema(path: Path, data: Any) -> bool:
     """Whether the minor version is newer than ours."""
     version = data.get("schema") if isinstance(data, dict) else None
-    if not isinstance(version, str) or version.count(".") != 1 or not version.replace(".", "").isdecimal():
+    if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,4}\.[0-9]{1,4}", version):
         raise ArtifactError(f"{path}: schema {version!r} is no version", "it is not an artifact's manifest")
     major, minor = (int(part) for part in version.split("."))
     if major != SCHEMA[0]:

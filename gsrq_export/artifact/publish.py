@@ -70,7 +70,7 @@ def publish(built: Path, out: Path) -> None:
         if not out.exists():
             built.rename(out)
         elif _exchange(built, out):
-            shutil.rmtree(built)
+            shutil.rmtree(built, ignore_errors=True)  # a build beside this one may be removing it, too
         else:
             _swap(built, out)
         sync_directory(out.parent)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from gsrq_export.artifact.manifest import MANIFEST, Manifest, check_name, list_files, load_manifest
+from gsrq_export.artifact.manifest import OWN, Manifest, check_name, list_files, load_manifest
 from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.errors import ArtifactError, GsrqError
 from gsrq_export.recipe import parse_recipe
@@ -60,15 +60,15 @@ def find_problems(directory: Path, deep: bool = True) -> list[str]:
     """Everything wrong with an artifact, a line each; empty if it is sound. See `verify_artifact`."""
     try:
         manifest = load_manifest(directory)
-        present = list_files(directory) - {MANIFEST}
+        present = list_files(directory) - set(OWN)
     except ArtifactError as error:
         return [error.problem]
     except OSError as error:
         return [f"{error.filename}: {error.strerror}"]
     problems = _check_files(directory, manifest, present, deep)
     checks: list[tuple[str, Callable[[Path, Manifest], None]]] = [(RECIPE, _check_recipe)]
-    checks += [(name, _check_onnx) for name in sorted(manifest.files) if name.endswith(".onnx")]
-    checks += [(CODEBOOKS, _check_values if deep else _check_shapes)]
+    checks += [(name, check_onnx) for name in sorted(manifest.files) if name.endswith(".onnx")]
+    checks += [(CODEBOOKS, check_codebooks if deep else _check_shapes)]
     damaged = {problem.split(": ", 1)[0] for problem in problems}
     for name, check in checks:
         # A file that is not the one described is not parsed: its content is nobody's.
@@ -101,7 +101,7 @@ def _check_recipe(path: Path, manifest: Manifest) -> None:
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise ArtifactError(f"over {MAX_RECIPE_BYTES >> 20} MiB")
     try:
-        recipe = parse_recipe(path.read_text(encoding="utf-8"), path.name, path.parent)
+        recipe = parse_recipe(path.read_text(encoding="utf-8"), path.name, None)  # a stranger's paths are not looked up
     except (GsrqError, UnicodeDecodeError) as error:
         raise ArtifactError(str(error)) from None
     ours = (*recipe.cache.model_dump().values(), recipe.codec.beam, recipe.codec.key_frame)
@@ -132,7 +132,8 @@ def _check_shapes(path: Path, manifest: Manifest) -> None:
         pass
 
 
-def _check_values(path: Path, manifest: Manifest) -> None:
+def check_codebooks(path: Path, manifest: Manifest) -> None:
+    """Every tensor is of the type and shape that the manifest's layers say, and finite. Raises ArtifactError."""
     for name, data in _tensors(path, manifest):
         bad = sum(int((~np.isfinite(data[i : i + CHUNK])).sum()) for i in range(0, data.size, CHUNK))
         if bad:
@@ -177,7 +178,7 @@ def _tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, np.ndarray[A
         yield name, np.memmap(path, _TYPES[dtype], "r", offset, (math.prod(shape),))
 
 
-def _check_onnx(path: Path, manifest: Manifest) -> None:
+def check_onnx(path: Path, manifest: Manifest) -> None:
     """Structure, operator version, and that external data stays in the artifact and inside its files."""
     root = path
     for _ in range(len(_own_name(path, manifest).split("/"))):

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from gsrq_export.autodeploy.layers import torch_layer
-from gsrq_export.cache.reference import LayerCache, rotate
+from gsrq_export.cache.frame import rotate
+from gsrq_export.cache.reference import LayerCache
 from gsrq_export.cuda.layer import CudaLayer
 from gsrq_export.errors import GsrqError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from gsrq_export.artifact.manifest import (
     with_file,
 )
 from gsrq_export.artifact.publish import publish
+from gsrq_export.artifact.staging import staging_directory
 from gsrq_export.build.device import describe_device
 from gsrq_export.build.profile import PROFILE_FILE, load_profiles
 from gsrq_export.build.rivals import COMPARISON
@@ -56,13 +56,9 @@ def publish_artifact(source: Source, done: Mapping[str, Path], out: Path) -> Non
     """
     with disk_errors("artifact", out.parent.absolute()):
         out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            building.chmod(0o755)
+        with staging_directory(out) as building:
             _assemble(source, done, building)
             publish(building, out)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
 
 
 def _assemble(source: Source, done: Mapping[str, Path], building: Path) -> None:

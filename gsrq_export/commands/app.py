@@ -17,6 +17,7 @@ from gsrq_export.commands.plugins import plugins
 from gsrq_export.commands.recipes import recipes
 from gsrq_export.commands.regress import regress
 from gsrq_export.commands.serve import serve
+from gsrq_export.commands.sign import sign
 from gsrq_export.commands.tune import tune
 from gsrq_export.commands.verify import verify
 from gsrq_export.errors import GsrqError
@@ -28,7 +29,21 @@ def cli() -> None:
     """Key-value caches of one bit an element or less, from calibration to deployable artifacts."""
 
 
-for command in (build, compare, evaluate, export, generate, inspect, plugins, recipes, regress, serve, tune, verify):
+for command in (
+    build,
+    compare,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    plugins,
+    recipes,
+    regress,
+    serve,
+    sign,
+    tune,
+    verify,
+):
     cli.add_command(command)
 
 

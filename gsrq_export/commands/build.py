@@ -14,8 +14,8 @@ from gsrq_export.artifact.publish import check_destination
 from gsrq_export.build.package import budgets, publish_artifact
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import stages
-from gsrq_export.commands.options import device_option
 from gsrq_export.build.tiny import tiny_recipe
+from gsrq_export.commands.options import device_option
 from gsrq_export.recipe import Recipe, StdinSource, load_recipe
 from gsrq_export.recipe_files import find_recipe
 from gsrq_export.stages.engine import Pipeline

@@ -15,6 +15,7 @@ TEMPORARY = ".tmp-"
 _MENDS = {
     errno.ENOSPC: ("the disk is full", "free space or use a directory on another disk; what is done is kept"),
     errno.EDQUOT: ("the disk quota is used up", "free space or use another directory; what is done is kept"),
+    errno.EFBIG: ("a file is larger than is allowed", "raise the limit (ulimit -f) or use another file system"),
     errno.EROFS: ("the file system is read-only", "use a directory that can be written"),
     errno.EACCES: ("no permission to write", "use a directory that you may write to"),
     errno.EPERM: ("no permission to write", "use a directory that you may write to"),
@@ -36,7 +37,10 @@ def disk_errors(doing: str, directory: Path) -> Iterator[None]:
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
         if code is None and not isinstance(error, OSError):
-            code = next((c for c in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) if os.strerror(c) in str(error)), None)
+            code = next(
+                (c for c in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS) if os.strerror(c) in str(error)),
+                None,
+            )
         if code not in _MENDS:
             raise
         problem, mend = _MENDS[code]

@@ -15,6 +15,9 @@ std::string text(const Shape& shape) {
   return out.str();
 }
 
+// A tensor without elements may claim any other dimensions; within these bounds no product below overflows.
+constexpr int64_t kMostHeads = int64_t{1} << 20, kMostTokens = int64_t{1} << 40;
+
 std::string expect(const char* name, const Shape& shape, const Shape& expected, const char* meaning) {
   if (shape == expected) return {};
   return std::string(name) + " has shape " + text(shape) + ", expected " + text(expected) + " (" + meaning + ")";
@@ -31,7 +34,7 @@ std::string check_codebook(const char* name, const Shape& shape, int64_t element
   const int64_t groups = shape[0], stages = shape[1], width = shape[3];
   if (groups < 1 || stages < 1 || width < 1 || shape[2] != GSRQ_CODEBOOK_SIZE || stages > (1 << 16))
     return std::string(name) + " has shape " + text(shape) + ", expected [groups, stages, 256, width]";
-  if (width > elements || groups * width != elements)
+  if (width > elements || elements % width != 0 || groups != elements / width)
     return std::string(name) + " has shape " + text(shape) + ": groups * width must be KV heads * head_dim = " +
            std::to_string(elements);
   if (head_dim % width != 0 && width % head_dim != 0)
@@ -48,7 +51,7 @@ std::string check(const Attributes& a) {
     out << "attribute " << name << " is " << value << ", must be " << need;
     return out.str();
   };
-  constexpr int64_t most = int64_t{1} << 40;
+  constexpr int64_t most = kMostTokens;
   if (!(a.scale > 0 && a.scale < 1e30f)) return bad("scale", a.scale, "positive");
   if (!(a.softcap >= 0 && a.softcap < 1e30f)) return bad("softcap", a.softcap, "0 (none) or positive");
   if (a.sinks < 0 || a.sinks > most) return bad("sinks", a.sinks, "0 or more");
@@ -67,10 +70,16 @@ std::string check(const Attributes& a, const Shapes& s) {
   const int64_t batch = s.query[0], heads = s.query[1], steps = s.query[2], d = s.query[3], kv = s.key[1];
   if (d < 2 || d % 2 != 0 || d > 65536)
     return "query has shape " + text(s.query) + ": head_dim must be even and positive";
+  if (batch < 0 || batch > kMostTokens || steps < 0 || steps > kMostTokens)
+    return "query has shape " + text(s.query) + ": batch and steps must be 0 to 2^40";
+  if (heads > kMostHeads || kv > kMostHeads)
+    return "query and key have " + std::to_string(heads) + " and " + std::to_string(kv) + " heads, must be 1 to 2^20";
   if (kv < 1 || heads < 1 || heads % kv != 0)
     return "query has " + std::to_string(heads) + " heads, which must be a multiple of key's " + std::to_string(kv);
   if (auto e = expect("key", s.key, {batch, kv, steps, d}, "batch, KV heads, steps, head_dim"); !e.empty()) return e;
   if (auto e = expect("value", s.value, s.key, "as key"); !e.empty()) return e;
+  if (s.cos[0] < 0 || s.cos[1] < 0 || s.cos[1] > kMostTokens)
+    return "cos has shape " + text(s.cos) + ", expected [positions, rope_dim / 2]";
   if (2 * s.cos[1] > d)
     return "cos has shape " + text(s.cos) + ": rope_dim " + std::to_string(2 * s.cos[1]) + " exceeds head_dim " +
            std::to_string(d);
@@ -82,6 +91,8 @@ std::string check(const Attributes& a, const Shapes& s) {
   const Shape& kb = s.key_codebooks;
   const Shape& vb = s.value_codebooks;
   const int64_t capacity = s.key_codes[1];
+  if (capacity < 0 || capacity > kMostTokens)
+    return "key_codes has shape " + text(s.key_codes) + ": capacity must be 0 to 2^40";
   if (auto e = expect("key_codes", s.key_codes, {batch, capacity, kb[0] * kb[1]}, "batch, capacity, groups * stages");
       !e.empty())
     return e;
@@ -106,7 +117,7 @@ std::string check(const Attributes& a, const Call& call) {
   for (int64_t b = 0; b < call.batch; ++b) {
     const int64_t past = call.past_lengths[b], fresh = call.new_lengths[b];
     const std::string row = "[" + std::to_string(b) + "] is ";
-    if (past < 0 || past > (int64_t{1} << 40))
+    if (past < 0 || past > kMostTokens)
       return "past_lengths" + row + std::to_string(past) + ", must be 0 or more";
     if (fresh < 0 || fresh > call.steps)
       return "new_lengths" + row + std::to_string(fresh) + ", must be 0 to " + std::to_string(call.steps) +

@@ -1,17 +1,28 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "gsrq/cpu/kernels.hpp"
 
 namespace gsrq::cpu {
+
+#if defined(__x86_64__)
+// clang 14 does not know __builtin_cpu_supports("f16c").
+static bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 const Kernels* select_kernels(const char** problem) {
   const char* asked = std::getenv("GSRQ_CPU_ISA");
   if (asked != nullptr && *asked == '\0') asked = nullptr;
   if (asked != nullptr && std::strcmp(asked, "generic") == 0) return &generic_kernels;
 #if defined(__x86_64__)
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");

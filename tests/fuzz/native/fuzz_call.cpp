@@ -1,0 +1,214 @@
+// Attributes, shapes, lengths and data of one operator call from fuzzer bytes, through the framework-free layer that the
+// ONNX Runtime op calls: check() refuses it, or Layer::run() touches only what belongs to it. Every tensor is a heap block of
+// exactly its size, so that AddressSanitizer sees a byte too far. Seeds in tests/fuzz/corpus/call are read like any input.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "gsrq/cpu/attention.hpp"
+#include "gsrq/layout.h"
+
+using namespace gsrq::cpu;
+
+namespace {
+
+constexpr int64_t kMostElements = 1 << 18;  // of one tensor: larger ones are refused by memory, not by us
+
+class Bytes {
+ public:
+  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
+  uint8_t byte() { return at_ < size_ ? data_[at_++] : 0; }
+  int64_t below(int64_t n) { return byte() % n; }
+  int64_t word() {
+    uint64_t out = 0;
+    for (int i = 0; i < 8; ++i) out = out << 8 | byte();
+    return static_cast<int64_t>(out);
+  }
+  float real() {
+    const uint32_t bits = static_cast<uint32_t>(word());
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+  }
+  // An odd number: a power of two, give or take one, negative or not, or any.
+  int64_t odd() {
+    const uint8_t kind = byte();
+    if (kind < 32) return word();
+    const int64_t power = static_cast<int64_t>(uint64_t{1} << (kind % 64));
+    return static_cast<int64_t>(static_cast<uint64_t>(power) + static_cast<uint64_t>(below(3) - 1));
+  }
+
+ private:
+  const uint8_t* data_;
+  size_t size_, at_ = 0;
+};
+
+// A heap block of exactly n bytes, filled with a repeated run of fuzzer bytes.
+struct Block {
+  Block(int64_t bytes, Bytes& in) : data(new uint8_t[static_cast<size_t>(bytes)]) {
+    uint8_t run[16];
+    const int kind = in.byte();
+    for (uint8_t& b : run) b = kind % 4 ? in.byte() : static_cast<uint8_t>(kind);
+    for (int64_t i = 0; i < bytes; ++i) data[i] = static_cast<uint8_t>(run[i % 16] ^ (kind & 16 ? i / 16 : 0));
+  }
+  std::unique_ptr<uint8_t[]> data;
+};
+
+[[maybe_unused]] int64_t elements(const Shape& shape) {
+  int64_t out = 1;
+  for (int64_t n : shape) {
+    if (n < 0 || (n > 0 && out > kMostElements / n)) return -1;
+    out *= n;
+  }
+  return out;
+}
+
+[[maybe_unused]] void parallel_for(void*, void (*fn)(void*, size_t), size_t total, void* argument) {
+  for (size_t i = 0; i < total; ++i) fn(argument, i);
+}
+
+const Kernels* kernels(Bytes& in) {
+#if defined(__x86_64__)
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
+                             __builtin_cpu_supports("avx512dq");
+  const int64_t kind = in.below(3);
+  if (kind == 2 && avx512) return &avx512_kernels;
+  if (kind >= 1 && avx2) return &avx2_kernels;
+#else
+  in.byte();
+#endif
+  return &generic_kernels;
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  Bytes in(data, size);
+  Attributes a;
+  a.scale = 0.125f;
+  a.sinks = in.below(5);
+  a.window = in.below(9);
+  a.block = 1 + in.below(5);
+  a.beam = 1 + in.below(3);
+  a.sliding_window = in.below(4) ? 0 : in.below(40);
+  a.softcap = in.below(4) ? 0 : 30;
+  const uint8_t flags = in.byte();
+  a.rope_interleaved = flags & 1;
+  a.exact_prefill = flags & 2;
+  [[maybe_unused]] const Kernels* table = kernels(in);
+  [[maybe_unused]] const Element element = static_cast<Element>(in.below(3));
+
+  // A sound call ...
+  const int64_t batch = in.below(3), kv = 1 + in.below(3), queries = 1 + in.below(3), steps = in.below(8);
+  const int64_t d = 2 * (1 + in.below(20)), half = in.below(d / 2 + 1);
+  const int64_t capacity = flags & 4 ? 64 + in.below(100) : in.below(24);
+  const auto width_of = [&](int64_t kind) { return kind == 0 ? d : kind == 1 ? kv * d : kind == 2 && d % 4 == 0 ? d / 2 : 1; };
+  const int64_t kw = width_of(in.below(4)), vw = width_of(in.below(4));
+  const int64_t ks = 1 + in.below(3), vs = 1 + in.below(3);
+  const int64_t kg = kv * d / kw, vg = kv * d / vw, slots = gsrq_exact_slots(a.sinks, a.window, a.block);
+  Shapes s;
+  s.query = {batch, kv * queries, steps, d};
+  s.key = s.value = {batch, kv, steps, d};
+  s.cos = s.sin = {64 + in.below(128), half};
+  s.past_lengths = s.new_lengths = {batch};
+  s.key_codes = {batch, capacity, kg * ks};
+  s.value_codes = {batch, capacity, vg * vs};
+  s.key_exact = s.value_exact = {batch, kv, slots, d};
+  s.key_codebooks = {kg, ks, GSRQ_CODEBOOK_SIZE, kw};
+  s.value_codebooks = {vg, vs, GSRQ_CODEBOOK_SIZE, vw};
+  s.key_transform = {kg, kw, kw};
+  s.value_transform = {vg, vw, vw};
+
+  // ... some of it spoilt. Several dimensions get the same odd number, as a consistent attacker would write it.
+  Shape* const shapes[15] = {&s.query,       &s.key,         &s.value,         &s.cos,           &s.sin,
+                             &s.past_lengths, &s.new_lengths, &s.key_codes,    &s.value_codes,   &s.key_exact,
+                             &s.value_exact, &s.key_codebooks, &s.value_codebooks, &s.key_transform, &s.value_transform};
+  int64_t* const numbers[] = {&a.sinks, &a.window, &a.block, &a.beam, &a.sliding_window};
+  for (int64_t spoils = in.below(8); spoils > 0; --spoils) {
+    const int64_t what = in.below(8), number = what == 7 ? in.below(64) : in.odd();
+    if (what == 0) *numbers[in.below(5)] = number;
+    if (what == 1) a.scale = in.real();
+    if (what == 2) a.softcap = in.real();
+    Shape& shape = *shapes[in.below(15)];
+    if (what == 3 && !shape.empty()) shape.pop_back();
+    if (what == 4) shape.push_back(number);
+    if ((what >= 5 || what == 7) && !shape.empty()) {
+      const int64_t old = shape[static_cast<size_t>(in.below(static_cast<int64_t>(shape.size())))];
+      const bool everywhere = in.byte() & 1;
+      for (Shape* other : shapes)
+        for (int64_t& n : *other)
+          if (n == old && (everywhere || other == &shape)) n = number;
+    }
+  }
+
+  if (!check(a).empty() || !check(a, s).empty()) return 0;
+#ifndef GSRQ_CHECK_ONLY
+  for (const Shape* shape : shapes)
+    if (elements(*shape) < 0) return 0;
+
+  const auto block = [&](const Shape& shape, int64_t bytes) { return Block(elements(shape) * bytes, in); };
+  const int64_t wide = element_size(element);
+  Block query = block(s.query, 4), key = block(s.key, 4), value = block(s.value, 4), cos = block(s.cos, 4),
+        sin = block(s.sin, 4), key_codes = block(s.key_codes, 1), value_codes = block(s.value_codes, 1),
+        key_exact = block(s.key_exact, wide), value_exact = block(s.value_exact, wide),
+        key_words = block(s.key_codebooks, 2), value_words = block(s.value_codebooks, 2),
+        key_transform = block(s.key_transform, 4), value_transform = block(s.value_transform, 4),
+        output = block(s.query, 4), out_key_codes = block(s.key_codes, 1), out_value_codes = block(s.value_codes, 1),
+        out_key_exact = block(s.key_exact, wide), out_value_exact = block(s.value_exact, wide);
+  const size_t rows = static_cast<size_t>(s.query[0]);
+  std::unique_ptr<int64_t[]> past(new int64_t[rows]), fresh(new int64_t[rows]);
+
+  Call call{};
+  call.batch = s.query[0];
+  call.heads = s.query[1];
+  call.steps = s.query[2];
+  call.head_dim = s.query[3];
+  call.kv_heads = s.key[1];
+  call.positions = s.cos[0];
+  call.half_rope = s.cos[1];
+  call.capacity = s.key_codes[1];
+  const auto reals = [](Block& b) { return reinterpret_cast<const float*>(b.data.get()); };
+  call.query = reals(query);
+  call.key = reals(key);
+  call.value = reals(value);
+  call.cos = reals(cos);
+  call.sin = reals(sin);
+  call.past_lengths = past.get();
+  call.new_lengths = fresh.get();
+  call.key_codes = key_codes.data.get();
+  call.value_codes = value_codes.data.get();
+  call.key_exact = key_exact.data.get();
+  call.value_exact = value_exact.data.get();
+  call.element = element;
+  call.key_words = {reinterpret_cast<const uint16_t*>(key_words.data.get()), s.key_codebooks[0], s.key_codebooks[1],
+                    s.key_codebooks[3]};
+  call.value_words = {reinterpret_cast<const uint16_t*>(value_words.data.get()), s.value_codebooks[0],
+                      s.value_codebooks[1], s.value_codebooks[3]};
+  call.key_transform = reals(key_transform);
+  call.value_transform = reals(value_transform);
+  call.output = reinterpret_cast<float*>(output.data.get());
+  const bool in_place = flags & 8;
+  call.present_key_codes = in_place ? key_codes.data.get() : out_key_codes.data.get();
+  call.present_value_codes = in_place ? value_codes.data.get() : out_value_codes.data.get();
+  call.present_key_exact = in_place ? key_exact.data.get() : out_key_exact.data.get();
+  call.present_value_exact = in_place ? value_exact.data.get() : out_value_exact.data.get();
+
+  Layer layer(a, table, flags & 16, flags & 32);
+  for (int run = 0; run < 2; ++run) {  // the second one with what the first derived from constant codebooks
+    for (size_t b = 0; b < rows; ++b) {
+      past[b] = in.below(8) ? in.byte() : in.odd();
+      fresh[b] = in.below(8) ? in.below(8) : in.odd();
+      if (flags & 64) fresh[b] = std::min<int64_t>(1, call.steps);
+    }
+    if (!check(a, call).empty()) continue;
+    try {
+      layer.run(call, {nullptr, parallel_for});
+    } catch (const std::bad_alloc&) {
+    }
+  }
+#endif
+  return 0;
+}
