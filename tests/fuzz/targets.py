@@ -20,7 +20,8 @@ from gsrq_export.artifact.manifest import load_manifest
 from gsrq_export.artifact.verify import check_codebooks, check_onnx, find_problems
 from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.errors import GsrqError
-from gsrq_export.export.triton import TritonSettings, external_files, triton_config
+from gsrq_export.export.triton import TritonSettings, triton_config
+from gsrq_export.export.triton_files import external_files
 from gsrq_export.recipe import parse_recipe, resolved_yaml
 from gsrq_export.runtime.metadata import CacheMetadata
 from gsrq_export.traffic.sources import Tally, read_jsonl, read_text
