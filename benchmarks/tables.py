@@ -288,11 +288,12 @@ def cuda_decode(data: dict[str, Any]) -> str:
 
 
 def cuda_plot(data: dict[str, Any]) -> str:
-    """The int8 settings and torch's fastest attention over the time that reading the bf16 cache takes."""
+    """A setting of each frame and rate, and torch's fastest attention, over the time that copying the bf16 cache takes."""
     shapes = [(r["batch"], r["length"]) for r in data["sdpa"]]
     found = {(r["setting"], r["batch"], r["length"]): r["over_bf16_floor"] for r in data["decode"] if r["int8"]}
     series = [Series("torch, bf16", "exact", [min(r["ms"].values()) / r["bf16_floor_ms"] for r in data["sdpa"]])]
-    for name, style in zip(dict.fromkeys(key[0] for key in found), ("coded", "value", "third"), strict=False):
+    shown = ("1 bit, D 128 R 16", "1 bit, D 128 R 24 / 8, rotated", "0.375 bit, D 256 R 16 / 8, rotated")
+    for name, style in zip(shown, ("coded", "value", "third"), strict=True):
         series.append(Series(name, style, [found[(name, *shape)] for shape in shapes]))
     ticks = [f"{b} x {n // 1024}k" for b, n in shapes]
     title = f"{data['environment']['gpu']}: decode attention over the time that copying a bf16 cache takes"
@@ -451,6 +452,7 @@ def documents() -> dict[Path, str]:
         "ablation": ("ablation_recall-28m", ablation),
         "compare": ("compare_recall-28m", comparison),
         "compare_demo": ("compare_demo-6m", comparison),
+        "rotated": ("rotated_recall-28m", comparison),
         "compare_exact": ("compare_recall-28m", partial(comparison, prefill="exact")),
         "int8_recall": ("compare_recall-28m", int8),
         "tasks": ("tasks_recall-28m", tasks),
