@@ -288,7 +288,7 @@ def cuda_decode(data: dict[str, Any]) -> str:
 
 
 def cuda_plot(data: dict[str, Any]) -> str:
-    """A setting of each frame and rate, and torch's fastest attention, over the time that copying the bf16 cache takes."""
+    """A setting of each frame and torch's fastest attention, over the time that copying the bf16 cache takes."""
     shapes = [(r["batch"], r["length"]) for r in data["sdpa"]]
     found = {(r["setting"], r["batch"], r["length"]): r["over_bf16_floor"] for r in data["decode"] if r["int8"]}
     series = [Series("torch, bf16", "exact", [min(r["ms"].values()) / r["bf16_floor_ms"] for r in data["sdpa"]])]

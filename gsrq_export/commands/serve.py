@@ -43,6 +43,7 @@ _PORT = click.IntRange(1, 65535)
 @click.option("--max-prompt-tokens", type=int, default=0, help="Default: what the artifact allows.")
 @click.option("--cache-pages", type=int, default=0, help="Pages of coded tokens that all share; default: no limit.")
 @click.option("--op-library", default="auto", show_default=True, help="auto, none, or the custom-op library's path.")
+@click.option("--key", type=click.Path(path_type=Path), help="Serve only what is signed with this public key (PEM).")
 @click.option("--start-seconds", type=click.IntRange(1), default=120, show_default=True)
 @threads_option
 def serve(
@@ -62,6 +63,7 @@ def serve(
     max_prompt_tokens: int,
     cache_pages: int,
     op_library: str,
+    key: Path | None,
     start_seconds: int,
     threads: int | None,
 ) -> None:
@@ -73,6 +75,10 @@ def serve(
         raise GsrqError("--openai: starlette, uvicorn and tritonclient are not installed", "install the extra: serve")
     if not (artifact / "model.onnx").is_file():
         raise ArtifactError(f"{artifact / 'model.onnx'} does not exist", "name the directory that a build wrote")
+    if key is not None:
+        from gsrq_export.artifact.signing import require_signature
+
+        require_signature(artifact, key)
     limits = Limits(max_sequences, max_queue, max_new_tokens, min(128, max_new_tokens), max_prompt_tokens, cache_pages)
     settings = PythonSettings(limits, threads or 0, op_library, str(artifact.absolute()))
     server, at = find_server(tritonserver, server_path), Addresses(host, http_port, grpc_port, metrics_port)

@@ -186,3 +186,21 @@ def test_commands(tmp_path: Path) -> None:
     assert "signed" not in run("verify", "--artifact", artifact).output
     (artifact / "extra.txt").write_text("x")
     assert "extra.txt" in str(run("verify", "--artifact", artifact, "--key", public).exception)
+
+
+def test_serve_can_require_a_signature(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    """Refused before a server is looked for; with the right key that is what comes next."""
+    other = write_keys(tmp_path, "other")[1]
+    missing = ["--tritonserver", str(tmp_path / "none")]
+
+    def said(artifact: Path, key: Path) -> str:
+        return str(
+            CliRunner().invoke(cli, ["serve", "--artifact", str(artifact), "--key", str(key), *missing]).exception
+        )
+
+    assert "Key mismatch" in said(signed, other)
+    assert f"has no {SIGNATURE}" in said(GOLDEN, keys[1])
+    accepted = said(signed, keys[1])
+    assert str(tmp_path / "none") in accepted
+    assert SIGNATURE not in accepted
+    assert "Key mismatch" not in accepted
