@@ -34,6 +34,8 @@ from gsrq_export.runtime.session import OrtModel
 Builds = dict[str, tuple[Path, "Future[tuple[int, str, float]]"]]
 OWN = {"demo", "recall-28m"}  # models of the project itself
 NAMES = sorted(PUBLISHED)
+# One of each architecture and kind of rotary table; the others differ in sizes.
+BUILT = ["gemma-2-9b", "llama-3.1-8b", "mistral-7b-v0.1", "phi-3-mini-128k", "qwen2.5-7b", "qwen3-8b"]
 
 
 def config_of(name: str, **changes: Any) -> Any:
@@ -173,14 +175,14 @@ def test_an_unknown_recipe_lists_those_there_are() -> None:
 def builds(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Builds]:
-    """All recipes, two at a time."""
+    """Two at a time."""
     directory = tmp_path_factory.mktemp("recipes")
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        yield {name: (directory / name, pool.submit(tiny_builds.build, name, str(directory / name))) for name in NAMES}
+        yield {name: (directory / name, pool.submit(tiny_builds.build, name, str(directory / name))) for name in BUILT}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BUILT)
 def test_builds_end_to_end_on_a_tiny_model(name: str, builds: Builds) -> None:
     out, future = builds[name]
     status, output, _ = future.result()
