@@ -128,7 +128,7 @@ def make_manifest(
         ArtifactError: the directory holds links or special files, or names that no manifest may hold.
     """
     names = list_files(directory)
-    names -= {MANIFEST, SIGNATURE}
+    names.difference_update(OWN)
     hashed: dict[tuple[int, int], FileEntry] = {}  # by file: hard links are read once
     return Manifest(
         schema_version=f"{SCHEMA[0]}.{SCHEMA[1]}",

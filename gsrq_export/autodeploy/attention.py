@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from gsrq_export.autodeploy.layers import torch_layer
-from gsrq_export.cache.frame import rotate
+from gsrq_export.cache.frame import turn_back
 from gsrq_export.cache.reference import LayerCache
 from gsrq_export.cuda.layer import CudaLayer
 from gsrq_export.errors import GsrqError
@@ -154,5 +154,4 @@ def turned_back(x: torch.Tensor, position: torch.Tensor, layer: CudaLayer) -> to
         position: int64 [B, T].
     """
     cos, sin = layer.cos[position], layer.sin[position]
-    norm = cos.square() + sin.square()
-    return rotate(x.float(), cos / norm, -sin / norm, layer.config.rope_interleaved).to(x.dtype)
+    return turn_back(x.float(), cos, sin, layer.config.rope_interleaved).to(x.dtype)

@@ -63,7 +63,7 @@ class Source:
     @property
     def placed_model(self) -> Any:
         """The same model, moved to ``device`` until ``model`` is asked for again."""
-        return self._loaded[0].to(check_device(self.device))
+        return self._loaded[0].to(self.place)
 
     @property
     def place(self) -> torch.device:

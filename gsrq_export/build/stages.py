@@ -174,8 +174,7 @@ def _codebooks(source: Source, context: Context) -> None:
                 if context.has(name):
                     task.advance(steps(layer, kind))
                 else:
-                    vectors, center = training_vectors(captured, spec, layer, kind, codec.rotated_keys)
-                    vectors = vectors.to(source.place)
+                    vectors, center = training_vectors(captured, spec, layer, kind, codec.rotated_keys, source.place)
                     weights = None
                     if codec.weights == "gradient":
                         weights = gradient_weights(captured.gradients(layer, kind, side.width), codec.tau)
@@ -186,7 +185,7 @@ def _codebooks(source: Source, context: Context) -> None:
                         vectors, weights, side.width, side.stages, training, transform, task.advance
                     )
                     metadata = {"distortion": json.dumps(log.to_dict())}
-                    context.unit(name, partial(save_book, replace(book.to("cpu"), center=center), metadata=metadata))
+                    context.unit(name, partial(save_book, replace(book, center=center).to("cpu"), metadata=metadata))
                 book, metadata = load_book(context.directory / name)
                 books.append(book)
                 logs.append({"layer": layer.layer_idx, "kind": kind, **json.loads(metadata["distortion"])})

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gsrq_export.artifact.staging import staging_directory
 from gsrq_export.errors import GsrqError
 from gsrq_export.model.architecture import CACHE_FIELDS, Architecture, RopeScaling, architecture_of
 from gsrq_export.model.byte_tokenizer import VOCABULARY, byte_tokenizer
@@ -206,8 +205,7 @@ def _draw(architecture: Architecture, path: Path) -> None:
     """Write a random model and a tokenizer of one token a byte; the same for the same architecture."""
     config = transformers_config(architecture)
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with staging_directory(path) as building:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -225,8 +223,6 @@ def _draw(architecture: Architecture, path: Path) -> None:
         model.save_pretrained(building)
         byte_tokenizer().save_pretrained(building)
         building.rename(path)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _digest(architecture: Architecture) -> str:

@@ -32,6 +32,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
     return torch.cat([rotated, rest], -1)
 
 
+def turn_back(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """What ``rotate`` makes ``x`` of; its tables may be scaled by a constant."""
+    size = cos**2 + sin**2
+    return rotate(x, cos / size, -sin / size, interleaved)
+
+
 def center_heads(center: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A codebook's center [KV * head_dim] as [1, KV, 1, head_dim], beside ``like`` [B, KV, L, head_dim]."""
     return center.to(like.device).reshape(1, like.shape[1], 1, like.shape[3])
@@ -74,7 +80,6 @@ def framed_coder(coder: Coder, center: torch.Tensor, cos: torch.Tensor, sin: tor
     def code(keys: torch.Tensor) -> torch.Tensor:
         c, s = (table[None, : keys.shape[2]].to(keys.device) for table in (cos, sin))
         m = center_heads(center, keys)
-        size = c**2 + s**2
-        return rotate(coder(rotate(keys - m, c, s, interleaved)), c / size, -s / size, interleaved) + m
+        return turn_back(coder(rotate(keys - m, c, s, interleaved)), c, s, interleaved) + m
 
     return code

@@ -86,14 +86,12 @@ class Meter:
         """The divergence with these places coded under the rule and all others exact."""
         if self.int8:
             books = {place: snap_side(book, place[1]) for place, book in books.items()}
+        here = {place: book.to(self.device) for place, book in books.items()}
         coders = {
             place: key_coder(
-                ResidualCodec(book.to(self.device), self.beam).reconstruct_heads,
-                book.to(self.device),
-                self.spec,
-                self.spec.layers[place[0]],
+                ResidualCodec(book, self.beam).reconstruct_heads, book, self.spec, self.spec.layers[place[0]]
             )
-            for place, book in books.items()
+            for place, book in here.items()
         }
         pairs = [
             (coders.get((layer.index, KINDS[0])), coders.get((layer.index, KINDS[1]))) for layer in self.spec.layers

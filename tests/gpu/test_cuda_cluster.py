@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from sanitizer import TOOLS, assert_clean
 
 from gsrq_export import GsrqError, native
 from gsrq_export.codec import fused
@@ -18,7 +15,6 @@ from gsrq_export.codec.cluster import nearest, sum_rows
 from gsrq_export.codec.refit import encode_rows, refit
 from gsrq_export.codec.residual import Training, train_codebook
 from gsrq_export.cuda.cluster import FORMS, assign, update
-from gsrq_export.cuda.library import load
 
 pytestmark = [
     pytest.mark.gpu,
@@ -245,14 +241,6 @@ def test_what_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+@pytest.mark.parametrize("tool", TOOLS)
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not installed")
-    script = Path(__file__).with_name("sanitized_clustering.py")
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", native.CUDA.variable: str(load().path)}
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--kernel-regex", "kernel_substring=gsrq"]
-    done = subprocess.run([*command, sys.executable, str(script)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "ran 6 steps" in done.stdout
+    assert_clean(tool, Path(__file__).with_name("sanitized_clustering.py"), "ran 6 steps")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +11,11 @@ import torch
 from attention_cases import CASES, Case, random_codebook
 from cuda_calls import cache_to, layer_of_case, linear, paged
 from cuda_scenes import Scene, Stage, grid_codebook, intact, random_scene, with_config
+from sanitizer import TOOLS, assert_clean
 
 from gsrq_export import CacheRule, Codebook, GsrqError, native
 from gsrq_export.cache.reference import AttentionConfig, LayerCache
 from gsrq_export.cuda import Call, CallTensors, CudaLayer
-from gsrq_export.cuda.library import load
 
 pytestmark = [
     pytest.mark.gpu,
@@ -377,14 +373,6 @@ def test_errors_reach_python() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+@pytest.mark.parametrize("tool", TOOLS)
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not installed")
-    script = Path(__file__).with_name("sanitized_calls.py")
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", native.CUDA.variable: str(load().path)}
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--kernel-regex", "kernel_substring=gsrq"]
-    done = subprocess.run([*command, sys.executable, str(script)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "ran 9 calls" in done.stdout
+    assert_clean(tool, Path(__file__).with_name("sanitized_calls.py"), "ran 9 calls")
