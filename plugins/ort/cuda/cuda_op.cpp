@@ -14,6 +14,7 @@
 
 #include "../host.hpp"
 #include "gsrq/cuda/gsrq_cuda.h"
+#include "gsrq/layout.h"
 
 namespace gsrq::ort {
 namespace {
@@ -185,6 +186,14 @@ const MemoryInfo* memory_of(const Api* api, const KernelContext* context, size_t
   return where;
 }
 
+// Whether a row's block leaves the window: in most steps of a short batch none does, and the launches that code are saved.
+bool codes_blocks(const gsrq_layer& layer, const cpu::Call& lengths) {
+  const auto coded = [&](int64_t total) { return gsrq_coded(total, layer.sinks, layer.window, layer.block); };
+  for (int64_t b = 0; b < lengths.batch; ++b)
+    if (coded(lengths.past_lengths[b] + lengths.new_lengths[b]) > coded(lengths.past_lengths[b])) return true;
+  return false;
+}
+
 // An output that starts as a copy of its input, or is it.
 void* continued(const Api* api, KernelContext* context, size_t input, const cpu::Shape& shape, const void* past,
                 size_t element, cudaStream_t stream) {
@@ -251,7 +260,13 @@ Status* compute(void* opaque, KernelContext* context) noexcept {
     check(cudaMemcpyAsync(on_device, both.data(), 2 * half, cudaMemcpyHostToDevice, stream), "GsrqAttention: lengths");
     call.past_lengths = on_device;
     call.new_lengths = on_device + call.batch;
-    require_launch(gsrq_cuda_attention(&layer, &call, kernel.prepared.get(), scratch.data(), need, stream));
+    char* const memory = scratch.data();
+    if (codes_blocks(layer, lengths)) {
+      require_launch(gsrq_cuda_attention(&layer, &call, kernel.prepared.get(), memory, need, stream));
+    } else {
+      require_launch(gsrq_cuda_attend(&layer, &call, kernel.prepared.get(), memory, need, stream));
+      require_launch(gsrq_cuda_append(&layer, &call, stream));
+    }
     return {};
   });
 }
