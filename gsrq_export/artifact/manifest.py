@@ -200,6 +200,8 @@ def check_name(name: str) -> None:
             surrogate pair, not in its plain form, the manifest or the
             signature.
     """
+    if not isinstance(name, str):  # a string of a damaged ONNX file
+        raise ArtifactError(f"file name {name!r} is not UTF-8", "do not use this artifact")
     pure = PurePosixPath(name)
     plain = str(pure) == name and ".." not in pure.parts and not pure.is_absolute() and name not in ("", ".")
     if (
