@@ -117,7 +117,7 @@ class CodecRecipe(_Section):
     tau: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     metric: Literal["none", "attention"] = "none"
     key_frame: Literal["pre-rope", "rotated"] = "pre-rope"  # in which keys are coded, see cache/frame.py
-    beam: Annotated[int, Field(ge=1, le=256)] = 1
+    beam: Annotated[int, Field(ge=1, le=CODEBOOK_SIZE)] = 1
     refits: Annotated[int, Field(ge=0, le=10)] = 0  # least-squares refits of all stages, each after encoding anew
     finetune: FinetuneRecipe | None = None
     codewords: Literal["float16", "int8"] = "float16"  # int8: times a power of two a stage, see codec/int8.py
