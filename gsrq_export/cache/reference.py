@@ -10,15 +10,20 @@ from dataclasses import dataclass, field
 import torch
 
 from gsrq_export.cache.frame import from_frame, rotate, to_frame
-from gsrq_export.cache.rule import CacheRule
+from gsrq_export.cache.rule import CODEBOOK_SIZE, CacheRule
 from gsrq_export.codec.codebook import Codebook
+from gsrq_export.errors import GsrqError
 
 QUERY_CHUNK = 512  # rows of the score matrix formed at once; bounds memory, changes nothing else
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """The operator's attributes."""
+    """The operator's attributes.
+
+    Raises:
+        GsrqError: a beam that no implementation takes.
+    """
 
     scale: float
     rule: CacheRule = field(default_factory=CacheRule)
@@ -27,6 +32,10 @@ class AttentionConfig:
     exact_prefill: bool = False
     softcap: float = 0.0  # 0: none
     sliding_window: int = 0  # 0: none
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.beam <= CODEBOOK_SIZE:
+            raise GsrqError(f"beam = {self.beam}: out of range", f"use 1 to {CODEBOOK_SIZE}")
 
 
 @dataclass

@@ -296,8 +296,8 @@ def test_graph_optimisers_change_nothing() -> None:
     assert_same(Node(c)(new, past, lengths, c.cache(2)), plain)
 
 
-def test_beam_wider_than_a_codebook() -> None:
-    c = case(beam=260, keys=random_codebook(1, 3, 24, 5), values=random_codebook(1, 2, 24, 6))
+def test_beam_as_wide_as_a_codebook() -> None:
+    c = case(beam=256, keys=random_codebook(1, 3, 24, 5), values=random_codebook(1, 2, 24, 6))
     new, past, lengths = c.tokens(1, 23, 0), torch.tensor([0]), torch.tensor([23])
     assert_same(Node(c)(new, past, lengths, c.cache(1)), oracle(c, new, past, lengths, c.cache(1)))
 

@@ -57,7 +57,8 @@ std::string check(const Attributes& a) {
   if (a.sinks < 0 || a.sinks > most) return bad("sinks", a.sinks, "0 or more");
   if (a.window < 0 || a.window > most) return bad("window", a.window, "0 or more");
   if (a.block < 1 || a.block > most) return bad("block", a.block, "1 or more");
-  if (a.beam < 1 || a.beam > 1024) return bad("beam", a.beam, "1 to 1024");
+  static_assert(GSRQ_CODEBOOK_SIZE == 256);
+  if (a.beam < 1 || a.beam > GSRQ_CODEBOOK_SIZE) return bad("beam", a.beam, "1 to 256");
   if (a.sliding_window < 0) return bad("sliding_window", a.sliding_window, "0 (none) or positive");
   return {};
 }
