@@ -38,6 +38,22 @@ class AttentionConfig:
             raise GsrqError(f"beam = {self.beam}: out of range", f"use 1 to {CODEBOOK_SIZE}")
 
 
+def attributes(config: AttentionConfig, rotated_keys: bool = False) -> dict[str, int | float]:
+    """The attributes of an operator node. Without ``rotated_keys`` they are those of the first operator libraries."""
+    return {
+        "scale": float(config.scale),
+        "sinks": config.rule.sinks,
+        "window": config.rule.window,
+        "block": config.rule.block,
+        "beam": config.beam,
+        "rope_interleaved": int(config.rope_interleaved),
+        "exact_prefill": int(config.exact_prefill),
+        "softcap": float(config.softcap),
+        "sliding_window": config.sliding_window,
+        **({"key_frame": 1} if rotated_keys else {}),
+    }
+
+
 @dataclass
 class LayerCache:
     """A layer's cache tensors.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention
+from gsrq_export.cache.reference import AttentionConfig, LayerCache, attributes, gsrq_attention
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.export.function import (
@@ -22,7 +22,6 @@ from gsrq_export.export.function import (
     OPERATOR_VERSION,
     OPSET,
     OUTPUTS,
-    attributes,
     build_function,
 )
 

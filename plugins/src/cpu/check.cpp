@@ -114,6 +114,41 @@ std::string check(const Attributes& a, const Shapes& s) {
   return {};
 }
 
+Call make_call(const Shapes& s, const Inputs& inputs) {
+  const auto reals = [&](size_t i) { return static_cast<const float*>(inputs[i]); };
+  const auto lengths = [&](size_t i) { return static_cast<const int64_t*>(inputs[i]); };
+  const auto bytes = [&](size_t i) { return static_cast<const uint8_t*>(inputs[i]); };
+  const auto words = [&](size_t i, const Shape& shape) {
+    return Words{static_cast<const uint16_t*>(inputs[i]), shape[0], shape[1], shape[3]};
+  };
+  Call call{};
+  call.batch = s.query[0];
+  call.heads = s.query[1];
+  call.steps = s.query[2];
+  call.head_dim = s.query[3];
+  call.kv_heads = s.key[1];
+  call.positions = s.cos[0];
+  call.half_rope = s.cos[1];
+  call.capacity = s.key_codes[1];
+  call.query = reals(0);
+  call.key = reals(1);
+  call.value = reals(2);
+  call.cos = reals(3);
+  call.sin = reals(4);
+  call.past_lengths = lengths(5);
+  call.new_lengths = lengths(6);
+  call.key_codes = bytes(7);
+  call.value_codes = bytes(8);
+  call.key_exact = inputs[9];
+  call.value_exact = inputs[10];
+  call.key_words = words(11, s.key_codebooks);
+  call.value_words = words(12, s.value_codebooks);
+  call.key_transform = reals(13);
+  call.value_transform = reals(14);
+  call.key_center = reals(15);
+  return call;
+}
+
 std::string check(const Attributes& a, const Call& call) {
   for (int64_t b = 0; b < call.batch; ++b) {
     const int64_t past = call.past_lengths[b], fresh = call.new_lengths[b];

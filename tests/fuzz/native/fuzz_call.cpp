@@ -162,17 +162,14 @@ void run_input(const uint8_t* data, size_t size) {
   if (a.rotated_keys || in.below(16) == 1) s.key_center = {kv * d};
 
   // ... some of it spoilt. Several dimensions get the same odd number, as a consistent attacker would write it.
-  Shape* const shapes[16] = {&s.query,       &s.key,         &s.value,         &s.cos,           &s.sin,
-                             &s.past_lengths, &s.new_lengths, &s.key_codes,    &s.value_codes,   &s.key_exact,
-                             &s.value_exact, &s.key_codebooks, &s.value_codebooks, &s.key_transform, &s.value_transform,
-                             &s.key_center};
+  const auto shapes = in_order(s);
   int64_t* const numbers[] = {&a.sinks, &a.window, &a.block, &a.beam, &a.sliding_window};
   for (int64_t spoils = in.below(8); spoils > 0; --spoils) {
     const int64_t what = in.below(8), number = what == 7 ? in.below(64) : in.odd();
     if (what == 0) *numbers[in.below(5)] = number;
     if (what == 1) a.scale = in.real();
     if (what == 2) a.softcap = in.real();
-    Shape& shape = *shapes[in.below(16)];
+    Shape& shape = *shapes[static_cast<size_t>(in.below(16))];
     if (what == 3 && !shape.empty()) shape.pop_back();
     if (what == 4) shape.push_back(number);
     if ((what >= 5 || what == 7) && !shape.empty()) {
@@ -202,35 +199,12 @@ void run_input(const uint8_t* data, size_t size) {
   const size_t rows = static_cast<size_t>(s.query[0]);
   std::unique_ptr<int64_t[]> past(new int64_t[rows]), fresh(new int64_t[rows]);
 
-  Call call{};
-  call.batch = s.query[0];
-  call.heads = s.query[1];
-  call.steps = s.query[2];
-  call.head_dim = s.query[3];
-  call.kv_heads = s.key[1];
-  call.positions = s.cos[0];
-  call.half_rope = s.cos[1];
-  call.capacity = s.key_codes[1];
-  const auto reals = [](Block& b) { return reinterpret_cast<const float*>(b.data.get()); };
-  call.query = reals(query);
-  call.key = reals(key);
-  call.value = reals(value);
-  call.cos = reals(cos);
-  call.sin = reals(sin);
-  call.past_lengths = past.get();
-  call.new_lengths = fresh.get();
-  call.key_codes = key_codes.data.get();
-  call.value_codes = value_codes.data.get();
-  call.key_exact = key_exact.data.get();
-  call.value_exact = value_exact.data.get();
+  Call call = make_call(s, {query.data.get(), key.data.get(), value.data.get(), cos.data.get(), sin.data.get(), past.get(),
+                            fresh.get(), key_codes.data.get(), value_codes.data.get(), key_exact.data.get(),
+                            value_exact.data.get(), key_words.data.get(), value_words.data.get(),
+                            key_transform.data.get(), value_transform.data.get(),
+                             a.rotated_keys ? key_center.data.get() : nullptr});
   call.element = element;
-  call.key_words = {reinterpret_cast<const uint16_t*>(key_words.data.get()), s.key_codebooks[0], s.key_codebooks[1],
-                    s.key_codebooks[3]};
-  call.value_words = {reinterpret_cast<const uint16_t*>(value_words.data.get()), s.value_codebooks[0],
-                      s.value_codebooks[1], s.value_codebooks[3]};
-  call.key_transform = reals(key_transform);
-  call.value_transform = reals(value_transform);
-  call.key_center = a.rotated_keys ? reals(key_center) : nullptr;
   call.output = reinterpret_cast<float*>(output.data.get());
   const bool in_place = flags & 8;
   call.present_key_codes = in_place ? key_codes.data.get() : out_key_codes.data.get();
