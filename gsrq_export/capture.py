@@ -1,12 +1,12 @@
 """Capture: the model's keys (before RoPE) and values on sample traffic, with the weight that its loss gives them.
 
 Traffic runs in shards of a few sequences; each shard is a file, so an interrupted capture goes on where it was.
+A model whose weights are streamed goes layer by layer (layerwise.py) and leaves the same files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from gsrq_export.codec.residual import widened
 from gsrq_export.errors import GsrqError
 from gsrq_export.model.intercept import AttentionCall, intercept
 from gsrq_export.model.introspect import LayerSpec, ModelSpec
+from gsrq_export.model.streaming import StreamedWeights, device_of, streamed_weights
+from gsrq_export.reservoir import Rows, kept_tokens, rows_of
 from gsrq_export.stages.storage import write_atomic
 
 KINDS = ("key", "value")
@@ -40,6 +42,8 @@ class CaptureSettings:
     """Gradient norms are taken of parts of key_width and value_width elements; those of any multiple follow.
 
     rotated_keys: parts of keys are those after RoPE, which mixes the elements of a head. Keys are stored before it.
+    vectors: tokens whose keys and values are kept, a sample that ``seed`` draws (reservoir.py); None: all.
+    scratch_bytes: of disk that a streamed model's hidden states may take; the result does not depend on it.
     """
 
     key_width: int
@@ -47,6 +51,33 @@ class CaptureSettings:
     gradients: bool = True
     batch: int = 4  # sequences a shard
     rotated_keys: bool = False
+    vectors: int | None = None
+    seed: int = 0
+    scratch_bytes: int = 32 << 30
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Sequences that are captured into one file.
+
+    Attributes:
+        ids: int64 [B, L].
+        kept: rows of its B * L tokens that are stored; None: all.
+    """
+
+    target: Path
+    ids: np.ndarray[Any, np.dtype[np.int64]]
+    kept: Rows | None = None
+
+    @property
+    def rows(self) -> int:
+        return int(self.ids.size if self.kept is None else len(self.kept))
+
+    def positions(self) -> torch.Tensor:
+        """int32 [rows]: the stored tokens' places in their sequences."""
+        length = self.ids.shape[1]
+        places = torch.arange(length, dtype=torch.int32).repeat(len(self.ids))
+        return places if self.kept is None else places[torch.from_numpy(self.kept)]
 
 
 def attend(call: AttentionCall, spec: ModelSpec) -> torch.Tensor:
@@ -71,7 +102,7 @@ def attend(call: AttentionCall, spec: ModelSpec) -> torch.Tensor:
     return (weight @ call.value.repeat_interleave(group, 1)).transpose(1, 2)
 
 
-class _Recorder:
+class Recorder:
     """Handler that attends exactly and keeps each layer's key, value and query energy."""
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -88,21 +119,30 @@ class _Recorder:
         self.query_energy[layer.index] = energy.reshape(layer.num_kv_heads, group, -1).mean(1)
         return attend(call, self.spec)
 
+    def clear(self) -> None:
+        self.keys.clear()
+        self.values.clear()
+        self.query_energy.clear()
+
 
 def capture_shard(
-    model: torch.nn.Module, spec: ModelSpec, ids: torch.Tensor, settings: CaptureSettings
+    model: torch.nn.Module,
+    spec: ModelSpec,
+    ids: torch.Tensor,
+    settings: CaptureSettings,
+    kept: Rows | None = None,
 ) -> dict[str, torch.Tensor]:
     """Run one batch of sequences and return what it shows.
 
     Args:
-        model: float32, frozen.
+        model: float32, frozen, in memory.
         ids: int64 [B, L].
+        kept: rows of the B * L tokens; None: all.
     Returns:
-        For each layer i and kind: ``{i}.{kind}`` float16 [B * L, KV * head_dim],
-        ``{i}.{kind}.gradient`` float32 [B * L, groups], and ``{i}.query_energy`` float32 [KV, head_dim];
-        and ``positions`` int32 [B * L], the tokens' places in their sequences.
+        For each layer i and kind: ``{i}.{kind}`` float16 [rows, KV * head_dim],
+        ``{i}.{kind}.gradient`` float32 [rows, groups], and ``{i}.query_energy`` float32 [KV, head_dim] of all tokens.
     """
-    recorder = _Recorder(spec)
+    recorder = Recorder(spec)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     hook = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(settings.gradients))
     try:
@@ -117,23 +157,60 @@ def capture_shard(
         recorder.values[layer.index] for layer in spec.layers
     ]
     gradients: Sequence[torch.Tensor] = torch.autograd.grad(loss, leaves) if settings.gradients else []
-    places = torch.arange(ids.shape[1], dtype=torch.int32).repeat(ids.shape[0])
-    shard: dict[str, torch.Tensor] = {"positions": places}
     count = len(spec.layers)
+    shard: dict[str, torch.Tensor] = {}
     for layer in spec.layers:
-        i = layer.index
-        for j, (kind, width) in enumerate(zip(KINDS, (settings.key_width, settings.value_width), strict=True)):
-            shard[f"{i}.{kind}"] = _rows(leaves[i + j * count]).half()
-            if gradients:
-                gradient = gradients[i + j * count]
-                if kind == "key" and settings.rotated_keys:
-                    cos, sin = (t[: ids.shape[1]].to(gradient)[None] for t in spec.rope_tables[layer.rope_table])
-                    gradient = rotate(gradient, cos, sin, layer.rope_interleaved)
-                rows = _rows(gradient)
-                norm = rows.reshape(rows.shape[0], -1, width).norm(dim=2)
-                shard[f"{i}.{kind}.gradient"] = norm.float()
-        shard[f"{i}.query_energy"] = recorder.query_energy[i].float()
-    return {name: tensor.contiguous().cpu() for name, tensor in shard.items()}
+        pair = (gradients[layer.index], gradients[layer.index + count]) if gradients else None
+        shard |= layer_tensors(spec, layer.index, recorder, pair, settings, kept)
+    return shard
+
+
+def layer_tensors(
+    spec: ModelSpec,
+    index: int,
+    recorder: Recorder,
+    gradients: tuple[torch.Tensor, torch.Tensor] | None,
+    settings: CaptureSettings,
+    kept: Rows | None,
+) -> dict[str, torch.Tensor]:
+    """A layer's part of a shard, on the CPU; see ``capture_shard``.
+
+    Args:
+        recorder: has seen the layer.
+        gradients: of the loss by its keys and its values, [B, KV, L, head_dim] each.
+    """
+    layer, found = spec.layers[index], {}
+    rows = slice(None) if kept is None else torch.from_numpy(kept)
+    for i, (kind, width) in enumerate(zip(KINDS, (settings.key_width, settings.value_width), strict=True)):
+        heads = (recorder.keys, recorder.values)[i][index]
+        found[f"{index}.{kind}"] = _rows(heads)[rows].half()
+        if gradients is not None:
+            gradient = gradients[i]
+            if kind == "key" and settings.rotated_keys:
+                cos, sin = (t[: heads.shape[2]].to(gradient)[None] for t in spec.rope_tables[layer.rope_table])
+                gradient = rotate(gradient, cos, sin, layer.rope_interleaved)
+            flat = _rows(gradient)
+            norm = flat.reshape(flat.shape[0], -1, width).norm(dim=2)
+            found[f"{index}.{kind}.gradient"] = norm.float()[rows]
+    found[f"{index}.query_energy"] = recorder.query_energy[index].float()
+    return {name: tensor.contiguous().cpu() for name, tensor in found.items()}
+
+
+def shard_entries(
+    spec: ModelSpec, rows: int, settings: CaptureSettings
+) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor of a shard's file, which holds ``rows`` tokens: those of ``capture_shard``, and
+    ``positions`` int32 [rows], the tokens' places in their sequences.
+    """
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"positions": (torch.int32, (rows,))}
+    for layer in spec.layers:
+        elements = layer.num_kv_heads * layer.head_dim
+        for kind, width in zip(KINDS, (settings.key_width, settings.value_width), strict=True):
+            entries[f"{layer.index}.{kind}"] = (torch.float16, (rows, elements))
+            if settings.gradients:
+                entries[f"{layer.index}.{kind}.gradient"] = (torch.float32, (rows, elements // width))
+        entries[f"{layer.index}.query_energy"] = (torch.float32, (layer.num_kv_heads, layer.head_dim))
+    return entries
 
 
 def _rows(heads: torch.Tensor) -> torch.Tensor:
@@ -152,17 +229,36 @@ def capture(
     """Write shard files into ``directory``; shards that are there already are not made again.
 
     Args:
+        model: in memory, or of ``load_streamed``; both give the same bits.
         ids: int64 [N, L].
         progress: called with the number of sequences after each shard.
     """
-    device = next(model.parameters()).device
+    todo = []
+    for shard in shards_of(ids, settings, directory):
+        if shard.target.exists():
+            progress(len(shard.ids))
+        else:
+            todo.append(shard)
+    if streamed_weights(model) is not None:
+        from gsrq_export.layerwise import capture_layerwise  # it captures with what is here
+
+        capture_layerwise(model, spec, todo, settings, progress)
+        return
+    device = device_of(model)
+    for shard in todo:
+        tensors = capture_shard(model, spec, torch.from_numpy(shard.ids).to(device), settings, shard.kept)
+        tensors["positions"] = shard.positions()
+        write_atomic(shard.target, partial(save_file, tensors))
+        progress(len(shard.ids))
+
+
+def shards_of(ids: np.ndarray[Any, np.dtype[np.int64]], settings: CaptureSettings, directory: Path) -> Iterator[Shard]:
+    """The shards of all traffic, int64 [N, L], in order."""
+    kept, length = kept_tokens(ids.size, settings.vectors, settings.seed), ids.shape[1]
     for number, start in enumerate(range(0, len(ids), settings.batch)):
         batch = ids[start : start + settings.batch]
-        target = directory / f"shard-{number:05d}.safetensors"
-        if not target.exists():
-            shard = capture_shard(model, spec, torch.from_numpy(batch).to(device), settings)
-            write_atomic(target, partial(save_file, shard))
-        progress(len(batch))
+        rows = rows_of(kept, start * length, (start + len(batch)) * length)
+        yield Shard(directory / f"shard-{number:05d}.safetensors", batch, rows)
 
 
 @dataclass(frozen=True)
@@ -176,9 +272,19 @@ class Captured:
             with safe_open(file, framework="pt") as tensors:
                 yield tensors.get_tensor(name)
 
+    def _slices(self, name: str) -> Iterator[Any]:
+        for file in sorted(self.directory.glob("shard-*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                yield tensors.get_slice(name)
+
     def vectors(self, layer: LayerSpec, kind: str) -> torch.Tensor:
-        """float16 [N, KV * head_dim]; keys before RoPE."""
-        return torch.cat(list(self._read(f"{layer.index}.{kind}")))
+        """float16 [N, KV * head_dim]; keys before RoPE. Memory holds it once."""
+        name = f"{layer.index}.{kind}"
+        sizes = [int(part.get_shape()[0]) for part in self._slices(name)]
+        out = torch.empty(sum(sizes), layer.num_kv_heads * layer.head_dim, dtype=torch.float16)
+        for rows, part in zip(torch.split(out, sizes), self._read(name), strict=True):
+            rows.copy_(part)
+        return out
 
     def positions(self) -> torch.Tensor:
         """int32 [N]: each row's place in its sequence.
@@ -265,33 +371,42 @@ def attention_metric(
     return key_transform(captured.query_moment(layer), layer, rope_dim, width)
 
 
-@contextmanager
-def _last_linear(module: torch.nn.Module) -> Iterator[list[torch.nn.Linear]]:
-    ran: list[torch.nn.Linear] = []
-    linears = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
-    hooks = [m.register_forward_hook(lambda m, args, output: ran.append(m)) for m in linears]
-    try:
-        yield ran
-    finally:
-        for hook in hooks:
-            hook.remove()
+class _StreamedProjections(Sequence[torch.Tensor]):
+    """Weights that are read when they are asked for."""
+
+    def __init__(self, weights: StreamedWeights, names: Sequence[str]) -> None:
+        self._weights, self._names = weights, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._weights.weight(self._names[index])
 
 
 @torch.no_grad()
-def output_projections(model: torch.nn.Module, spec: ModelSpec) -> list[torch.Tensor]:
+def output_projections(model: torch.nn.Module, spec: ModelSpec) -> Sequence[torch.Tensor]:
     """Each layer's output projection [hidden, num_heads * head_dim]: the last linear map its attention module runs."""
     modules: dict[int, torch.nn.Module] = {}
+    ran: list[torch.nn.Module] = []
 
     def note(call: AttentionCall) -> torch.Tensor:
-        modules[call.layer_idx] = call.module
+        modules[spec.layer(call.layer_idx).index] = call.module
         return attend(call, spec)
 
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
-    with intercept(model, note):
-        model(input_ids=ids, use_cache=False)
-        weights = []
-        for layer in spec.layers:
-            with _last_linear(modules[layer.layer_idx]) as ran:
-                model(input_ids=ids, use_cache=False)
-            weights.append(ran[-1].weight)
-    return weights
+    linears = {m: f"{path}.weight" for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    hooks = [m.register_forward_hook(lambda m, args, output: ran.append(m)) for m in linears]
+    try:
+        with intercept(model, note):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device_of(model)), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last = []
+    for layer in spec.layers:
+        inside = set(modules[layer.index].modules())
+        last.append([m for m in ran if m in inside][-1])
+    streamed = streamed_weights(model)
+    if streamed is not None:
+        return _StreamedProjections(streamed, [linears[m] for m in last])  # type: ignore[index]
+    return [m.weight for m in last]  # type: ignore[misc]

@@ -37,6 +37,7 @@ class _Section(BaseModel):
 class ModelSource(_Section):
     path: Annotated[str, Field(min_length=1)]  # a directory or a hub id
     revision: str | None = None
+    streaming: Literal["auto", "always", "never"] = "auto"  # weights stay on disk, see build/streaming.py
     architecture: Architecture | None = None  # what the model must be, see model/architecture.py
 
 
@@ -78,6 +79,14 @@ class TrafficRecipe(_Section):
     sequences: Positive = 64
     recall_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # of sequences that get recall passages
     seed: Seed = 0
+
+
+class CaptureRecipe(_Section):
+    """What is kept of the keys and values that the traffic shows."""
+
+    vectors: Annotated[int, Field(ge=1024)] | None = None  # tokens, a sample of all traffic; none: every token
+    seed: Seed = 0  # of the sample
+    scratch_gib: Positive = 32  # of disk for hidden states where the weights are streamed; no result depends on it
 
 
 class CodecSide(_Section):
@@ -217,6 +226,7 @@ class Recipe(_Section):
     name: Annotated[str, Field(pattern=SLUG)]
     model: ModelSource
     traffic: TrafficRecipe = TrafficRecipe()
+    capture: CaptureRecipe = CaptureRecipe()
     codec: CodecRecipe = CodecRecipe()
     cache: CacheRecipe = CacheRecipe()
     export: ExportRecipe = ExportRecipe()

@@ -41,6 +41,7 @@ def profile_codebooks(
                 recipe.traffic.sequence_length,
                 layer.num_kv_heads,
                 recipe.codec.beam,
+                vectors.positions(),
             )
             found.append(LayerProfile(layer.layer_idx, kind, profile))
             progress(1)

@@ -61,9 +61,11 @@ def compare_stage(source: Source, text: EvaluationText, codebooks: Path, context
     with tempfile.TemporaryDirectory(dir=context.directory) as folder:
 
         def captured(width: int | None) -> Captured:
-            if width is None:  # vectors alone: the build has them
+            if width is None and recipe.capture.vectors is None:  # vectors alone: the build has them
                 return Captured(context.inputs["capture"])
-            settings = CaptureSettings(width, width, batch=shard_batch(ids.shape[1]))
+            settings = CaptureSettings(
+                width or 1, width or 1, gradients=width is not None, batch=shard_batch(ids.shape[1])
+            )
             with context.reporter.task("compare: capture, sequences", len(ids)) as task:
                 capture(source.model, source.spec, ids, settings, Path(folder), task.advance)
             return Captured(Path(folder))

@@ -13,6 +13,7 @@ import torch
 from gsrq_export.accounting import LayerShape
 from gsrq_export.baselines.methods import chosen
 from gsrq_export.build.device import CPU, check_device, describe_device
+from gsrq_export.build.streaming import Residence, check_streamed, require_whole
 from gsrq_export.model.introspect import ModelSpec, inspect_model
 from gsrq_export.model.loading import (
     TOKENIZER_FILES,
@@ -22,6 +23,7 @@ from gsrq_export.model.loading import (
     weight_files,
     weight_hash,
 )
+from gsrq_export.model.streaming import load_streamed, streamed_weights
 from gsrq_export.recipe import Recipe, check_against
 from gsrq_export.stages.keys import file_hash
 
@@ -53,17 +55,30 @@ class Source:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        return load_model(self.directory)
+        return load_streamed(self.directory) if self.residence.streamed else load_model(self.directory)
+
+    @cached_property
+    def residence(self) -> Residence:
+        """Whether the weights are in memory or streamed."""
+        return Residence.choose(self.recipe, self.directory, self.place)
 
     @property
     def model(self) -> Any:
-        """On the CPU, wherever it was."""
-        return self._loaded[0].to(CPU)
+        """On the CPU, wherever it was. Where it is streamed it can be run and exported, a layer in memory at a time."""
+        return self._on(torch.device(CPU))
 
     @property
     def placed_model(self) -> Any:
         """The same model, moved to ``device`` until ``model`` is asked for again."""
-        return self._loaded[0].to(self.place)
+        return self._on(self.place)
+
+    def _on(self, device: torch.device) -> Any:
+        model = self._loaded[0]
+        streamed = streamed_weights(model)
+        if streamed is None:
+            return model.to(device)
+        streamed.place(device)
+        return model
 
     @property
     def place(self) -> torch.device:
@@ -108,8 +123,13 @@ class Source:
             return self.shapes()
         return [LayerShape(*architecture.kv_shape)] * architecture.num_hidden_layers
 
-    def check(self) -> None:
-        """Everything that can be refused without loading weights."""
+    def check(self, whole_for: str | None = None) -> None:
+        """Everything that can be refused without loading weights.
+
+        Args:
+            whole_for: the command that runs the whole model, which therefore must fit into memory; None: a build, whose
+                recipe says what is run.
+        """
         check_device(self.device)
         if self.recipe.evaluate and self.recipe.evaluate.compare:
             chosen(self.recipe.evaluate.compare.methods)  # refuses ids that there are not
@@ -119,6 +139,11 @@ class Source:
         if self.recipe.model.architecture is not None:
             self.recipe.model.architecture.check_model(self._config, self.recipe.name)
         check_against(self.recipe, [(shape.num_kv_heads, shape.head_dim) for shape in self.shapes()], self._positions)
+        if whole_for is not None:
+            require_whole(self.recipe, self.residence, whole_for)
+        check_streamed(self.recipe, self.residence)
+        if self.residence.streamed:
+            self._loaded  # noqa: B018  (a model without its weights, which shows whether they fit it)
 
 
 def check_stated(recipe: Recipe) -> None:

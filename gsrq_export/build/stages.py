@@ -73,7 +73,12 @@ def stages(source: Source) -> list[Stage]:
             },
             partial(_traffic, source),
         ),
-        Stage("capture", {"model": model, "widths": widths, **here}, partial(_capture, source), ("traffic",)),
+        Stage(
+            "capture",
+            {"model": model, "widths": widths, "kept": kept_material(recipe), **here},
+            partial(_capture, source),
+            ("traffic",),
+        ),
         Stage("codebooks", {"codec": codec, "model": model, **here}, partial(_codebooks, source), ("capture",)),
     ]
     if finetuning:
@@ -137,6 +142,12 @@ def captured_widths(source: Source) -> dict[str, int]:
     return {kind: math.gcd(*(codec.side(kind, layer).width for layer in range(count))) for kind in KINDS}
 
 
+def kept_material(recipe: Recipe) -> dict[str, int] | None:
+    """What decides which tokens are kept; None where all are."""
+    capture = recipe.capture
+    return None if capture.vectors is None else {"vectors": capture.vectors, "seed": capture.seed}
+
+
 def _capture(source: Source, context: Context) -> None:
     widths = captured_widths(source)
     ids = np.load(context.inputs["traffic"] / "ids.npy", allow_pickle=False)
@@ -146,6 +157,9 @@ def _capture(source: Source, context: Context) -> None:
         gradients=source.recipe.codec.weights == "gradient",
         batch=shard_batch(ids.shape[1]),
         rotated_keys=source.recipe.codec.rotated_keys,
+        vectors=source.recipe.capture.vectors,
+        seed=source.recipe.capture.seed,
+        scratch_bytes=source.recipe.capture.scratch_gib << 30,
     )
     with context.reporter.task("capture: sequences", len(ids)) as task:
         spec = source.spec  # before the model is moved: it reads it on the CPU

@@ -71,7 +71,7 @@ def tiny_recipe(recipe: Recipe, directory: Path) -> Recipe:
         update={
             "name": f"{recipe.name[:58]}-tiny",
             "model": recipe.model.model_copy(
-                update={"path": str(path), "revision": None, "architecture": architecture}
+                update={"path": str(path), "revision": None, "architecture": architecture, "streaming": "auto"}
             ),
             "traffic": traffic,
             "codec": _codec(recipe.codec, given, architecture),

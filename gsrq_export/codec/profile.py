@@ -63,17 +63,23 @@ class Profile:
 
 @torch.no_grad()
 def profile_codebook(
-    codebook: Codebook, vectors: torch.Tensor, sequence_length: int, num_kv_heads: int, beam: int = 1
+    codebook: Codebook,
+    vectors: torch.Tensor,
+    sequence_length: int,
+    num_kv_heads: int,
+    beam: int = 1,
+    positions: torch.Tensor | None = None,
 ) -> Profile:
     """Code the held-out rows (every ``HOLD_OUT``-th, as in training) and measure.
 
     Args:
-        vectors: [N, groups * width], keys or values of one layer, whole sequences one after the other.
-        sequence_length: tokens of a sequence; row i stands at position i mod sequence_length.
+        vectors: [N, groups * width], keys or values of one layer.
+        sequence_length: tokens of a sequence.
         num_kv_heads: heads that a row concatenates.
         beam: of the encoder.
+        positions: int [N], the rows' places in their sequences; None: they are whole sequences, one after the other.
     Raises:
-        GsrqError: the rows are no whole sequences of such vectors, none is held out, or one is not finite.
+        GsrqError: no such vectors, not as many positions or no whole sequences, none held out, or one not finite.
     """
     rows, elements = vectors.shape
     if elements != codebook.groups * codebook.width or elements % num_kv_heads:
@@ -82,7 +88,9 @@ def profile_codebook(
             f"for {num_kv_heads} KV heads",
             "profile a codebook on the layer and kind that it was trained for",
         )
-    if sequence_length < 1 or rows % sequence_length or rows < HOLD_OUT:
+    if positions is None and sequence_length > 0 and rows % sequence_length == 0:
+        positions = torch.arange(rows) % sequence_length
+    if positions is None or len(positions) != rows or rows < HOLD_OUT:
         raise GsrqError(
             f"{rows} vectors: need whole sequences of sequence_length {sequence_length}, {HOLD_OUT} vectors at least",
             "give the captured vectors and the traffic.sequence_length that they were captured with",
@@ -97,7 +105,7 @@ def profile_codebook(
     error, energy = (torch.cat([part[i] for part in parts]) for i in (3, 4))  # [M, KV]
     by_stage, metric_by_stage = (_relative(stage_error[i], stage_energy[i]).tolist() for i in range(2))
 
-    position = index % sequence_length
+    position = positions.to(index.device)[index]
     by_position, start = [], 0
     while start < sequence_length:
         stop = min(2 * start or FIRST_BUCKET, sequence_length)

@@ -83,6 +83,7 @@ def describe(source: Source) -> str:
     heads = f"{shapes[0].num_kv_heads} KV heads of {shapes[0].head_dim}"
     lines = [
         f"model      {source.directory} ({len(shapes)} layers, {heads})",
+        f"weights    {source.residence}",
         f"traffic    {recipe.traffic.sequences} sequences of {recipe.traffic.sequence_length} tokens",
         f"codec      {codec.method}, metric {codec.metric}, {nominal_bits(recipe, shapes):g} nominal bits",
         f"keys       {budgets(recipe, 'key', len(shapes))}",

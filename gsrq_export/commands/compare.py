@@ -92,7 +92,7 @@ def compare(
         load_comparison(out / JSON_FILE)  # refused before anything runs if it is not one
     work = work or out.with_name(f"{out.name}.work")
     source = Source(spooled(recipe, work))
-    source.check()
+    source.check(whole_for="gsrq compare")
     reporter = make_reporter()
     ours = ours_of_artifact(artifact, source) if artifact is not None else None
     subject, trained = subject_of_recipe(source, work, place, ours is None, texts, settings, reporter)

@@ -55,7 +55,7 @@ def tune(
         raise GsrqError(f"--out {out}: not a recipe's name", "end it with .yaml")
     given = load_recipe(recipe_file)
     source = Source(given, device)
-    source.check()
+    source.check(whole_for="gsrq tune")
     layers = source.shapes()
     target = make_target(given, layers, context, sequences, bits, parse_memory(memory) if memory is not None else None)
     work = work or out.with_name(f"{out.name}.work")

@@ -1,13 +1,15 @@
 """Writes model.onnx: the traced decoder, its weights beside it, and its codebooks where they already are.
 
 The weights are external data in model.onnx.data. The codebooks are external data too, and refer to the
-bytes inside codebooks.safetensors, so that an artifact holds them once.
+bytes inside codebooks.safetensors, so that an artifact holds them once. Weights of a streamed model go from its
+checkpoint to that file in parts; they are never all in memory.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import onnx
@@ -18,8 +20,10 @@ from gsrq_export.codec.codebook import LayerCodebooks
 from gsrq_export.codec.storage import CENTER, PARTS, SIDES, save_codebooks, tensor_locations, tensor_name
 from gsrq_export.errors import GsrqError
 from gsrq_export.export.function import OPERATOR_VERSION, build_function
+from gsrq_export.export.streamed import refer_to_checkpoint
 from gsrq_export.export.trace import ExportSettings, attention_nodes, rotated_keys, trace
 from gsrq_export.model.introspect import ModelSpec
+from gsrq_export.model.streaming import streamed_weights
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
@@ -40,7 +44,8 @@ def export_onnx(
     """Write model.onnx, model.onnx.data and codebooks.safetensors; equal arguments give equal bytes.
 
     Args:
-        model: a transformers causal decoder, float32, on the CPU.
+        model: a transformers causal decoder, float32, on the CPU, in memory or of ``load_streamed``; both give the
+            same bytes.
         spec: what inspect_model found; its max_length is the graph's.
         codebooks: one entry for each of spec.layers, in their order.
         out_dir: an existing directory.
@@ -53,8 +58,12 @@ def export_onnx(
             written in either case.
     """
     _check(model, spec, codebooks, settings)
-    graph = trace(model, spec, codebooks, settings)
+    streamed = streamed_weights(model)
+    with streamed.placeholders() if streamed else nullcontext():
+        graph = trace(model, spec, codebooks, settings)
     _forget_origins(graph)
+    if streamed:
+        refer_to_checkpoint(graph, streamed)
     written = [out_dir / name for name in (CODEBOOKS_FILE, WEIGHTS_FILE, MODEL_FILE)]
     try:
         save_codebooks(written[0], codebooks, codebook_metadata or {})
@@ -96,7 +105,7 @@ def _check(model: torch.nn.Module, spec: ModelSpec, codebooks: list[LayerCodeboo
                 )
     if settings.exact_dtype not in ONNX_TYPES:
         raise GsrqError(f"exact_dtype {settings.exact_dtype} cannot be exported", "use float16 or float32")
-    for name, weight in model.named_parameters():
+    for name, weight in () if streamed_weights(model) else model.named_parameters():
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             raise GsrqError(
                 f"weight {name} is {weight.dtype} on {weight.device}", "load the model in float32 on the CPU"

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from gsrq_export.cache.frame import rotate
 from gsrq_export.errors import GsrqError, UnsupportedModelError
 from gsrq_export.model.intercept import AttentionCall, RotaryCall, intercept
+from gsrq_export.model.streaming import device_of
 
 PROBE_TOKENS = 24
 LOGIT_TOLERANCE = 2e-3  # relative to the largest logit; float32 reordering stays far below
@@ -91,7 +92,7 @@ def inspect_model(model: torch.nn.Module, max_length: int) -> ModelSpec:
     _check_length(config, max_length)
     vocab = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab, (1, PROBE_TOKENS), generator=generator).to(next(model.parameters()).device)
+    ids = torch.randint(0, vocab, (1, PROBE_TOKENS), generator=generator).to(device_of(model))
     cache = _RecordingCache(config)
     expected = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
 

@@ -22,7 +22,7 @@ from gsrq_export.capture import KINDS, Captured, attention_metric, output_projec
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
 from gsrq_export.codec.storage import load_book, save_book
-from gsrq_export.recipe import CodecSide, Recipe
+from gsrq_export.recipe import CaptureRecipe, CodecSide, Recipe
 from gsrq_export.stages.engine import Context, Stage
 from gsrq_export.tune.budget import candidate_widths, with_budget
 from gsrq_export.tune.ladder import rungs
@@ -64,7 +64,8 @@ class Plan:
             for i, shape in enumerate(Source(recipe).shapes())
             for kind in KINDS
         }
-        return cls(recipe, Source(with_budget(recipe, narrow), device), effort, bits)
+        every = recipe.model_copy(update={"capture": CaptureRecipe()})  # whole sequences are trained on or held back
+        return cls(recipe, Source(with_budget(every, narrow), device), effort, bits)
 
     @property
     def shapes(self) -> Sequence[LayerShape]:
