@@ -5,7 +5,7 @@ Traffic runs in shards of a few sequences; each shard is a file, so an interrupt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,11 @@ from gsrq_export.stages.storage import write_atomic
 
 KINDS = ("key", "value")
 SHARD_TOKENS = 4096  # tokens of a shard; bounds memory and what an interruption loses
+
+
+def shard_file(number: int) -> str:
+    """Name of a shard."""
+    return f"shard-{number:05d}.safetensors"
 
 
 def shard_batch(length: int) -> int:
@@ -148,17 +153,21 @@ def capture(
     settings: CaptureSettings,
     directory: Path,
     progress: Callable[[int], None] = lambda sequences: None,
+    shards: Collection[int] | None = None,
 ) -> None:
     """Write shard files into ``directory``; shards that are there already are not made again.
 
     Args:
         ids: int64 [N, L].
+        shards: numbers of those to write, in a build of many processes; None: all.
         progress: called with the number of sequences after each shard.
     """
     device = next(model.parameters()).device
     for number, start in enumerate(range(0, len(ids), settings.batch)):
+        if shards is not None and number not in shards:
+            continue
         batch = ids[start : start + settings.batch]
-        target = directory / f"shard-{number:05d}.safetensors"
+        target = directory / shard_file(number)
         if not target.exists():
             shard = capture_shard(model, spec, torch.from_numpy(batch).to(device), settings)
             write_atomic(target, partial(save_file, shard))
@@ -179,6 +188,18 @@ class Captured:
     def vectors(self, layer: LayerSpec, kind: str) -> torch.Tensor:
         """float16 [N, KV * head_dim]; keys before RoPE."""
         return torch.cat(list(self._read(f"{layer.index}.{kind}")))
+
+    def rows(self, layer: LayerSpec, kind: str, rows: slice) -> torch.Tensor:
+        """Some rows of ``vectors``, without reading the others."""
+        found, at = [], 0
+        for file in sorted(self.directory.glob("shard-*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                stored = tensors.get_slice(f"{layer.index}.{kind}")
+                count = stored.get_shape()[0]
+                if at < rows.stop and rows.start < at + count:
+                    found.append(stored[max(0, rows.start - at) : min(count, rows.stop - at)])
+            at += count
+        return torch.cat(found)
 
     def positions(self) -> torch.Tensor:
         """int32 [N]: each row's place in its sequence.
