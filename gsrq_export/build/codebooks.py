@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -114,7 +114,7 @@ class _Trainer:
     world: World
 
     @cached_property
-    def _outputs(self) -> list[torch.Tensor]:
+    def _outputs(self) -> Sequence[torch.Tensor]:
         return output_projections(self.source.model, self.source.spec)
 
     @property
