@@ -12,17 +12,11 @@ import yaml
 
 from gsrq_export.artifact.manifest import load_manifest
 from gsrq_export.autodeploy.descriptor import BACKEND
-from gsrq_export.autodeploy.layers import artifact_layers
 from gsrq_export.errors import GsrqError
 from gsrq_export.export.model import CODEBOOKS_FILE
-from gsrq_export.model.architecture import architecture_of
-from gsrq_export.model.loading import load_config
+from gsrq_export.hosting.layers import artifact_layers, refuse_rope
 
 CONFIG, QUANTIZATION, LAUNCHER = "autodeploy.yaml", "quantization.json", "launch.py"
-REFUSED_ROPE = {
-    "longrope": "its tables change with the length of the text, so rotated keys cannot be turned back",
-    "dynamic": "its tables change with the length of the text, so rotated keys cannot be turned back",
-}
 SCRIPT = '''"""Answers prompts with the model of {name}, its cache coded. Needs tensorrt_llm, gsrq-export and one GPU.
 
 python launch.py "a prompt" ...
@@ -65,10 +59,7 @@ def export_trtllm(artifact: Path, out: Path, max_batch_size: int = 8) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise GsrqError(f"--out {out} exists and is not an empty directory", "name another place")
     found, manifest = artifact_layers(artifact), load_manifest(artifact)
-    architecture = architecture_of(load_config(artifact / "tokenizer"))
-    rope = architecture.rope_scaling.rope_type if architecture.rope_scaling else "default"
-    if rope in REFUSED_ROPE:
-        raise GsrqError(f"{artifact}: RoPE scaling {rope!r}: {REFUSED_ROPE[rope]}", "serve it with ONNX Runtime")
+    refuse_rope(artifact)
     model = manifest.model.id
     settings: dict[str, Any] = {
         "model": model,
