@@ -1,5 +1,5 @@
-"""The TensorRT plugin without a GPU: what a builder asks it, what a plan holds of it, what it refuses, and
-TensorRT's lean runtimes, which load it.
+"""The TensorRT plugin without a GPU: what a builder asks it, what a plan holds, what is refused; TensorRT's lean
+runtimes, which load it.
 
 GSRQ_TENSORRT_LEAN names folders, separated as PATH is, into each of which one version's tensorrt-lean was installed
 (pip install --no-deps --target DIR tensorrt-lean-cu13-bindings tensorrt-lean-cu13-libs, both of that version).
