@@ -393,6 +393,27 @@ def ort_recall(data: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def scaling(data: dict[str, Any]) -> str:
+    """Seconds and times faster than one process; a row a number of processes."""
+    names = {"capture": "capture", "codebooks": "sharing codebooks", "rows": "sharing rows"}
+    first = data["rows"][0]["parts"]
+    rows = []
+    for row in data["rows"]:
+        parts = row["parts"]
+        cells = [f"{parts[n]['seconds']:.1f} ({first[n]['seconds'] / parts[n]['seconds']:.2f}x)" for n in names]
+        peak = max(part["peak_resident_bytes"] for part in parts.values())
+        rows.append([str(row["processes"]), row["backend"] or "", *cells, f"{peak / 2**30:.2f}"])
+    shape, found = data["shape"], data["environment"]
+    where = found["gpu"] if data["device"] != "cpu" else f"{found['cpu']}, {found['cores']} cores"
+    line = (
+        f"{where}, torch {found['packages']['torch']}; {data['model']}, {shape['sequences'] * shape['length']:,} "
+        f"tokens, D={shape['width']}, R={shape['stages']}, {shape['iterations']} iterations, one refit. "
+        f"All runs wrote the same {data['files_equal']} files."
+    )
+    header = ["processes of one thread", "backend", *(f"{name}, s" for name in names.values())]
+    return f"{line}\n\n{table([*header, 'most memory of a process, GiB'], rows)}"
+
+
 def stated_recipes() -> list[tuple[Recipe, Sequence[LayerShape]]]:
     """The recipes that state their model's architecture, with its layers."""
     recipes = [load_recipe(file) for file in bundled_recipes()]
@@ -457,13 +478,14 @@ def documents() -> dict[Path, str]:
         "int8_recall": ("compare_recall-28m", int8),
         "tasks": ("tasks_recall-28m", tasks),
         "int8": ("int8_demo-6m", int8),
+        "scaling": ("distributed", scaling),
     }
     counted = {"models": models, "memory": memory}  # from the recipes, nothing measured
     out = {ROOT / "docs/img" / name: text for name, text in plots(data["gskm_gaussian"]["rows"]).items()}
     out[ROOT / "docs/img/cuda_decode.svg"] = cuda_plot(data["cuda_attention"])
     if "cuda_calibration" in data:
         out[ROOT / "docs/img/cuda_calibration.svg"] = calibration_plot(data["cuda_calibration"])
-    for name in ("method", "models", "quality", "speed", "tune"):
+    for name in ("distributed", "method", "models", "quality", "speed", "tune"):
         path = ROOT / f"docs/{name}.md"
 
         def replace(match: re.Match[str]) -> str:

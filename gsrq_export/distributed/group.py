@@ -108,8 +108,7 @@ class Group(World):
             given = given.cpu()
         found = given.new_empty((self.size, *given.shape))
         try:
-            # Flat: backends differ in what shapes they take.
-            dist.all_gather_into_tensor(found.reshape(-1), given.reshape(-1))
+            dist.all_gather(list(found.unbind(0)), given)
         except RuntimeError as error:
             raise self._lost(f"could not exchange tensors by {self.backend}: {error}") from error
         return found.to(tensor.device)
