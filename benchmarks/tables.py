@@ -414,6 +414,39 @@ def scaling(data: dict[str, Any]) -> str:
     return f"{line}\n\n{table([*header, 'most memory of a process, GiB'], rows)}"
 
 
+FUZZERS = {
+    "check": "libFuzzer, ASan, UBSan: attributes and shapes of the operator (`fuzz_check`)",
+    "call": "libFuzzer, ASan, UBSan: whole calls on exact-sized memory, three instruction sets (`fuzz_call`)",
+    "manifest": "atheris: manifest and the artifact it describes",
+    "codebooks": "atheris: codebooks.safetensors",
+    "recipe": "atheris: recipe, its YAML",
+    "fields": "atheris: recipe, its values",
+    "traffic": "atheris: traffic",
+    "onnx": "atheris: ONNX file",
+    "triton": "atheris: Triton configuration from a hostile graph",
+}
+
+
+def fuzzers(data: dict[str, Any]) -> str:
+    header = ["fuzzer", "executions", "of them accepted", "slowest input", "memory", "faults"]
+    rows = []
+    for row in data["targets"]:
+        memory = f"{row['peak_rss_mb']} MB"
+        if row["grown_mb"] is not None:
+            memory = f"{row['grown_mb']} MB more than torch and ONNX take"
+        rows.append(
+            [
+                FUZZERS[row["name"]],
+                f"{row['executions']:,}",
+                "" if row["accepted"] is None else f"{row['accepted']:,}",
+                f"{row['slowest_cpu_s']:.2f} s of CPU",
+                memory,
+                str(len(row["findings"])),
+            ]
+        )
+    return table(header, rows)
+
+
 def stated_recipes() -> list[tuple[Recipe, Sequence[LayerShape]]]:
     """The recipes that state their model's architecture, with its layers."""
     recipes = [load_recipe(file) for file in bundled_recipes()]
@@ -467,6 +500,7 @@ def documents() -> dict[Path, str]:
         "rivals": ("decode_rivals", rivals),
         "ort_decode": ("ort_decode", ort_decode),
         "ort_recall": ("ort_recall", ort_recall),
+        "fuzz": ("fuzz", fuzzers),
         "gskm": ("gskm_gaussian", gskm),
         "gskm_use": ("gskm_gaussian", gskm_use),
         "tune": ("tune_demo-6m", tune),
@@ -485,7 +519,7 @@ def documents() -> dict[Path, str]:
     out[ROOT / "docs/img/cuda_decode.svg"] = cuda_plot(data["cuda_attention"])
     if "cuda_calibration" in data:
         out[ROOT / "docs/img/cuda_calibration.svg"] = calibration_plot(data["cuda_calibration"])
-    for name in ("distributed", "method", "models", "quality", "speed", "tune"):
+    for name in ("distributed", "method", "models", "quality", "reliability", "speed", "tune"):
         path = ROOT / f"docs/{name}.md"
 
         def replace(match: re.Match[str]) -> str:

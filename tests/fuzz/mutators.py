@@ -1,11 +1,14 @@
 """Mutations that keep a file's frame whole, so that inputs reach what lies behind it: half of all inputs.
 
-A length before a part of the file, as protobuf and safetensors have, is wrong after nearly every change of bytes; such
-a file is refused at once and nothing else of it is read. The other half of the inputs are changed as any bytes.
+A length before a part of the file, as protobuf and safetensors have, is wrong after nearly every change of bytes, and
+most changes leave JSON that is none; such a file is refused at once and nothing else of it is read. The other half of
+the inputs are changed as any bytes.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import random
 from collections.abc import Callable
 from typing import Any
@@ -91,10 +94,62 @@ def _scalar(value: Any, field: FieldDescriptor, rng: random.Random) -> Any:
     if isinstance(value, bytes):
         return bytes(atheris.Mutate(value, len(value) + 64))
     if isinstance(value, str):
-        return atheris.Mutate(value.encode(), 4 * len(value) + 64).decode("utf-8", "ignore")
+        return _any_text(value, rng)
     if field.cpp_type in REALS:
         return rng.choice((0.0, -1.0, 1e38, float("nan"), float("inf")))
     return rng.choice((*NUMBERS, value + 1, value - 1))
 
 
-MUTATORS: dict[str, Mutator] = {"codebooks": safetensors, "onnx": protobuf, "triton": protobuf}
+def json_text(data: bytes, limit: int, seed: int) -> bytes:
+    """One value somewhere in a JSON document changed, removed, or put in another's place."""
+    rng = random.Random(seed)
+    try:
+        document = json.loads(data) if rng.random() < 0.5 else None
+    except (ValueError, RecursionError):
+        document = None
+    places = _places(document)
+    if places:
+        owner, key = rng.choice(places)
+        what = rng.randrange(5)
+        other, from_key = rng.choice(places)
+        if what == 0:
+            del owner[key]
+        elif what == 1:
+            owner[key] = copy.deepcopy(other[from_key])
+        elif what == 2 and isinstance(owner, dict):
+            owner[_any_text(str(key), rng)] = owner.pop(key)
+        elif isinstance(owner[key], str):
+            owner[key] = _any_text(owner[key], rng)
+        else:
+            number = owner[key] if isinstance(owner[key], int) else 0
+            owner[key] = rng.choice((*NUMBERS, number + 1, number - 1, 0.5, None, True, "", [], {}))
+        changed = json.dumps(document, separators=(",", ":")).encode()
+        if len(changed) <= limit:
+            return changed
+    return bytes(atheris.Mutate(data, limit))
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) below a value."""
+    found, pending = [], [value]
+    while pending:
+        at = pending.pop()
+        keys = list(at) if isinstance(at, dict) else range(len(at)) if isinstance(at, list) else ()
+        found += [(at, key) for key in keys]
+        pending += [at[key] for key in keys]
+    return found
+
+
+def _any_text(text: str, rng: random.Random) -> str:
+    given = text.encode("utf-8", "surrogatepass")
+    # Some of it cannot be encoded again: half of a surrogate pair, as JSON may hold.
+    return atheris.Mutate(given, len(given) + 32).decode("utf-8", rng.choice(("ignore", "surrogateescape")))
+
+
+MUTATORS: dict[str, Mutator] = {
+    "manifest": json_text,
+    "fields": json_text,
+    "codebooks": safetensors,
+    "onnx": protobuf,
+    "triton": protobuf,
+}

@@ -194,7 +194,8 @@ void run_input(const uint8_t* data, size_t size) {
         key_exact = block(s.key_exact, wide), value_exact = block(s.value_exact, wide),
         key_words = block(s.key_codebooks, 2), value_words = block(s.value_codebooks, 2),
         key_transform = block(s.key_transform, 4), value_transform = block(s.value_transform, 4),
-        key_center = block(a.rotated_keys ? s.key_center : Shape{0}, 4), output = block(s.query, 4), out_key_codes = block(s.key_codes, 1), out_value_codes = block(s.value_codes, 1),
+        key_center = block(a.rotated_keys ? s.key_center : Shape{0}, 4), output = block(s.query, 4),
+        out_key_codes = block(s.key_codes, 1), out_value_codes = block(s.value_codes, 1),
         out_key_exact = block(s.key_exact, wide), out_value_exact = block(s.value_exact, wide);
   const size_t rows = static_cast<size_t>(s.query[0]);
   std::unique_ptr<int64_t[]> past(new int64_t[rows]), fresh(new int64_t[rows]);
