@@ -13,8 +13,9 @@ import torch
 from checkpoints import STREAMED, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from gsrq_export.capture import Captured, CaptureSettings, capture, output_projections
+from gsrq_export.capture import Captured, CaptureSettings, capture, output_projections, shards_of
 from gsrq_export.errors import GsrqError, UnsupportedModelError
+from gsrq_export.layerwise import capture_layerwise
 from gsrq_export.model.checkpoint import Checkpoint
 from gsrq_export.model.introspect import ModelSpec, inspect_model
 from gsrq_export.model.loading import load_model
@@ -137,6 +138,29 @@ def test_an_interrupted_capture_goes_on(
     capture(streamed, spec, ids, settings, tmp_path / "b", ticks.append)
     assert ticks == [2, 2, 1]
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_processes_that_capture_side_by_side_share_no_file(
+    models: Callable[[str], tuple[Any, Any, ModelSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has shards of its own; what is written under any name but theirs would be another's too."""
+    _, streamed, spec = models("Llama")
+    ids = torch.randint(0, 256, (4, 24)).numpy()
+    settings = CaptureSettings(16, 16, batch=2)
+    written: list[set[str]] = []
+    opened = Path.open
+
+    def watch(path: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
+        if "w" in mode and path.parent == tmp_path:
+            written[-1].add(path.name)
+        return opened(path, mode, *more, **options)
+
+    monkeypatch.setattr(Path, "open", watch)
+    for shard in shards_of(ids, settings, tmp_path):
+        written.append(set())
+        capture_layerwise(streamed, spec, [shard], settings, lambda count: None)
+    assert [len(names) for names in written] == [2, 2]
+    assert not written[0] & written[1]
 
 
 def test_budgeted_vectors_are_rows_of_all(models: Callable[[str], tuple[Any, Any, ModelSpec]], tmp_path: Path) -> None:
