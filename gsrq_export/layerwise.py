@@ -71,12 +71,15 @@ class _Wave:
     shards: Sequence[Shard]
     width: int
 
-    def capture(self, progress: Callable[[int], None]) -> None:
-        directory, gradients = self.shards[0].target.parent, self.settings.gradients
+    def __post_init__(self) -> None:
         self.recorder = Recorder(self.spec)
+
+    def capture(self, progress: Callable[[int], None]) -> None:
+        first, gradients = self.shards[0].target, self.settings.gradients
+        scratch = first.with_name(f"{TEMPORARY}hidden-{first.stem}")  # its own, as other processes may capture here too
         self.ids = [torch.from_numpy(shard.ids).to(self.weights.device) for shard in self.shards]
         with (
-            _States(directory / f"{TEMPORARY}hidden", self.ids, self.width, len(self.cut.layers) + 1) as self.states,
+            _States(scratch, self.ids, self.width, len(self.cut.layers) + 1) as self.states,
             _shard_files(self.shards, self.spec, self.settings) as self.files,
             intercept(self.cut.model, self.recorder),
             torch.set_grad_enabled(gradients),

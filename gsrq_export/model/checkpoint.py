@@ -61,7 +61,7 @@ class Checkpoint:
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor as float32, some rows of its first axis at a time."""
-        stored = self._floats(name)
+        stored = self.tensors[name]
         if not stored.shape or not stored.elements:
             yield self._part(stored, name, slice(None))
             return
@@ -71,7 +71,7 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor as float32, contiguous; the only copy of it in memory."""
-        stored = self._floats(name)
+        stored = self.tensors[name]
         out = torch.empty(stored.shape)
         start = 0
         for part in self.chunks(name):
@@ -83,7 +83,7 @@ class Checkpoint:
 
     def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
         """Chosen rows of the first axis as float32; no other page of the file is touched. index: int64 [n]."""
-        stored = self._floats(name)
+        stored = self.tensors[name]
         with safe_open(stored.file, framework="pt") as file:
             rows: torch.Tensor = file.get_tensor(name)[index].float()
         return rows
@@ -93,11 +93,15 @@ class Checkpoint:
             part = file.get_slice(name)[rows] if stored.shape else file.get_tensor(name)
             return part.to(torch.float32, copy=True)  # type: ignore[no-any-return]
 
-    def _floats(self, name: str) -> Stored:
+    def check_type(self, name: str) -> None:
+        """Refuse a tensor that is no float of 16 bits or more.
+
+        Raises:
+            GsrqError: names it and its type.
+        """
         stored = self.tensors[name]
         if stored.dtype not in FLOATS:
             raise GsrqError(
                 f"weight {name} in {stored.file.name} is of type {stored.dtype}",
                 f"use a checkpoint of {', '.join(sorted(FLOATS))}; quantized ones are not supported",
             )
-        return stored

@@ -40,7 +40,7 @@ class StreamedWeights:
         """Hooks itself to the model.
 
         Raises:
-            GsrqError: a tensor is missing or of another shape than the model's.
+            GsrqError: a tensor is missing, of another shape than the model's, or quantized.
         """
         self.checkpoint = checkpoint
         self.device = torch.device("cpu")
@@ -199,6 +199,7 @@ def _stored_names(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, s
                 f"weight {stored} has shape {list(shape)}, the model's {name} {list(parameter.shape)}",
                 "use the config.json that belongs to the weights",
             )
+        checkpoint.check_type(stored)
         names[name] = stored
     missing += [
         name

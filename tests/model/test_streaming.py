@@ -13,8 +13,9 @@ import torch
 from checkpoints import STREAMED, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from gsrq_export.capture import Captured, CaptureSettings, capture, output_projections
+from gsrq_export.capture import Captured, CaptureSettings, capture, output_projections, shards_of
 from gsrq_export.errors import GsrqError, UnsupportedModelError
+from gsrq_export.layerwise import capture_layerwise
 from gsrq_export.model.checkpoint import Checkpoint
 from gsrq_export.model.introspect import ModelSpec, inspect_model
 from gsrq_export.model.loading import load_model
@@ -139,6 +140,29 @@ def test_an_interrupted_capture_goes_on(
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
+def test_processes_that_capture_side_by_side_share_no_file(
+    models: Callable[[str], tuple[Any, Any, ModelSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has shards of its own; what is written under any name but theirs would be another's too."""
+    _, streamed, spec = models("Llama")
+    ids = torch.randint(0, 256, (4, 24)).numpy()
+    settings = CaptureSettings(16, 16, batch=2)
+    written: list[set[str]] = []
+    opened = Path.open
+
+    def watch(path: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
+        if "w" in mode and path.parent == tmp_path:
+            written[-1].add(path.name)
+        return opened(path, mode, *more, **options)
+
+    monkeypatch.setattr(Path, "open", watch)
+    for shard in shards_of(ids, settings, tmp_path):
+        written.append(set())
+        capture_layerwise(streamed, spec, [shard], settings, lambda count: None)
+    assert [len(names) for names in written] == [2, 2]
+    assert not written[0] & written[1]
+
+
 def test_budgeted_vectors_are_rows_of_all(models: Callable[[str], tuple[Any, Any, ModelSpec]], tmp_path: Path) -> None:
     whole, _, spec = models("Qwen3")
     ids = torch.randint(0, 256, (6, 24)).numpy()
@@ -199,9 +223,8 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(GsrqError, match=r"model\.norm\.weight has shape \[63\]"):
         load_streamed(llama)
     save_file({**tensors, "model.norm.weight": norm.to(torch.int8)}, file)
-    streamed = load_streamed(llama)[0]
     with pytest.raises(GsrqError, match=r"model\.norm\.weight in .* is of type I8"):
-        streamed(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+        load_streamed(llama)
     file.write_bytes(b"x" * 100)
     with pytest.raises(GsrqError, match="damaged"):
         load_streamed(llama)
