@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 TEXT = "".join(chr(33 + (7 * i + i * i // 5) % 90) for i in range(4000))
 
 
-def prepare(directory: Path, **codec: Any) -> Path:
+def prepare(directory: Path, traffic: dict[str, Any] | None = None, **codec: Any) -> Path:
     """Write a model, a text and a recipe that uses all of the codec; returns the recipe."""
     model = tiny_model("Llama", vocab_size=257, num_hidden_layers=2, head_dim=16, bos_token_id=0, eos_token_id=0)
     with torch.no_grad():
@@ -35,6 +35,7 @@ def prepare(directory: Path, **codec: Any) -> Path:
             "sources": [{"kind": "text", "path": str(directory / "text.txt")}],
             "sequences": 24,
             "sequence_length": 64,
+            **(traffic or {}),
         },
         "codec": {
             "keys": {"width": 32, "stages": 2},

@@ -18,6 +18,9 @@ import torch
 import worker
 from transformers import LlamaForCausalLM  # noqa: F401  imported once, for all
 
+import gsrq_export.build.stages  # noqa: F401
+from gsrq_export.commands.app import main
+
 LONGEST = 60.0  # seconds of a run; then its processes are killed and the run counts as hung
 
 
@@ -31,7 +34,13 @@ def start(rank: int, size: int, port: int, arguments: list[str], output: int) ->
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     status = 1
     try:
-        status = worker.main(arguments)
+        if arguments[0] == "gsrq":
+            sys.argv = arguments
+            main()
+        else:
+            status = worker.main(arguments)
+    except SystemExit as error:
+        status = int(error.code or 0)
     finally:
         sys.stderr.flush()
         os._exit(status)
