@@ -53,7 +53,8 @@ def prepare(directory: Path, traffic: dict[str, Any] | None = None, **codec: Any
 
 
 def environment() -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE)])
+    given = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE), *given])
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -65,6 +66,13 @@ def launch(*runs: tuple[int, list[str]], timeout: float = 120) -> list[dict[str,
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
+
+
+def torchrun(size: int, arguments: list[str]) -> subprocess.Popen[str]:
+    """A run by torch's own launcher, started."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--standalone"]
+    command += [str(HERE / "worker.py"), *arguments]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def hashes(work: Path) -> dict[str, str]:
