@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import tempfile
 from dataclasses import replace
@@ -11,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from gsrq_export.accounting import contexts, footprint, nominal_bits
 from gsrq_export.artifact.publish import check_destination
-from gsrq_export.build.codebooks import spread_rows
-from gsrq_export.build.device import describe_device
+from gsrq_export.build.agreement import check_distributed
 from gsrq_export.build.package import budgets, publish_artifact
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import stages
@@ -24,11 +21,9 @@ from gsrq_export.build.tiny import tiny_recipe
 from gsrq_export.commands.options import device_option
 from gsrq_export.distributed.group import joined, local_device
 from gsrq_export.distributed.world import ALONE, World
-from gsrq_export.errors import GsrqError
 from gsrq_export.recipe import Recipe, StdinSource, load_recipe
 from gsrq_export.recipe_files import find_recipe
 from gsrq_export.stages.engine import Pipeline
-from gsrq_export.stages.keys import environment
 from gsrq_export.stages.progress import make_reporter, quiet_reporter
 from gsrq_export.traffic.sources import spool_stdin
 
@@ -96,34 +91,6 @@ def _build(out: Path, work: Path, source: Source, dry_run: bool, world: World) -
         return
     publish_artifact(source, done, out)
     reporter.line(f"artifact: {out}")
-
-
-def check_distributed(source: Source, world: World) -> None:
-    """Refuse what many processes cannot do, and processes that would not calculate the same.
-
-    Raises:
-        GsrqError: naming what differs, and where.
-    """
-    if any(isinstance(text, StdinSource) for text in source.recipe.texts):
-        raise GsrqError(
-            "a source of kind stdin cannot be read by many processes", "put the text into a file that all can read"
-        )
-    if source.parallel == "rows":
-        spread_rows(source.recipe.traffic.sequences * source.recipe.traffic.sequence_length, world)
-    versions = environment()
-    world.agree(
-        {
-            "the recipe": hashlib.sha256(source.recipe.model_dump_json().encode()).hexdigest(),
-            "the option --parallel": source.parallel,
-            "the version of gsrq_export (sha256 of its sources)": versions["gsrq_export"],
-            "the version of torch": versions["torch"],
-            "the version of transformers": versions["transformers"],
-            "the device": describe_device(source.device),
-            "the number of threads (OMP_NUM_THREADS)": torch.get_num_threads(),
-            "the instruction set": torch.backends.cpu.get_cpu_capability(),
-            "the sha256 of the model's weights": source.weight_hash,
-        }
-    )
 
 
 def spooled(recipe: Recipe, work: Path) -> Recipe:

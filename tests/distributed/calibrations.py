@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 TEXT = "".join(chr(33 + (7 * i + i * i // 5) % 90) for i in range(4000))
 
 
-def prepare(directory: Path, **codec: Any) -> Path:
+def prepare(directory: Path, traffic: dict[str, Any] | None = None, **codec: Any) -> Path:
     """Write a model, a text and a recipe that uses all of the codec; returns the recipe."""
     model = tiny_model("Llama", vocab_size=257, num_hidden_layers=2, head_dim=16, bos_token_id=0, eos_token_id=0)
     with torch.no_grad():
@@ -35,6 +35,7 @@ def prepare(directory: Path, **codec: Any) -> Path:
             "sources": [{"kind": "text", "path": str(directory / "text.txt")}],
             "sequences": 24,
             "sequence_length": 64,
+            **(traffic or {}),
         },
         "codec": {
             "keys": {"width": 32, "stages": 2},
@@ -52,7 +53,8 @@ def prepare(directory: Path, **codec: Any) -> Path:
 
 
 def environment() -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE)])
+    given = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE), *given])
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -64,6 +66,13 @@ def launch(*runs: tuple[int, list[str]], timeout: float = 120) -> list[dict[str,
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
+
+
+def torchrun(size: int, arguments: list[str]) -> subprocess.Popen[str]:
+    """A run by torch's own launcher, started."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--standalone"]
+    command += [str(HERE / "worker.py"), *arguments]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def hashes(work: Path) -> dict[str, str]:

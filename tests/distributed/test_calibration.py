@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.calibrations import HERE, environment, hashes, launch, prepare
+from distributed.calibrations import hashes, launch, prepare, torchrun
 
 from gsrq_export.distributed.lifeline import EXIT
 
 SECONDS = 10  # from the first end of a process to the last; on a busy machine mostly under one
-OTHERS = (2, 3)  # processes, where one is compared with many
-KILLS = [  # what is shared, who dies, at which of what it does
-    ("codebooks", 2, "write", 2),
-    ("codebooks", 0, "write", 3),
-    ("rows", 1, "gather", 40),
-    ("rows", 3, "meet", 1),
-]
+OTHERS = (4,)  # processes, where one is compared with many; tests of rows have odd numbers
+KILLS = {  # what is shared: one after the other in one work directory, who dies, at which of what it does
+    "codebooks": [(2, "write", 2), (0, "write", 3)],
+    "rows": [(3, "meet", 1), (1, "gather", 40)],
+}
 
 
 def arguments(recipe: Path, work: Path, parallel: str, *more: object) -> list[str]:
@@ -42,29 +38,40 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(recipe: Path, root: Path) -> list[dict[str, Any]]:
-    """All runs of launch.py, as it takes longer to start than they do: 1 process, OTHERS, then KILLS, each mended by 2.
+def runs(recipe: Path, root: Path) -> dict[str, list[dict[str, Any]]]:
+    """All runs of launch.py, as it takes longer to start than they do.
 
-    Their work directories are those of ``work``.
+    Calm ones; those that are killed, and after them one of two processes that goes on; those that are refused.
     """
-    calm = [(size, arguments(recipe, work(root, size), "both")) for size in (1, *OTHERS)]
-    killed, mended = [], []
-    for number, (parallel, rank, where, count) in enumerate(KILLS):
-        given = arguments(recipe, work(root, f"killed-{number}"), parallel)
-        killed.append((4, [*given, "--die", str(rank), where, str(count)]))
-        mended.append((2, given))
-    return launch(*calm, *killed, *mended)
+    wanted: dict[str, list[tuple[int, list[str]]]] = {
+        "calm": [(size, arguments(recipe, root / f"{size}", "both")) for size in (1, *OTHERS)]
+    }
+    for parallel, kills in KILLS.items():
+        given = arguments(recipe, root / f"killed-{parallel}", parallel)
+        wanted[parallel] = [(4, [*given, "--die", str(rank), where, str(n)]) for rank, where, n in kills]
+        wanted[parallel].append((2, given))
+    spoken = root / "spoken"
+    spoken.mkdir()
+    told = prepare(spoken, {"sources": [{"kind": "stdin"}]})
+    wanted["refused"] = [
+        (2, arguments(recipe, root / "threads", "codebooks", "--threads", 1, 2)),
+        (2, ["gsrq", "build", "--recipe", str(told), "--out", str(spoken / "out")]),
+    ]
+    # Both take most of their time to start, on one core each.
+    beside = torchrun(2, arguments(recipe, root / "torchrun", "both"))
+    try:
+        found = iter(launch(*(run for some in wanted.values() for run in some)))
+        (root / "torchrun.log").write_text(beside.communicate(timeout=120)[0])
+    finally:
+        beside.kill()
+    return {name: [next(found) for _ in some] for name, some in wanted.items()}
 
 
-def work(root: Path, name: object) -> Path:
-    return root / f"{name}"
-
-
-def test_worlds_of_other_sizes_give_the_same_bits(runs: list[dict[str, Any]], root: Path) -> None:
-    alone = work(root, 1)
-    for size, run in zip((1, *OTHERS), runs, strict=False):
+def test_worlds_of_other_sizes_give_the_same_bits(runs: dict[str, list[dict[str, Any]]], root: Path) -> None:
+    alone = root / "1"
+    for size, run in zip((1, *OTHERS), runs["calm"], strict=True):
         assert run["statuses"] == [0] * size, run["output"]
-        assert hashes(work(root, size)) == hashes(alone)
+        assert hashes(root / f"{size}") == hashes(alone)
     assert len(list(alone.glob("capture-*/shard-*"))) == 6
     codebooks = sorted(alone.glob("codebooks-*/codebooks.safetensors"))
     assert len(codebooks) == 2  # the two ways round differently, and are kept apart
@@ -74,28 +81,38 @@ def test_worlds_of_other_sizes_give_the_same_bits(runs: list[dict[str, Any]], ro
         assert one["held_out"][-1] == pytest.approx(other["held_out"][-1], rel=0.1)
 
 
-def test_four_processes_of_torchrun(recipe: Path, runs: list[dict[str, Any]], root: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone"]
-    command += [str(HERE / "worker.py"), *arguments(recipe, tmp_path / "work", "both")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "backend gloo" in done.stdout
-    assert hashes(tmp_path / "work") == hashes(work(root, 1))
+def test_processes_of_torchrun(runs: dict[str, list[dict[str, Any]]], root: Path) -> None:
+    assert runs["calm"][0]["statuses"] == [0]
+    log = (root / "torchrun.log").read_text()
+    assert "backend gloo" in log, log
+    assert hashes(root / "torchrun") == hashes(root / "1"), log
 
 
-def test_a_killed_process_stops_all_and_the_next_run_goes_on(runs: list[dict[str, Any]], root: Path) -> None:
+@pytest.mark.parametrize("parallel", list(KILLS))
+def test_a_killed_process_stops_all_and_the_next_run_goes_on(
+    parallel: str, runs: dict[str, list[dict[str, Any]]], root: Path
+) -> None:
     """Without a launcher that cleans up: each process learns it over its lifeline."""
-    first = 1 + len(OTHERS)
-    alone = hashes(work(root, 1))
-    for number, (_, rank, _, _) in enumerate(KILLS):
-        run = runs[first + number]
+    *killed, mended = runs[parallel]
+    for (rank, _, _), run in zip(KILLS[parallel], killed, strict=True):
         assert run["statuses"][rank] == -signal.SIGKILL, run
         assert all(status == EXIT for r, status in enumerate(run["statuses"]) if r != rank), run
         assert run["first_to_last"] < SECONDS
         assert re.search(rf"stops: rank {rank}( \(process \d+ on .*\))? ended without a word", run["output"]), run
         assert "start the same command again" in run["output"]
-        mended = runs[first + len(KILLS) + number]
-        assert mended["statuses"] == [0, 0], mended["output"]
-        found = work(root, f"killed-{number}")
-        assert hashes(found).items() < alone.items()  # all but the codebooks of the other way
-        assert len(list(found.glob("codebooks-*/codebooks.safetensors"))) == 1
+    assert mended["statuses"] == [0, 0], mended["output"]
+    found = root / f"killed-{parallel}"
+    assert hashes(found).items() < hashes(root / "1").items()  # all but the codebooks of the other way
+    assert len(list(found.glob("codebooks-*/codebooks.safetensors"))) == 1
+
+
+def test_what_differs_or_cannot_be_is_refused_by_name(runs: dict[str, list[dict[str, Any]]], root: Path) -> None:
+    threads, spoken = runs["refused"]
+    assert threads["statuses"] == [EXIT, 2], threads
+    assert re.search(
+        r"number of threads \(OMP_NUM_THREADS\) of rank 1 on \S+ is 2, of rank 0 on \S+ 1", threads["output"]
+    )
+    assert not (root / "threads").exists()
+    assert all(spoken["statuses"]), spoken
+    assert "kind stdin cannot be read by many processes" in spoken["output"]
+    assert not (root / "spoken/out").exists()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import gsrq_export.capture as capturing
 from gsrq_export.build.codebooks import codebooks_stage
@@ -74,6 +75,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--parallel", nargs="+", default=["codebooks"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stages", action="store_true")
+    parser.add_argument("--threads", nargs=2, type=int, metavar=("RANK", "THREADS"), help="of that process alone")
     parser.add_argument("--die", nargs=3, metavar=("RANK", "WHERE", "COUNT"))
     args = parser.parse_args(arguments)
     capturing.SHARD_TOKENS = 256  # several shards of little traffic
@@ -82,12 +84,16 @@ def main(arguments: list[str]) -> int:
             device = local_device(args.device)
             if args.die and args.die[0] == os.environ["RANK"]:
                 die_at(args.die[1], int(args.die[2]))
+            if args.threads and args.threads[0] == int(os.environ["RANK"]):
+                torch.set_num_threads(args.threads[1])
             world = stack.enter_context(joined(device))
             for parallel in args.parallel:
                 source = Source(load_recipe(args.recipe), device, parallel)
                 if args.stages:
+                    from gsrq_export.build.agreement import check_distributed
                     from gsrq_export.build.stages import stages
 
+                    check_distributed(source, world)
                     Pipeline(args.work, stages(source)[:3], quiet_reporter(), world).run()
                 else:
                     direct(source, world, args.work / parallel)
