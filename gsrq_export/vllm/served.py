@@ -58,6 +58,10 @@ class Served:
             -(-self.exact_bytes(layer.shape) // (page * _token_bytes(layer.shape))) for layer in self.layers.layers
         )
 
+    def pages(self, tokens: int, page: int) -> int:
+        """Pages of a sequence: those of its exact buffers, then those of its coded tokens."""
+        return self.exact_pages(page) - (-self.rule.coded(tokens) // page)
+
     def index(self, layer_name: str) -> int:
         """Which layer of the artifact a layer of vLLM's is, from its name (model.layers.3.self_attn.attn).
 
