@@ -35,6 +35,12 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "1.1" / "artifact"
 LENGTH, CAPACITY = 48, 42  # of the golden artifact
 
 
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """Found or built before any test looks elsewhere."""
+    return native.ensure()
+
+
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
     return Path(shutil.copytree(GOLDEN, tmp_path / "artifact"))
@@ -85,9 +91,8 @@ def test_the_graph_names_the_plugin_and_has_no_function(exported: Path, artifact
     assert [d.dim_param or d.dim_value for d in known["logits"].shape.dim] == ["batch", "outputs", 257]
 
 
-def test_it_computes_what_the_artifact_does(exported: Path, artifact: Path) -> None:
+def test_it_computes_what_the_artifact_does(library: Path, exported: Path, artifact: Path) -> None:
     """In ONNX Runtime with its own library of the operator, as a graph without the function needs one."""
-    library = native.ensure()
     expected, got = OrtModel(artifact, library=library), OrtModel(exported, library=library)
     prompt = [[(7 * i) % 256 for i in range(30)]]
     np.testing.assert_array_equal(got.prefill(prompt), expected.prefill(prompt))
