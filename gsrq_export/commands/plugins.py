@@ -30,7 +30,7 @@ def build_plugins(
     jobs: int, build_dir: Path | None, cuda: bool | None, cuda_arch: tuple[str, ...], tensorrt_headers: tuple[Path, ...]
 ) -> None:
     """Compile plugins/ with CMake; needs a C++17 compiler. The results are found by all other commands."""
-    plugins = [(native.tensorrt_target(headers), headers) for headers in tensorrt_headers]
+    hosts = [(native.tensorrt_target(headers), headers) for headers in tensorrt_headers]
     if cuda_arch and cuda is False:
         raise click.UsageError("--cuda-arch goes with --cuda")
     if cuda is None:
@@ -40,7 +40,7 @@ def build_plugins(
         click.echo(native.build(work, jobs))
         for target in (native.CUDA, native.ORT_CUDA) if cuda else ():
             click.echo(native.build(work, jobs, target, cuda_arch))
-        for target, headers in plugins:
+        for target, headers in hosts:
             click.echo(native.build(work, jobs, target, cuda_arch, headers))
 
 

@@ -123,7 +123,7 @@ def test_a_row_with_impossible_lengths_is_not_touched_and_not_answered(
     output, after = runner.run(tensors, cache)
     assert bool(output[row].isnan().all())
     others = [b for b in range(3) if b != row]
-    assert torch.equal(output[others], right[others])
+    assert_close(output[others], right[others], 1e-5)  # work is divided anew among the rows
     for name in CACHE:
         assert torch.equal(getattr(after, name)[others], getattr(expected, name)[others]), name
         assert torch.equal(getattr(after, name)[row], getattr(cache, name)[row]), name
