@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=0, help="of sub-vectors; 0: all heads of a token together")
     parser.add_argument("--key-frame", choices=["pre-rope", "rotated"], default="pre-rope", help="codec.key_frame")
     parser.add_argument("--key-share", type=float, default=DEFAULT_SHARE, help="of the stages, for keys")
-    parser.add_argument("--weights", choices=["gradient", "none"], default="gradient", help="codec.weights")
+    parser.add_argument("--weights", choices=["none", "gradient"], default="none", help="codec.weights")
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)

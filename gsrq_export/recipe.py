@@ -122,7 +122,7 @@ class CodecRecipe(_Section):
     values: CodecSide = CodecSide()
     layers: Annotated[tuple[LayerBudget, ...], BeforeValidator(_as_tuple)] = ()
     iterations: Annotated[int, Field(ge=1, le=1000)] = 10
-    weights: Literal["gradient", "none"] = "gradient"
+    weights: Literal["none", "gradient"] = "none"  # gradient: as published; measured worse, see docs/quality.md
     tau: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     metric: Literal["none", "attention"] = "none"
     key_frame: Literal["pre-rope", "rotated"] = "pre-rope"  # in which keys are coded, see cache/frame.py

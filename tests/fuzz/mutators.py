@@ -47,9 +47,12 @@ def protobuf(data: bytes, limit: int, seed: int) -> bytes:
         message = _any_message(model, rng)
         fields = [field for field, _ in message.ListFields()]
         if fields:
-            _change(message, rng.choice(fields), rng)
-            changed = bytes(model.SerializeToString())
-            if len(changed) <= limit:
+            try:
+                _change(message, rng.choice(fields), rng)
+                changed = bytes(model.SerializeToString())
+            except UnicodeDecodeError:  # reading a string that the mutation before made of other bytes
+                changed = b""
+            if 0 < len(changed) <= limit:
                 return changed
     return bytes(atheris.Mutate(data, limit))
 

@@ -1,3 +1,11 @@
+constexpr double kInfinity = __builtin_huge_val();
+
+// The nearest integer of 16 bits; of NaN, which a hostile codebook may hold, any.
+static inline int16_t rounded_int16(float x) {
+  const float most = 32767.0f, low = x > -most ? x : -most, bounded = low < most ? low : most;
+  return static_cast<int16_t>(bounded < 0 ? bounded - 0.5f : bounded + 0.5f);
+}
+
 // Key codewords to 16-bit fixed point (see KeySlices). Each stage is centerd, so that the first stage's mean costs no
 // precision, and has its own integer multiplier; the sums are exact in int32. The rounding error of a decoded
 // element is near sqrt(stages) * (a stage's half range) * 1e-5, below that of a float16 cache.
@@ -28,7 +36,7 @@ static void prepare_keys(const PrepareTask& task) {
   }
   int32_t multiplier[2] = {0, 0};
   for (int64_t r = 0; r < stages; ++r) {
-    const double share = total > 0 ? spread[r] / total * budget : 1.0;
+    const double share = total > 0 && total < kInfinity ? spread[r] / total * budget : 1.0;
     const int64_t m = static_cast<int64_t>(share);
     multiplier[r & 1] = static_cast<int32_t>(m < 1 ? 1 : m > 32767 ? 32767 : m);
     if (r & 1 || r + 1 == stages) {
@@ -84,7 +92,7 @@ static void prepare_keys(const PrepareTask& task) {
           int16_t* row = out + r * kCodewords * 2 * kLanes + side * 4;
           for (int64_t k = 0; k < kCodewords; ++k) {
             const float x = (half_to_float(stage[k * width]) - center[r * 2 + side]) * inverse;
-            row[k * 2 * kLanes] = static_cast<int16_t>(x < 0 ? x - 0.5f : x + 0.5f);
+            row[k * 2 * kLanes] = rounded_int16(x);
           }
         }
       }
