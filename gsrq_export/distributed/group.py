@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import sys
 import time
@@ -198,6 +199,38 @@ def local_device(device: str) -> str:
     return f"cuda:{place}"
 
 
+def attempt(store: Store, rank: int, size: int) -> str:
+    """A name for this meeting of all processes, the same on each and never used before.
+
+    A launcher that starts all again may leave them the store of the time before, with all that was said then. So each
+    process says hello with a word of its own, and rank 0 answers that word.
+
+    Raises:
+        GsrqError: some process did not come.
+    """
+    mine, deadline = secrets.token_hex(16), time.monotonic() + MEETING.total_seconds()
+    if rank:
+        store.set(f"gsrq/hello/{rank}", mine)
+    missing = set(range(1, size)) if rank == 0 else {rank}
+    while missing:
+        for other in sorted(missing):
+            if rank == 0 and store.check([f"gsrq/hello/{other}"]):
+                word = bytes(store.get(f"gsrq/hello/{other}")).decode()  # perhaps of the time before
+                store.set(f"gsrq/answer/{word}", mine)
+            if rank and store.check([f"gsrq/answer/{mine}"]):
+                mine = bytes(store.get(f"gsrq/answer/{mine}")).decode()
+                store.set(f"gsrq/{mine}/{rank}", "")
+                missing.clear()
+        if rank == 0:
+            missing = {other for other in missing if not store.check([f"gsrq/{mine}/{other}"])}
+        if missing and time.monotonic() > deadline:
+            who = f"ranks {sorted(missing)} did not come" if rank == 0 else f"rank {rank}: rank 0 did not answer"
+            raise GsrqError(f"{who} within {MEETING}", "see what became of them, and start all again")
+        if missing:
+            time.sleep(0.02)
+    return mine
+
+
 @contextmanager
 def joined(device: str) -> Iterator[World]:
     """The processes that the launcher started, this one among them; without a launcher this one alone.
@@ -211,8 +244,7 @@ def joined(device: str) -> Iterator[World]:
         yield ALONE
         return
     store, rank, size = next(iter(rendezvous("env://", timeout=MEETING)))
-    store = PrefixStore("gsrq", store)
-    group = Group(store, rank, size, torch.device(device))
+    group = Group(PrefixStore(attempt(store, rank, size), store), rank, size, torch.device(device))
     lifeline = Lifeline(rank, size, group.publish, group.look_up)
     lifeline.start()
     try:
