@@ -93,6 +93,7 @@ def ladder(bits: float, head_dim: int) -> list[Setting]:
         replace(tuned, name="fine-tuning, equal bits", keys=bits, values=bits),
         replace(tuned, name="fine-tuning, k-means from data points", method="kmeans"),
         replace(tuned, name="fine-tuning, 400 steps", finetune=400),
+        replace(tuned, name="fine-tuning, no gradient weights", weights="none"),
         replace(refit, name="no gradient weights", weights="none"),
         replace(refit, name="k-means from data points", method="kmeans"),
         replace(refit, name="a norm a token", norm=True),

@@ -17,9 +17,8 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from gsrq_export.cache.reference import AttentionConfig
+from gsrq_export.cache.reference import AttentionConfig, attributes
 from gsrq_export.codec.codebook import LayerCodebooks
-from gsrq_export.export.function import attributes
 
 Attention = Literal["gsrq", "rotated", "gqa"]  # "rotated": gsrq with keys coded after RoPE
 KIND = {torch.float16: TensorProto.FLOAT16, torch.float32: TensorProto.FLOAT}

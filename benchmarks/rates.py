@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=0, help="of sub-vectors; 0: all heads of a token together")
     parser.add_argument("--key-frame", choices=["pre-rope", "rotated"], default="pre-rope", help="codec.key_frame")
     parser.add_argument("--key-share", type=float, default=DEFAULT_SHARE, help="of the stages, for keys")
+    parser.add_argument("--weights", choices=["gradient", "none"], default="gradient", help="codec.weights")
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
@@ -55,6 +56,7 @@ def main() -> None:
         sys.exit(f"error: --key-share {args.key_share:g}: give a share between 0 and 1, ends left out")
     rotated = args.key_frame == "rotated"
     suffix = "-rotated" * rotated + (f"-k{args.key_share:g}" if args.key_share != DEFAULT_SHARE else "")
+    suffix += "-unweighted" * (args.weights == "none")
     begin = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(args.model, device)
@@ -71,6 +73,7 @@ def main() -> None:
             refits=args.refits,
             finetune=args.finetune if bits < args.finetune_below else 0,
             iterations=args.iterations,
+            weights=args.weights,
         )
         for bits in args.bits
     ]

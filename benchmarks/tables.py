@@ -409,6 +409,60 @@ def ort_recall(data: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def scaling(data: dict[str, Any]) -> str:
+    """Seconds and times faster than one process; a row a number of processes."""
+    names = {"capture": "capture", "codebooks": "sharing codebooks", "rows": "sharing rows"}
+    first = data["rows"][0]["parts"]
+    rows = []
+    for row in data["rows"]:
+        parts = row["parts"]
+        cells = [f"{parts[n]['seconds']:.1f} ({first[n]['seconds'] / parts[n]['seconds']:.2f}x)" for n in names]
+        peak = max(part["peak_resident_bytes"] for part in parts.values())
+        rows.append([str(row["processes"]), row["backend"] or "", *cells, f"{peak / 2**30:.2f}"])
+    shape, found = data["shape"], data["environment"]
+    where = found["gpu"] if data["device"] != "cpu" else f"{found['cpu']}, {found['cores']} cores"
+    line = (
+        f"{where}, torch {found['packages']['torch']}; {data['model']}, {shape['sequences'] * shape['length']:,} "
+        f"tokens, D={shape['width']}, R={shape['stages']}, {shape['iterations']} iterations, one refit. "
+        f"All runs wrote the same {data['files_equal']} files."
+    )
+    header = ["processes of one thread", "backend", *(f"{name}, s" for name in names.values())]
+    return f"{line}\n\n{table([*header, 'most memory of a process, GiB'], rows)}"
+
+
+FUZZERS = {
+    "check": "libFuzzer, ASan, UBSan: attributes and shapes of the operator (`fuzz_check`)",
+    "call": "libFuzzer, ASan, UBSan: whole calls on exact-sized memory, three instruction sets (`fuzz_call`)",
+    "manifest": "atheris: manifest and the artifact it describes",
+    "codebooks": "atheris: codebooks.safetensors",
+    "recipe": "atheris: recipe, its YAML",
+    "fields": "atheris: recipe, its values",
+    "traffic": "atheris: traffic",
+    "onnx": "atheris: ONNX file",
+    "triton": "atheris: Triton configuration from a hostile graph",
+}
+
+
+def fuzzers(data: dict[str, Any]) -> str:
+    header = ["fuzzer", "executions", "of them accepted", "slowest input", "memory", "faults"]
+    rows = []
+    for row in data["targets"]:
+        memory = f"{row['peak_rss_mb']} MB"
+        if row["grown_mb"] is not None:
+            memory = f"{row['grown_mb']} MB more than torch and ONNX take"
+        rows.append(
+            [
+                FUZZERS[row["name"]],
+                f"{row['executions']:,}",
+                "" if row["accepted"] is None else f"{row['accepted']:,}",
+                f"{row['slowest_cpu_s']:.2f} s of CPU",
+                memory,
+                str(len(row["findings"])),
+            ]
+        )
+    return table(header, rows)
+
+
 def stated_recipes() -> list[tuple[Recipe, Sequence[LayerShape]]]:
     """The recipes that state their model's architecture, with its layers."""
     recipes = [load_recipe(file) for file in bundled_recipes()]
@@ -462,6 +516,7 @@ def documents() -> dict[Path, str]:
         "rivals": ("decode_rivals", rivals),
         "ort_decode": ("ort_decode", ort_decode),
         "ort_recall": ("ort_recall", ort_recall),
+        "fuzz": ("fuzz", fuzzers),
         "gskm": ("gskm_gaussian", gskm),
         "gskm_use": ("gskm_gaussian", gskm_use),
         "tune": ("tune_demo-6m", tune),
@@ -474,13 +529,14 @@ def documents() -> dict[Path, str]:
         "tasks": ("tasks_recall-28m", tasks),
         "int8": ("int8_demo-6m", int8),
         "large_model": ("large_model", large_model),
+        "scaling": ("distributed", scaling),
     }
     counted = {"models": models, "memory": memory}  # from the recipes, nothing measured
     out = {ROOT / "docs/img" / name: text for name, text in plots(data["gskm_gaussian"]["rows"]).items()}
     out[ROOT / "docs/img/cuda_decode.svg"] = cuda_plot(data["cuda_attention"])
     if "cuda_calibration" in data:
         out[ROOT / "docs/img/cuda_calibration.svg"] = calibration_plot(data["cuda_calibration"])
-    for name in ("large-models", "method", "models", "quality", "speed", "tune"):
+    for name in ("distributed", "large-models", "method", "models", "quality", "reliability", "speed", "tune"):
         path = ROOT / f"docs/{name}.md"
 
         def replace(match: re.Match[str]) -> str:

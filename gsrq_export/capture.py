@@ -6,7 +6,7 @@ A model whose weights are streamed goes layer by layer (layerwise.py) and leaves
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,11 @@ from gsrq_export.stages.storage import write_atomic
 
 KINDS = ("key", "value")
 SHARD_TOKENS = 4096  # tokens of a shard; bounds memory and what an interruption loses
+
+
+def shard_file(number: int) -> str:
+    """Name of a shard."""
+    return f"shard-{number:05d}.safetensors"
 
 
 def shard_batch(length: int) -> int:
@@ -225,16 +230,18 @@ def capture(
     settings: CaptureSettings,
     directory: Path,
     progress: Callable[[int], None] = lambda sequences: None,
+    shards: Collection[int] | None = None,
 ) -> None:
     """Write shard files into ``directory``; shards that are there already are not made again.
 
     Args:
         model: in memory, or of ``load_streamed``; both give the same bits.
         ids: int64 [N, L].
+        shards: numbers of those to write, in a build of many processes; None: all.
         progress: called with the number of sequences after each shard.
     """
     todo = []
-    for shard in shards_of(ids, settings, directory):
+    for shard in shards_of(ids, settings, directory, shards):
         if shard.target.exists():
             progress(len(shard.ids))
         else:
@@ -252,13 +259,20 @@ def capture(
         progress(len(shard.ids))
 
 
-def shards_of(ids: np.ndarray[Any, np.dtype[np.int64]], settings: CaptureSettings, directory: Path) -> Iterator[Shard]:
-    """The shards of all traffic, int64 [N, L], in order."""
+def shards_of(
+    ids: np.ndarray[Any, np.dtype[np.int64]],
+    settings: CaptureSettings,
+    directory: Path,
+    numbers: Collection[int] | None = None,
+) -> Iterator[Shard]:
+    """The shards of all traffic, int64 [N, L], in order; only those of the given numbers, if any are given."""
     kept, length = kept_tokens(ids.size, settings.vectors, settings.seed), ids.shape[1]
     for number, start in enumerate(range(0, len(ids), settings.batch)):
+        if numbers is not None and number not in numbers:
+            continue
         batch = ids[start : start + settings.batch]
         rows = rows_of(kept, start * length, (start + len(batch)) * length)
-        yield Shard(directory / f"shard-{number:05d}.safetensors", batch, rows)
+        yield Shard(directory / shard_file(number), batch, rows)
 
 
 @dataclass(frozen=True)
@@ -285,6 +299,18 @@ class Captured:
         for rows, part in zip(torch.split(out, sizes), self._read(name), strict=True):
             rows.copy_(part)
         return out
+
+    def rows(self, layer: LayerSpec, kind: str, rows: slice) -> torch.Tensor:
+        """Some rows of ``vectors``, without reading the others."""
+        found, at = [], 0
+        for file in sorted(self.directory.glob("shard-*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                stored = tensors.get_slice(f"{layer.index}.{kind}")
+                count = stored.get_shape()[0]
+                if at < rows.stop and rows.start < at + count:
+                    found.append(stored[max(0, rows.start - at) : min(count, rows.stop - at)])
+            at += count
+        return torch.cat(found)
 
     def positions(self) -> torch.Tensor:
         """int32 [N]: each row's place in its sequence.

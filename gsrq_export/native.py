@@ -47,19 +47,36 @@ class Target:
     cuda: bool = False
 
 
-ORT = Target("libgsrq_ort.so", "GSRQ_ORT_LIBRARY", "gsrq_ort", "GsrqInstructionSets", frozenset({"cuda"}))
+ORT = Target("libgsrq_ort.so", "GSRQ_ORT_LIBRARY", "gsrq_ort", "GsrqInstructionSets", frozenset({"cuda", "tensorrt"}))
 CUDA = Target(
     "libgsrq_cuda.so",
     "GSRQ_CUDA_LIBRARY",
     "gsrq_cuda_shared",
     "gsrq_cuda_architectures",
-    frozenset({"cpu", "ort"}),
+    frozenset({"cpu", "ort", "tensorrt"}),
     cuda=True,
 )
 # The ONNX Runtime op for the CPU and for CUDA.
 ORT_CUDA = Target(
-    "libgsrq_ort_cuda.so", "GSRQ_ORT_CUDA_LIBRARY", "gsrq_ort_cuda", "GsrqCudaArchitectures", frozenset(), cuda=True
+    "libgsrq_ort_cuda.so",
+    "GSRQ_ORT_CUDA_LIBRARY",
+    "gsrq_ort_cuda",
+    "GsrqCudaArchitectures",
+    frozenset({"tensorrt"}),
+    cuda=True,
 )
+# The TensorRT plugin, one a major version of TensorRT; it loads the library of CUDA kernels.
+TENSORRT = {
+    major: Target(
+        f"libgsrq_tensorrt{major}.so",
+        f"GSRQ_TENSORRT{major}_LIBRARY",
+        "gsrq_tensorrt",
+        "GsrqTensorRTVersion",
+        frozenset({"ort"}),
+        cuda=True,
+    )
+    for major in (10, 11)
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class NativeLibrary:
     Attributes:
         sha256: of the file, hexadecimal.
         instruction_sets: kernels in the library; the best that the processor has is chosen at run time. Of a CUDA
-            library the compute capabilities, "90" for 9.0.
+            library the compute capabilities, "90" for 9.0; of a TensorRT plugin the version of its headers.
     """
 
     path: Path
@@ -97,7 +114,11 @@ def cache_dir() -> Path:
 
 
 def build(
-    build_dir: Path | None = None, jobs: int = 2, target: Target = ORT, architectures: tuple[str, ...] = ()
+    build_dir: Path | None = None,
+    jobs: int = 2,
+    target: Target = ORT,
+    architectures: tuple[str, ...] = (),
+    tensorrt_headers: Path | None = None,
 ) -> Path:
     """Compile a library and put it into the cache, replacing what is there in one step.
 
@@ -105,6 +126,7 @@ def build(
         build_dir: where CMake works, kept for incremental builds; None: a temporary directory.
         jobs: compilations at a time.
         architectures: of a CUDA library, compute capabilities as "90"; none: those that CMakeLists.txt names.
+        tensorrt_headers: for a TensorRT plugin, the folder of NvInfer.h of that major version.
     Returns:
         the library's path in the cache.
     Raises:
@@ -120,6 +142,12 @@ def build(
         raise GsrqError("no C++ compiler found ($CXX, c++, g++ or clang++)", "install g++ (9 or later) or set CXX")
     if target.cuda and nvcc() is None:
         raise GsrqError("no CUDA compiler found ($CUDACXX, nvcc)", "install the CUDA toolkit (12 or later)")
+    if (tensorrt_headers is not None) != (target in TENSORRT.values()):
+        raise GsrqError(f"{target.library} with TensorRT headers {tensorrt_headers}", "give them for a TensorRT plugin")
+    if tensorrt_headers is not None and target is not tensorrt_target(tensorrt_headers):
+        raise GsrqError(
+            f"{target.library} is not for the TensorRT of {tensorrt_headers}", "give that version's headers"
+        )
     cmake, ninja = _tool("cmake", "CMAKE_BIN_DIR"), _tool("ninja", "BIN_DIR")
     kept = cache_dir() / _key(compiler, target)
     if architectures:
@@ -130,6 +158,8 @@ def build(
         work.mkdir(parents=True, exist_ok=True)
         configure = [cmake, "-S", str(source_dir()), "-B", str(work), "-G", "Ninja"]
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=Release"]
+        headers = tensorrt_headers.resolve() if tensorrt_headers else ""
+        configure += [f"-DGSRQ_TENSORRT_HEADERS={headers}"]
         if target.cuda:
             configure += ["-DGSRQ_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
             chosen = "-DGSRQ_CUDA_ARCHITECTURES=" + ";".join(architectures)
@@ -180,6 +210,26 @@ def describe(library: Path, target: Target = ORT) -> NativeLibrary:
         raise GsrqError(f"{library} is no GSRQ library: {error}", f"build it again: {again}") from error
     sets.restype = ctypes.c_char_p
     return NativeLibrary(library, hashlib.sha256(library.read_bytes()).hexdigest(), tuple(sets().decode().split(",")))
+
+
+def tensorrt_target(headers: Path) -> Target:
+    """The plugin that these headers of TensorRT are for.
+
+    Raises:
+        GsrqError: no headers, or of a version that the plugin is not written for.
+    """
+    file = headers / "NvInferVersion.h"
+    mend = "name the include/ folder of TensorRT 10.3 or later (github.com/NVIDIA/TensorRT has it)"
+    if not file.is_file():
+        raise GsrqError(f"{headers} has no NvInferVersion.h", mend)
+    text = file.read_text("utf-8", "replace")
+    found = [
+        re.search(rf"define (?:TRT|NV_TENSORRT)_{part}(?:_ENTERPRISE)? (\d+)", text) for part in ("MAJOR", "MINOR")
+    ]
+    version = tuple(int(number.group(1)) for number in found if number)
+    if len(version) != 2 or version < (10, 3) or version[0] not in TENSORRT:
+        raise GsrqError(f"{headers} is of TensorRT {'.'.join(map(str, version)) or 'of unknown version'}", mend)
+    return TENSORRT[version[0]]
 
 
 def nvcc() -> str | None:

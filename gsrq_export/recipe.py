@@ -126,7 +126,7 @@ class CodecRecipe(_Section):
     tau: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     metric: Literal["none", "attention"] = "none"
     key_frame: Literal["pre-rope", "rotated"] = "pre-rope"  # in which keys are coded, see cache/frame.py
-    beam: Annotated[int, Field(ge=1, le=256)] = 1
+    beam: Annotated[int, Field(ge=1, le=CODEBOOK_SIZE)] = 1
     refits: Annotated[int, Field(ge=0, le=10)] = 0  # least-squares refits of all stages, each after encoding anew
     finetune: FinetuneRecipe | None = None
     codewords: Literal["float16", "int8"] = "float16"  # int8: times a power of two a stage, see codec/int8.py
@@ -259,7 +259,7 @@ def load_recipe(path: str | Path) -> Recipe:
         GsrqError: unreadable, not YAML, or with any fault; all faults are listed with field, value and mend.
     """
     path = Path(path)
-    return _validated(read_recipe(path), str(path), path.resolve().parent)
+    return validate_recipe(read_recipe(path), str(path), path.resolve().parent)
 
 
 def parse_recipe(text: str, name: str, directory: Path | None) -> Recipe:
@@ -269,10 +269,11 @@ def parse_recipe(text: str, name: str, directory: Path | None) -> Recipe:
         name: for messages.
         directory: where its relative paths start; None leaves them as they are and touches no file.
     """
-    return _validated(parse_yaml(text, name), name, directory)
+    return validate_recipe(parse_yaml(text, name), name, directory)
 
 
-def _validated(data: dict[str, Any], name: str, directory: Path | None) -> Recipe:
+def validate_recipe(data: dict[str, Any], name: str, directory: Path | None) -> Recipe:
+    """A recipe from its keys and values; see `parse_recipe`."""
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

@@ -10,10 +10,10 @@ import onnx
 import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
+from op_tensors import BOOKS, CACHE, CENTER, FEEDS, book_tensors
 
-from gsrq_export.cache.reference import AttentionConfig, LayerCache
+from gsrq_export.cache.reference import AttentionConfig, LayerCache, attributes
 from gsrq_export.codec.codebook import Codebook
-from gsrq_export.export.function import attributes
 
 ONNX_TYPE = {
     torch.float16: TensorProto.FLOAT16,
@@ -22,10 +22,6 @@ ONNX_TYPE = {
     torch.int64: TensorProto.INT64,
     torch.int8: TensorProto.INT8,
 }
-FEEDS = ["query", "key", "value", "cos", "sin", "past_lengths", "new_lengths"]
-CACHE = ["key_codes", "value_codes", "key_exact", "value_exact"]
-BOOKS = ["key_codebooks", "value_codebooks", "key_transform", "value_transform"]
-CENTER = "key_center"  # of the rotated frame alone
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
@@ -68,11 +64,6 @@ def build_model(
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("ai.gsrq", 1)]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-
-
-def book_tensors(keys: Codebook, values: Codebook) -> dict[str, torch.Tensor]:
-    books = dict(zip(BOOKS, (keys.codewords, values.codewords, keys.transform, values.transform), strict=True))
-    return books if keys.center is None else {**books, CENTER: keys.center}
 
 
 def to_ort(tensor: torch.Tensor) -> ort.OrtValue:

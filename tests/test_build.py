@@ -235,7 +235,10 @@ def test_a_dry_run_states_sizes_and_writes_nothing(model_dir: Path, tmp_path: Pa
 
 
 def test_killed_and_started_again(built: Path, model_dir: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments: never a half artifact, and in the end the same one."""
+    """SIGKILL of the real program: never a half artifact, and in the end the same one.
+
+    tests/tools/faults.py, which spares the program's start, kills at every stage and before single calls.
+    """
     recipe, out = write(tmp_path, model_dir), tmp_path / "artifact"
     command = [sys.executable, str(ROOT / "cli.py"), "build", "--recipe", str(recipe), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -247,7 +250,7 @@ def test_killed_and_started_again(built: Path, model_dir: Path, tmp_path: Path) 
         )
 
     kills = 0
-    for stage in ("traffic", "capture", "codebooks", "onnx", "evaluate"):
+    for stage in ("capture", "onnx", "evaluate"):
         process = start()
         while process.poll() is None and not list(tmp_path.glob(f"artifact.work/{stage}-*")):
             time.sleep(0.005)
@@ -257,7 +260,7 @@ def test_killed_and_started_again(built: Path, model_dir: Path, tmp_path: Path) 
             kills += 1
         process.wait()
         assert not out.exists() or run("verify", "--artifact", out).exit_code == 0
-    assert kills >= 3
+    assert kills >= 2
     assert start().wait(timeout=120) == 0
     same, other = content(built), content(out)
     for name in ("model.onnx", "model.onnx.data", "codebooks.safetensors", "recipe.resolved.yaml", "metrics.json"):

@@ -56,6 +56,7 @@ def test_defaults_and_round_trip() -> None:
         ("traffic: {sources: [{kind: jsonl}]}", ["traffic.sources.0.path", "is missing"]),
         ("codec: {method: gksm}", ["codec.method = 'gksm'", "did you mean 'gskm'?", "kmeans-spherical"]),
         ("codec: {beam: '4'}", ["codec.beam = '4'", "is str", "a whole number"]),
+        ("codec: {beam: 257}", ["codec.beam = 257", "less than or equal to 256"]),
         ("codec: {beam: 0}", ["codec.beam = 0", "greater than or equal to 1"]),
         ("codec: {tau: 1e-3}", ["codec.tau = '1e-3'", "1.0e-3"]),
         ("codec: {key_frame: post-rope}", ["codec.key_frame = 'post-rope'", "pre-rope", "rotated"]),

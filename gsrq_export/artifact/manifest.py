@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gsrq_export import __version__
+from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.errors import ArtifactError
 from gsrq_export.stages.keys import code_hash, environment, file_hash
 from gsrq_export.stages.storage import write_atomic
@@ -61,7 +62,7 @@ class CacheEntry(_Entry):
     block: Positive
     exact_dtype: Literal["float16", "bfloat16", "float32"]
     prefill: Literal["coded", "exact"]
-    beam: Positive
+    beam: Annotated[int, Field(ge=1, le=CODEBOOK_SIZE)]
     key_frame: Literal["pre-rope", "rotated"] = "pre-rope"
 
 
@@ -200,6 +201,8 @@ def check_name(name: str) -> None:
             surrogate pair, not in its plain form, the manifest or the
             signature.
     """
+    if not isinstance(name, str):  # a string of a damaged ONNX file
+        raise ArtifactError(f"file name {name!r} is not UTF-8", "do not use this artifact")
     pure = PurePosixPath(name)
     plain = str(pure) == name and ".." not in pure.parts and not pure.is_absolute() and name not in ("", ".")
     if (

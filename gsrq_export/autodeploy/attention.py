@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from gsrq_export.autodeploy.layers import torch_layer
-from gsrq_export.cache.frame import turn_back
 from gsrq_export.cache.reference import LayerCache
 from gsrq_export.cuda.layer import CudaLayer
 from gsrq_export.errors import GsrqError
+from gsrq_export.hosting.layers import torch_layer
+from gsrq_export.hosting.rows import Rows, attend_rows
 
 CACHES = ("key_codes", "value_codes", "key_exact", "value_exact")
 
@@ -80,7 +80,7 @@ def attend_slots(
         )
     batch_info_host, *of_sequences = metadata
     prefill, decode = sequences(batch_info_host)
-    tokens = [x.flatten(0, 1) for x in qkv]
+    tokens = tuple(x.flatten(0, 1) for x in qkv)
     output = torch.zeros_like(tokens[0])
     for first, count in ((0, prefill), (prefill, decode)):
         if count:
@@ -119,7 +119,7 @@ def _shape(query: torch.Tensor, *_: object) -> torch.Tensor:
 
 def _run(
     layer: CudaLayer,
-    tokens: list[torch.Tensor],
+    tokens: tuple[torch.Tensor, ...],
     batch: list[torch.Tensor],
     caches: tuple[torch.Tensor, ...],
     steps: int,
@@ -127,31 +127,9 @@ def _run(
 ) -> None:
     """Sequences of up to ``steps`` new tokens each; their outputs go into ``output`` [tokens, heads, head_dim]."""
     new, past, slots, starts = batch
-    step = torch.arange(steps, device=new.device)
-    index = starts[:, None] + step
-    real = step < new[:, None]
-    index = torch.where(real, index, starts[:, None])  # padding: some token, which nothing reads
-    position = (past[:, None] + step).clamp(max=layer.shape.positions - 1)
-    query, key, value = (x[index].transpose(1, 2) for x in tokens)
-    query, key = (turned_back(x, position, layer).contiguous() for x in (query, key))
     key_codes, value_codes, key_exact, value_exact = caches
     cache = LayerCache(key_codes, value_codes, key_exact[slots], value_exact[slots])
     # A slot's codes are a page of their own: the operator finds them by the table and updates them in place.
-    found = layer(query, key, value.contiguous(), past, new, cache, block_table=slots[:, None].int())
+    attend_rows(layer, tokens, Rows(new, past, starts, steps), cache, slots[:, None].int(), output)
     key_exact.index_copy_(0, slots, cache.key_exact)
     value_exact.index_copy_(0, slots, cache.value_exact)
-    if steps == 1:
-        output.index_copy_(0, starts, found[:, 0])
-    else:
-        output[index[real]] = found[real]
-
-
-def turned_back(x: torch.Tensor, position: torch.Tensor, layer: CudaLayer) -> torch.Tensor:
-    """Before RoPE: the inverse of the layer's rotation, which scaled tables (yarn) also stretch; in float32.
-
-    Args:
-        x: [B, heads, T, head_dim], rotated.
-        position: int64 [B, T].
-    """
-    cos, sin = layer.cos[position], layer.sin[position]
-    return turn_back(x.float(), cos, sin, layer.config.rope_interleaved).to(x.dtype)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from gsrq_export.autodeploy.attention import slot_attention
-from gsrq_export.autodeploy.layers import ArtifactLayer, artifact_layers
 from gsrq_export.errors import GsrqError
+from gsrq_export.hosting.layers import ArtifactLayer, artifact_layers, differences
 
 BACKEND = "gsrq"
 INTERFACE = "tensorrt_llm._torch.auto_deploy.custom_ops.attention_interface"
@@ -22,7 +22,6 @@ NEEDED = ("AttentionDescriptor", "AttentionRegistry", "StateResourceHandler", "U
 METADATA = ["batch_info_host", "seq_len", "input_pos", "slot_idx", "cu_seqlen"]
 # The source operator's arguments after query, key and value.
 SOURCE_ARGUMENTS = ("attn_mask", "dropout_p", "is_causal", "scale", "sinks", "sliding_window", "logit_cap", "layout")
-TOLERANCE = 1e-4  # relative, of the scale
 
 
 def register(artifact: str | Path) -> Any:
@@ -147,20 +146,17 @@ def _packet(target: Any) -> Any:
 def _check_node(node: Any, layer: ArtifactLayer, index: int) -> None:
     """Refuse attention that is not what the artifact's codebooks were trained for."""
     given = {**dict(zip(SOURCE_ARGUMENTS, node.args[3:], strict=False)), **node.kwargs}
-    shape, config = layer.shape, layer.config
     key = node.args[1].meta["val"]
     if given.get("layout") != "bsnd":
         raise GsrqError(f"layer {index}: attention of layout {given.get('layout')!r}", "AutoDeploy should pass bsnd")
-    wrong = []
-    if tuple(key.shape[2:]) != (shape.num_kv_heads, shape.head_dim):
-        wrong.append(f"{key.shape[2]} KV heads of {key.shape[3]}, not {shape.num_kv_heads} of {shape.head_dim}")
-    scale = key.shape[3] ** -0.5 if given.get("scale") is None else float(given["scale"])
-    if abs(scale - config.scale) > TOLERANCE * config.scale:
-        wrong.append(f"scale {scale:g}, not {config.scale:g}")
-    if float(given.get("logit_cap") or 0.0) != config.softcap:
-        wrong.append(f"logit_cap {given.get('logit_cap')}, not {config.softcap or None}")
-    if int(given.get("sliding_window") or 0) != config.sliding_window:
-        wrong.append(f"sliding_window {given.get('sliding_window')}, not {config.sliding_window or None}")
+    wrong = differences(
+        layer,
+        int(key.shape[2]),
+        int(key.shape[3]),
+        key.shape[3] ** -0.5 if given.get("scale") is None else float(given["scale"]),
+        float(given.get("logit_cap") or 0.0),
+        int(given.get("sliding_window") or 0),
+    )
     if given.get("sinks") is not None:
         wrong.append("attention sinks")
     if given.get("is_causal") is False or given.get("dropout_p"):

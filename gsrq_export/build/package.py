@@ -95,7 +95,7 @@ def _assemble(source: Source, done: Mapping[str, Path], building: Path) -> None:
         op_version=OPERATOR_VERSION,
         opset=next(o.version for o in graph.opset_import if o.domain == ""),
         libraries={library.name: library} if library else {},
-        device=describe_device(source.device),
+        device={**describe_device(source.device), **source.reduced},
     )
     # The report shows the manifest's provenance, and the manifest lists the report.
     write_report(building / "report.html", metrics, _built(recipe, cache, traffic, done), _provenance(manifest))

@@ -34,10 +34,12 @@ class Source:
 
     Attributes:
         device: where the model and the codec calculate, "cpu", "cuda" or "cuda:N".
+        parallel: what many processes share, "codebooks" or the "rows" of each (build/codebooks.py).
     """
 
     recipe: Recipe
     device: str = CPU
+    parallel: str = "codebooks"
 
     @cached_property
     def directory(self) -> Path:
@@ -88,6 +90,11 @@ class Source:
     def calculated_on(self) -> dict[str, str]:
         """What keys of stages hold of the device, as GPUs round differently; nothing of the CPU."""
         return {} if self.device == CPU else describe_device(self.device)
+
+    @property
+    def reduced(self) -> dict[str, str]:
+        """What keys and the manifest hold of the order in which sums over rows are taken; nothing of the usual one."""
+        return {} if self.parallel == "codebooks" else {"parallel": self.parallel}
 
     @property
     def tokenizer(self) -> Any:

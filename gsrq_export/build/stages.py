@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,20 @@ import numpy as np
 import torch
 
 from gsrq_export import native
+from gsrq_export.build.codebooks import codebooks_stage
 from gsrq_export.build.profile import profile_stage
 from gsrq_export.build.rivals import compare_stage
 from gsrq_export.build.source import Source
 from gsrq_export.capture import (
     KINDS,
-    Captured,
     CaptureSettings,
-    attention_metric,
     capture,
-    output_projections,
     shard_batch,
-    training_vectors,
+    shard_file,
 )
-from gsrq_export.codec.codebook import LayerCodebooks
 from gsrq_export.codec.finetune import Finetuning, finetune
 from gsrq_export.codec.int8 import snap_layers
-from gsrq_export.codec.residual import Training, gradient_weights, train_codebook
-from gsrq_export.codec.storage import load_book, load_codebooks, save_book, save_codebooks
+from gsrq_export.codec.storage import load_codebooks, save_codebooks
 from gsrq_export.compare.subject import EvaluationText
 from gsrq_export.evaluate.fidelity import FidelitySettings
 from gsrq_export.evaluate.ort_runner import OrtRunner
@@ -39,12 +34,12 @@ from gsrq_export.evaluate.tasks.measure import TaskSettings
 from gsrq_export.evaluate.torch_runner import TorchRunner
 from gsrq_export.export.model import CODEBOOKS_FILE, export_onnx
 from gsrq_export.export.trace import ExportSettings
-from gsrq_export.model.introspect import LayerSpec
 from gsrq_export.recipe import EvaluateRecipe, Recipe, SelfSource, TrafficRecipe
 from gsrq_export.recipe import Source as TextSource
 from gsrq_export.runtime.session import OrtModel
 from gsrq_export.stages.engine import Context, Stage
 from gsrq_export.stages.keys import file_hash
+from gsrq_export.stages.storage import await_files
 from gsrq_export.traffic.build import build_traffic, source_material, traffic_material
 
 SAMPLED_TEXT = SelfSource(kind="self", seed=1_000_003)  # held out where the recipe names no text
@@ -78,8 +73,15 @@ def stages(source: Source) -> list[Stage]:
             {"model": model, "widths": widths, "kept": kept_material(recipe), **here},
             partial(_capture, source),
             ("traffic",),
+            True,
         ),
-        Stage("codebooks", {"codec": codec, "model": model, **here}, partial(_codebooks, source), ("capture",)),
+        Stage(
+            "codebooks",
+            {"codec": codec, "model": model, **here, **source.reduced},
+            partial(codebooks_stage, source),
+            ("capture",),
+            True,
+        ),
     ]
     if finetuning:
         material = {"finetune": finetuning, "beam": beam, "cache": recipe.cache.model_dump(mode="json"), **here}
@@ -163,49 +165,12 @@ def _capture(source: Source, context: Context) -> None:
     )
     with context.reporter.task("capture: sequences", len(ids)) as task:
         spec = source.spec  # before the model is moved: it reads it on the CPU
-        capture(source.placed_model, spec, ids, settings, context.directory, task.advance)
-
-
-def _codebooks(source: Source, context: Context) -> None:
-    codec, spec = source.recipe.codec, source.spec
-    captured = Captured(context.inputs["capture"])
-
-    def steps(layer: LayerSpec, kind: str) -> int:
-        side = codec.side(kind, layer.index)
-        return layer.num_kv_heads * layer.head_dim // side.width * side.stages
-
-    outputs = output_projections(source.model, spec) if codec.metric == "attention" else []
-    training = Training(codec.method, codec.iterations, codec.seed, codec.beam, codec.refits)
-    layers, logs = [], []
-    with context.reporter.task(
-        "codebooks: stages", sum(steps(layer, kind) for layer in spec.layers for kind in KINDS)
-    ) as task:
-        for layer in spec.layers:
-            books = []
-            for kind in KINDS:
-                side = codec.side(kind, layer.index)
-                name = f"layer-{layer.index:03d}.{kind}.safetensors"
-                if context.has(name):
-                    task.advance(steps(layer, kind))
-                else:
-                    vectors, center = training_vectors(captured, spec, layer, kind, codec.rotated_keys, source.place)
-                    weights = None
-                    if codec.weights == "gradient":
-                        weights = gradient_weights(captured.gradients(layer, kind, side.width), codec.tau)
-                    transform = None
-                    if codec.metric == "attention":
-                        transform = attention_metric(captured, spec, layer, kind, side.width, outputs)
-                    book, log = train_codebook(
-                        vectors, weights, side.width, side.stages, training, transform, task.advance
-                    )
-                    metadata = {"distortion": json.dumps(log.to_dict())}
-                    context.unit(name, partial(save_book, replace(book, center=center).to("cpu"), metadata=metadata))
-                book, metadata = load_book(context.directory / name)
-                books.append(book)
-                logs.append({"layer": layer.layer_idx, "kind": kind, **json.loads(metadata["distortion"])})
-            layers.append(LayerCodebooks(*books))
-    context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, layers, {}))
-    context.unit("distortion.json", _writer(logs))
+        count = -(-len(ids) // settings.batch)
+        shards, advance = context.world.share(count), context.world.progress(task)
+        capture(source.placed_model, spec, ids, settings, context.directory, advance, shards)
+        context.world.barrier()
+    if context.world.rank == 0:
+        await_files([context.directory / shard_file(number) for number in range(count)])
 
 
 def _finetune(source: Source, context: Context) -> None:

@@ -10,15 +10,20 @@ from dataclasses import dataclass, field
 import torch
 
 from gsrq_export.cache.frame import from_frame, rotate, to_frame
-from gsrq_export.cache.rule import CacheRule
+from gsrq_export.cache.rule import CODEBOOK_SIZE, CacheRule
 from gsrq_export.codec.codebook import Codebook
+from gsrq_export.errors import GsrqError
 
 QUERY_CHUNK = 512  # rows of the score matrix formed at once; bounds memory, changes nothing else
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """The operator's attributes."""
+    """The operator's attributes.
+
+    Raises:
+        GsrqError: a beam that no implementation takes.
+    """
 
     scale: float
     rule: CacheRule = field(default_factory=CacheRule)
@@ -27,6 +32,26 @@ class AttentionConfig:
     exact_prefill: bool = False
     softcap: float = 0.0  # 0: none
     sliding_window: int = 0  # 0: none
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.beam <= CODEBOOK_SIZE:
+            raise GsrqError(f"beam = {self.beam}: out of range", f"use 1 to {CODEBOOK_SIZE}")
+
+
+def attributes(config: AttentionConfig, rotated_keys: bool = False) -> dict[str, int | float]:
+    """The attributes of an operator node. Without ``rotated_keys`` they are those of the first operator libraries."""
+    return {
+        "scale": float(config.scale),
+        "sinks": config.rule.sinks,
+        "window": config.rule.window,
+        "block": config.rule.block,
+        "beam": config.beam,
+        "rope_interleaved": int(config.rope_interleaved),
+        "exact_prefill": int(config.exact_prefill),
+        "softcap": float(config.softcap),
+        "sliding_window": config.sliding_window,
+        **({"key_frame": 1} if rotated_keys else {}),
+    }
 
 
 @dataclass

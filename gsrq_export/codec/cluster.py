@@ -1,18 +1,22 @@
 """Clustering for one residual stage: gain-shape k-means (GSKM, arXiv 2607.01065) and plain k-means.
 
 A GSKM codeword is g * s with a unit shape s and a gain g >= 0. All sums run over rows in blocks of a fixed size,
-so the result depends on the data and the seed alone, not on how much fits in memory at once.
+so the result depends on the data and the seed alone, not on how much fits in memory at once. Where many processes
+hold the rows, those of codec/rows.py add up the same way however the rows are spread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.codec import fused
+from gsrq_export.codec.rows import Rows, whole
 from gsrq_export.errors import GsrqError
 
 Method = Literal["gskm", "kmeans", "kmeans-spherical"]
@@ -61,21 +65,58 @@ def cluster(
         iterations: updates; no monotone descent is promised by GSKM, so the best iterate is returned.
         generator: on the CPU, for seeds and empty clusters.
     """
-    check_rows(x.shape[0])
-    norm = x.norm(dim=1)
-    energy = float((weights * norm**2).sum(dtype=torch.float64))
-    words = _seed(x, weights, method, generator)
-    best: Clusters | None = None
+    found = cluster_parts([x], [weights], method, iterations, generator, whole(len(x)))
+    return Clusters(found.words, found.assignment[0], found.distortion)
+
+
+@dataclass(frozen=True)
+class PartClusters:
+    """``Clusters`` of rows in parts: ``assignment`` is of each part that is here."""
+
+    words: torch.Tensor
+    assignment: list[torch.Tensor]
+    distortion: float
+
+
+def cluster_parts(
+    x: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    method: Method,
+    iterations: int,
+    generator: torch.Generator,
+    rows: Rows,
+) -> PartClusters:
+    """``cluster`` of rows in parts; every process gets the same codewords.
+
+    Args:
+        x: float32 [n, D], the parts here.
+        weights: float32 [n], of each.
+        generator: in the same state on every process.
+    """
+    check_rows(rows.count)
+    here = range(len(x))
+    norms = [part.norm(dim=1) for part in x]
+    energy = float(rows.total(partial(_inner, weights, [norm**2 for norm in norms])))
+    words = _seed(x, weights, method, generator, rows)
+    best: PartClusters | None = None
     for step in range(iterations + 1):
-        assignment, gain = nearest(x, words)
-        error = energy - float((weights * gain).sum(dtype=torch.float64))
+        found = [nearest(part, words) for part in x]
+        gains = [gain for _, gain in found]
+        error = energy - float(rows.total(partial(_inner, weights, gains)))
         distortion = max(0.0, error) / energy if energy > 0 else 0.0
+        assignment = [index for index, _ in found]
         if best is None or distortion < best.distortion:
-            best = Clusters(words, assignment, distortion)
+            best = PartClusters(words, assignment, distortion)
         if step < iterations:
-            words = _update(x, weights, assignment, gain, words, norm, method, generator)
+            words, empty = _update(x, weights, assignment, words, norms, method, rows)
+            errors = [weights[i] * (norms[i] ** 2 - gains[i]) for i in here]
+            reseed(words, empty, x, errors, generator, rows)
     assert best is not None
     return best
+
+
+def _inner(weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor], i: int) -> torch.Tensor:
+    return (weights[i] * values[i]).sum(dtype=torch.float64)
 
 
 def check_rows(rows: int) -> None:
@@ -87,58 +128,77 @@ def check_rows(rows: int) -> None:
         )
 
 
-def _seed(x: torch.Tensor, weights: torch.Tensor, method: Method, generator: torch.Generator) -> torch.Tensor:
-    points = x[torch.randperm(x.shape[0], generator=generator)[:CODEBOOK_SIZE].to(x.device)]
+def _seed(
+    x: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], method: Method, generator: torch.Generator, rows: Rows
+) -> torch.Tensor:
+    points = rows.take(x, torch.randperm(rows.count, generator=generator)[:CODEBOOK_SIZE])
     if method == "kmeans":
-        return points.clone()
+        return points
     # Directions of data points, each scaled to the mean length along it of the rows nearest in angle.
     shapes = points / points.norm(dim=1, keepdim=True).clamp(min=TINY)
-    along = [(block @ shapes.T).max(1) for block in torch.split(x, ROWS)]
-    assignment = torch.cat([a.indices for a in along])
-    total = sum_rows(weights, assignment)
-    gains = sum_rows(weights * torch.cat([a.values for a in along]), assignment) / total.clamp(min=TINY)
-    seeds: torch.Tensor = gains.clamp(min=0)[:, None] * shapes
+
+    def along(i: int) -> torch.Tensor:
+        nearest_in_angle = [(block @ shapes.T).max(1) for block in torch.split(x[i], ROWS)]
+        assignment = torch.cat([a.indices for a in nearest_in_angle])
+        length = torch.cat([a.values for a in nearest_in_angle])
+        return torch.stack([sum_rows(weights[i], assignment), sum_rows(weights[i] * length, assignment)])
+
+    total, length = rows.total(along)
+    seeds: torch.Tensor = (length / total.clamp(min=TINY)).clamp(min=0)[:, None] * shapes
     return seeds
 
 
 def _update(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    assignment: torch.Tensor,
-    gain: torch.Tensor,
+    x: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    assignment: Sequence[torch.Tensor],
     words: torch.Tensor,
-    norm: torch.Tensor,
+    norms: Sequence[torch.Tensor],
     method: Method,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    total = sum_rows(weights, assignment)
-    filled = total > 0
-    updated = sum_rows(x, assignment, weights) / total.clamp(min=TINY)[:, None]
+    rows: Rows,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New codewords, and which of them have no members, bool [256]."""
+
+    def sums(i: int) -> torch.Tensor:
+        found = [sum_rows(weights[i], assignment[i])[:, None], sum_rows(x[i], assignment[i], weights[i])]
+        if method == "gskm":
+            found.append(sum_rows(x[i], assignment[i], weights[i] / norms[i].clamp(min=TINY)))
+        return torch.cat(found, 1)
+
+    width = words.shape[1]
+    sizes = [1] + [width] * (2 if method == "gskm" else 1)
+    total, *means = torch.split(rows.total(sums), sizes, 1)
+    means = [mean / total.clamp(min=TINY) for mean in means]
+    updated = means[0]
     if method == "gskm":
-        direction = sum_rows(x, assignment, weights / norm.clamp(min=TINY)) / total.clamp(min=TINY)[:, None]
+        direction = means[1]
         length = direction.norm(dim=1, keepdim=True)
         old = words / words.norm(dim=1, keepdim=True).clamp(min=TINY)
         shapes = torch.where(length > 1e-6, direction / length.clamp(min=TINY), old)
         gains = (updated * shapes).sum(1).clamp(min=0)  # the mean of <x, s> over the members
         updated = gains[:, None] * shapes
-    reseed(updated, ~filled, x, weights * (norm**2 - gain), generator)
-    return updated
+    return updated, total[:, 0] <= 0
 
 
 def reseed(
-    words: torch.Tensor, empty: torch.Tensor, x: torch.Tensor, error: torch.Tensor, generator: torch.Generator
+    words: torch.Tensor,
+    empty: torch.Tensor,
+    x: Sequence[torch.Tensor],
+    error: Sequence[torch.Tensor],
+    generator: torch.Generator,
+    rows: Rows,
 ) -> None:
     """Replace codewords without members, in place, by rows that are coded worst.
 
     Args:
         words: float32 [256, D]; empty: bool [256].
-        x: float32 [N, D]; error: float32 [N], weighted.
+        x: float32 [n, D], the parts here; error: float32 [n], weighted, of each.
     """
     which = torch.nonzero(empty).flatten()
     if len(which):
-        some = reseeding_rows(len(x), generator).to(x.device)
-        worst = some[error[some].argsort(descending=True, stable=True)[: len(which)]]
-        words[which] = x[worst]
+        some = reseeding_rows(rows.count, generator)
+        worst = rows.take(error, some).argsort(descending=True, stable=True)[: len(which)]
+        words[which] = rows.take(x, some[worst.cpu()])
 
 
 def reseeding_rows(rows: int, generator: torch.Generator) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.codec.cluster import TINY, Method, check_rows, reseed
+from gsrq_export.codec.rows import whole
 from gsrq_export.cuda.cluster import Assigned, assign, update
 
 
@@ -172,5 +173,6 @@ def _update(
     fresh, totals = update(x, found.codes, form, weights, norms, words)  # type: ignore[arg-type]
     empty = ~(totals > 0)
     for g in torch.nonzero(empty.any(1)).flatten().tolist():  # the one wait of an iteration
-        reseed(fresh[g], empty[g], x[g], weights[g] * (norms[g] ** 2 - found.gains[g]), generators[g])
+        error = weights[g] * (norms[g] ** 2 - found.gains[g])
+        reseed(fresh[g], empty[g], [x[g]], [error], generators[g], whole(x.shape[1]))
     return fresh

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.codec import fused
-from gsrq_export.codec.cluster import Method, cluster, nearest
+from gsrq_export.codec.cluster import Method, cluster_parts, nearest
 from gsrq_export.codec.codebook import Codebook
-from gsrq_export.codec.refit import held_out, refit_codebook
+from gsrq_export.codec.refit import HOLD_OUT, held_out, refit_codebook, refit_parts
+from gsrq_export.codec.rows import Rows, whole
 from gsrq_export.errors import GsrqError
 
 TOGETHER = 4 << 30  # bytes of vectors that are trained on at once
@@ -88,16 +90,9 @@ def train_codebook(
     Raises:
         GsrqError: too few vectors, or vectors that are not finite.
     """
-    rows, total = vectors.shape
-    groups = total // width
-    if groups * width != total:
-        raise GsrqError(f"width {width} does not divide the {total} elements of a token", "choose a divisor")
-    if not bool(torch.isfinite(vectors).all()):
-        raise GsrqError("calibration vectors hold NaN or infinity", "check the model's weights and dtype")
-    if transform is None:
-        transform = torch.eye(width).expand(groups, width, width)
-    transform = transform.to(vectors.device, torch.float32).contiguous()
-    held = held_out(rows, vectors.device)
+    transform = _checked([vectors], width, transform)
+    groups = len(transform)
+    held = held_out(len(vectors), vectors.device)
     words = torch.empty(groups, stages, CODEBOOK_SIZE, width, dtype=torch.float16, device=vectors.device)
     train_groups = _train_together if fused.available(vectors.device, width) else _train_in_turn
     logs = train_groups(vectors, weights, held, words, transform, training, progress)
@@ -106,6 +101,46 @@ def train_codebook(
     if training.refits:
         book, train, unseen = refit_codebook(book, vectors, weights, training.beam, training.refits)
     return book, Distortion(train, unseen, usage)
+
+
+def train_parts(
+    vectors: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor] | None,
+    width: int,
+    stages: int,
+    training: Training,
+    rows: Rows,
+    transform: torch.Tensor | None = None,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> tuple[Codebook, Distortion]:
+    """``train_codebook`` of vectors in parts; every process gets the same codebook, however the parts are spread.
+
+    Args:
+        vectors: [n, groups * width], the parts here; their bounds must be multiples of 16, but the last.
+        weights: float32 [n, groups], of each; None: all ones.
+        transform: the same on every process.
+    """
+    transform = _checked(vectors, width, transform)
+    words = torch.empty(len(transform), stages, CODEBOOK_SIZE, width, dtype=torch.float16, device=vectors[0].device)
+    logs = _train_each(vectors, weights, words, transform, training, progress, rows)
+    train, unseen, usage = (row.tolist() for row in logs.mean(0))
+    book = Codebook(words, transform)
+    if training.refits:
+        book, train, unseen = refit_parts(book, vectors, weights, training.beam, training.refits, rows)
+    return book, Distortion(train, unseen, usage)
+
+
+def _checked(vectors: Sequence[torch.Tensor], width: int, transform: torch.Tensor | None) -> torch.Tensor:
+    """The transform, float32 [groups, width, width], where the vectors lie; refuses what cannot be trained on."""
+    total = vectors[0].shape[1]
+    groups = total // width
+    if groups * width != total:
+        raise GsrqError(f"width {width} does not divide the {total} elements of a token", "choose a divisor")
+    if not all(bool(torch.isfinite(part).all()) for part in vectors):
+        raise GsrqError("calibration vectors hold NaN or infinity", "check the model's weights and dtype")
+    if transform is None:
+        transform = torch.eye(width).expand(groups, width, width)
+    return transform.to(vectors[0].device, torch.float32).contiguous()
 
 
 def _generator(training: Training, group: int) -> torch.Generator:
@@ -128,16 +163,35 @@ def _train_in_turn(
     Returns:
         [groups, 3, R]: relative error of the training and the held-out rows, and usage, by stage.
     """
+    of = None if weights is None else [weights]
+    return _train_each([vectors], of, words, transform, training, progress, whole(len(vectors)))
+
+
+def _train_each(
+    vectors: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor] | None,
+    words: torch.Tensor,
+    transform: torch.Tensor,
+    training: Training,
+    progress: Callable[[int], None],
+    rows: Rows,
+) -> torch.Tensor:
+    """``_train_in_turn`` of vectors in parts."""
     logs = []
     groups, width = transform.shape[:2]
+    held = [held_out(len(part), part.device) for part in vectors]
     for g in range(groups):
-        x = vectors[:, g * width : (g + 1) * width].float() @ transform[g].T
-        w = weights[:, g].to(x.device) if weights is not None else x.new_ones(len(x))
-        back = torch.linalg.inv(transform[g].double())
-        generator = _generator(training, g)
-        logs.append(
-            _train_group(x[~held], w[~held], x[held], words[g], transform[g], back, training, generator, progress)
+        columns = slice(g * width, (g + 1) * width)
+        x = [part[:, columns].float() @ transform[g].T for part in vectors]
+        w = [part.new_ones(len(part)) for part in x]
+        if weights is not None:
+            w = [part[:, g].to(x[0].device) for part in weights]
+        train, trained, unseen = (
+            [part[~rest] for part, rest in zip(x, held, strict=True)],
+            [part[~rest] for part, rest in zip(w, held, strict=True)],
+            [part[rest] for part, rest in zip(x, held, strict=True)],
         )
+        logs.append(_train_group(train, trained, unseen, words[g], transform[g], training, g, progress, rows))
     return torch.tensor(logs)
 
 
@@ -174,29 +228,44 @@ def _train_together(
     return torch.cat(logs).cpu()
 
 
+def _members(assignment: Sequence[torch.Tensor], i: int) -> torch.Tensor:
+    """Rows of each cluster."""
+    return torch.bincount(assignment[i], minlength=CODEBOOK_SIZE)
+
+
 def _train_group(
-    train: torch.Tensor,
-    weights: torch.Tensor,
-    held: torch.Tensor,
+    train: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    held: list[torch.Tensor],
     words: torch.Tensor,
     transform: torch.Tensor,
-    back: torch.Tensor,
     training: Training,
-    generator: torch.Generator,
+    group: int,
     progress: Callable[[int], None],
+    rows: Rows,
 ) -> list[list[float]]:
     """Fills ``words`` [R, 256, D]; returns distortion on the training and held-out rows and usage, by stage."""
-    energy = [float((x.double() ** 2).sum()) or 1.0 for x in (train, held)]
+    back, generator = torch.linalg.inv(transform.double()), _generator(training, group)
+    trained = rows.without(HOLD_OUT)
+
+    def energies() -> list[float]:
+        """Of the training and of the held-out rows."""
+        both = (train, held)
+        found: list[float] = rows.total(lambda i: torch.stack([(x[i].double() ** 2).sum() for x in both])).tolist()
+        return found
+
+    whole_energy = [energy or 1.0 for energy in energies()]
     log: list[list[float]] = [[], [], []]
     for r in range(words.shape[0]):
-        found = cluster(train, weights, training.method, training.iterations, generator)
+        found = cluster_parts(train, weights, training.method, training.iterations, generator, trained)
         words[r] = (found.words.double() @ back.T).half()
         stored = (words[r].double() @ transform.double().T).float()  # residuals are those of the stored codewords
-        train = train - stored[found.assignment]
-        held = held - stored[nearest(held, stored)[0]]
-        for i, x in enumerate((train, held)):
-            log[i].append(float((x.double() ** 2).sum()) / energy[i])
-        used = torch.bincount(found.assignment, minlength=CODEBOOK_SIZE) > 0
-        log[2].append(float(used.float().mean()))
+        for i, assignment in enumerate(found.assignment):
+            train[i] = train[i] - stored[assignment]
+            held[i] = held[i] - stored[nearest(held[i], stored)[0]]
+        for i, energy in enumerate(energies()):
+            log[i].append(energy / whole_energy[i])
+        members = trained.total(partial(_members, found.assignment))
+        log[2].append(float((members > 0).float().mean()))
         progress(1)
     return log

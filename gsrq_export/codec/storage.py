@@ -21,6 +21,7 @@ from gsrq_export.errors import GsrqError
 
 SIDES = ("key", "value")
 PARTS = ("codewords", "transform")
+CODEBOOKS_FILE = "codebooks.safetensors"  # of all layers, in a stage and in an artifact
 CENTER = "center"  # a third part, of keys alone
 _TYPES = {torch.float16: "F16", torch.float32: "F32"}
 

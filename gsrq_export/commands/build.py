@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,18 @@ import click
 
 from gsrq_export.accounting import contexts, footprint, nominal_bits
 from gsrq_export.artifact.publish import check_destination
+from gsrq_export.build.agreement import check_distributed
 from gsrq_export.build.package import budgets, publish_artifact
 from gsrq_export.build.source import Source
 from gsrq_export.build.stages import stages
 from gsrq_export.build.tiny import tiny_recipe
 from gsrq_export.commands.options import device_option
+from gsrq_export.distributed.group import joined, local_device
+from gsrq_export.distributed.world import ALONE, World
 from gsrq_export.recipe import Recipe, StdinSource, load_recipe
 from gsrq_export.recipe_files import find_recipe
 from gsrq_export.stages.engine import Pipeline
-from gsrq_export.stages.progress import make_reporter
+from gsrq_export.stages.progress import make_reporter, quiet_reporter
 from gsrq_export.traffic.sources import spool_stdin
 
 
@@ -34,23 +39,41 @@ from gsrq_export.traffic.sources import spool_stdin
 @click.option(
     "--tiny", is_flag=True, help="On a small random model of the recipe's architecture: a trial of seconds, no weights."
 )
-def build(recipe_file: str, out: Path, work: Path | None, device: str, dry_run: bool, tiny: bool) -> None:
-    """Build the artifact of a recipe. Killed and started again it goes on; what did not change is not run again."""
+@click.option(
+    "--parallel",
+    type=click.Choice(["codebooks", "rows"]),
+    default="codebooks",
+    show_default=True,
+    help="What the processes of torchrun share: whole codebooks, or the rows that each is trained on, where a layer's "
+    "do not fit one process. Either gives what one process gives; see docs/distributed.md.",
+)
+def build(
+    recipe_file: str, out: Path, work: Path | None, device: str, dry_run: bool, tiny: bool, parallel: str
+) -> None:
+    """Build the artifact of a recipe. Killed and started again it goes on; what did not change is not run again.
+
+    Under torchrun (torchrun --nproc-per-node N -m gsrq_export build ...) N processes calibrate.
+    """
     recipe = load_recipe(find_recipe(recipe_file))
     work = work or out.with_name(f"{out.name}.work")
+    if dry_run and os.environ.get("RANK", "0") != "0":
+        return
     with contextlib.ExitStack() as stack:
+        device = local_device(device)
+        world = ALONE if dry_run else stack.enter_context(joined(device))
         if tiny:
             check_destination(out)
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory())) if dry_run else work
-            recipe = tiny_recipe(recipe, scratch.absolute())
-        _build(recipe, out, work, device, dry_run)
+            with world.first():
+                recipe = tiny_recipe(recipe, scratch.absolute())
+        _build(out, work, Source(recipe, device, parallel), dry_run, world)
 
 
-def _build(recipe: Recipe, out: Path, work: Path, device: str, dry_run: bool) -> None:
-    source = Source(recipe, device)
+def _build(out: Path, work: Path, source: Source, dry_run: bool, world: World) -> None:
+    recipe = source.recipe
     source.check()
     check_destination(out)
-    reporter = make_reporter()
+    reporter = quiet_reporter() if world.rank else make_reporter()
     if dry_run:
         click.echo(describe(source))
         if any(isinstance(text, StdinSource) for text in recipe.texts):
@@ -59,8 +82,13 @@ def _build(recipe: Recipe, out: Path, work: Path, device: str, dry_run: bool) ->
         for planned in Pipeline(work, stages(source), reporter).plan():
             click.echo(f"{planned.name:<10} {planned.status:<8} {planned.directory}")
         return
-    source = Source(spooled(recipe, work), device)
-    done = Pipeline(work, stages(source), reporter).run()
+    if world.size > 1:
+        check_distributed(source, world)
+    elif any(isinstance(text, StdinSource) for text in recipe.texts):
+        source = replace(source, recipe=spooled(recipe, work))
+    done = Pipeline(work, stages(source), reporter, world).run()
+    if world.rank:
+        return
     publish_artifact(source, done, out)
     reporter.line(f"artifact: {out}")
 

@@ -20,8 +20,17 @@ def plugins() -> None:
 @click.option("--build-dir", type=click.Path(path_type=Path, file_okay=False), help="Keep the build tree here.")
 @click.option("--cuda/--no-cuda", default=None, help="Also the CUDA kernels; default: if there are nvcc and a GPU.")
 @click.option("--cuda-arch", multiple=True, metavar="90", help="Compute capability; repeat for more.  [80, 90, 100]")
-def build_plugins(jobs: int, build_dir: Path | None, cuda: bool | None, cuda_arch: tuple[str, ...]) -> None:
+@click.option(
+    "--tensorrt-headers",
+    multiple=True,
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Also the plugin of this TensorRT: the folder of its NvInfer.h; repeat for both major versions.",
+)
+def build_plugins(
+    jobs: int, build_dir: Path | None, cuda: bool | None, cuda_arch: tuple[str, ...], tensorrt_headers: tuple[Path, ...]
+) -> None:
     """Compile plugins/ with CMake; needs a C++17 compiler. The results are found by all other commands."""
+    hosts = [(native.tensorrt_target(headers), headers) for headers in tensorrt_headers]
     if cuda_arch and cuda is False:
         raise click.UsageError("--cuda-arch goes with --cuda")
     if cuda is None:
@@ -31,9 +40,13 @@ def build_plugins(jobs: int, build_dir: Path | None, cuda: bool | None, cuda_arc
         click.echo(native.build(work, jobs))
         for target in (native.CUDA, native.ORT_CUDA) if cuda else ():
             click.echo(native.build(work, jobs, target, cuda_arch))
+        for target, headers in hosts:
+            click.echo(native.build(work, jobs, target, cuda_arch, headers))
 
 
-TARGETS = {"ort": native.ORT, "cuda": native.CUDA, "ort-cuda": native.ORT_CUDA}
+TARGETS = {"ort": native.ORT, "cuda": native.CUDA, "ort-cuda": native.ORT_CUDA} | {
+    f"tensorrt{major}": target for major, target in native.TENSORRT.items()
+}
 
 
 @plugins.command("path")
@@ -43,6 +56,7 @@ def path(name: str) -> None:
     target = TARGETS[name]
     found = native.find(target)
     if found is None:
-        click.echo(f"no library is built; run `gsrq plugins build{' --cuda' if target.cuda else ''}`", err=True)
+        options = " --tensorrt-headers DIR" if name.startswith("tensorrt") else " --cuda" if target.cuda else ""
+        click.echo(f"no library is built; run `gsrq plugins build{options}`", err=True)
         raise SystemExit(1)
     click.echo(found)

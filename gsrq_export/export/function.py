@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from gsrq_export.cache.reference import AttentionConfig
 from gsrq_export.export.coding import decode, encode
 from gsrq_export.export.graph import Graph, Value
 
@@ -116,22 +115,6 @@ def build_function(rotated_keys: bool = False) -> onnx.FunctionProto:
         attributes=REQUIRED,
         attribute_protos=[helper.make_attribute(name, value) for name, value in optional.items()],
     )
-
-
-def attributes(config: AttentionConfig, rotated_keys: bool = False) -> dict[str, int | float]:
-    """The attributes of an operator node. Without ``rotated_keys`` they are those of the first operator libraries."""
-    return {
-        "scale": float(config.scale),
-        "sinks": config.rule.sinks,
-        "window": config.rule.window,
-        "block": config.rule.block,
-        "beam": config.beam,
-        "rope_interleaved": int(config.rope_interleaved),
-        "exact_prefill": int(config.exact_prefill),
-        "softcap": float(config.softcap),
-        "sliding_window": config.sliding_window,
-        **({"key_frame": 1} if rotated_keys else {}),
-    }
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 
 from gsrq_export.codec.codebook import LayerCodebooks
 from gsrq_export.codec.storage import CENTER, PARTS, SIDES, save_codebooks, tensor_locations, tensor_name
+from gsrq_export.codec.storage import CODEBOOKS_FILE as CODEBOOKS_FILE
 from gsrq_export.errors import GsrqError
 from gsrq_export.export.function import OPERATOR_VERSION, build_function
 from gsrq_export.export.streamed import refer_to_checkpoint
@@ -27,7 +28,6 @@ from gsrq_export.model.streaming import streamed_weights
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
-CODEBOOKS_FILE = "codebooks.safetensors"
 INLINE_BYTES = 1024  # smaller tensors stay in model.onnx
 IR_VERSION = 10  # of opset 21
 ONNX_TYPES = {torch.float16: ir.DataType.FLOAT16, torch.float32: ir.DataType.FLOAT}

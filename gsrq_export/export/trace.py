@@ -15,11 +15,11 @@ import torch
 from onnxscript import optimizer
 from torch.export import Dim
 
-from gsrq_export.cache.reference import AttentionConfig, LayerCache
+from gsrq_export.cache.reference import AttentionConfig, LayerCache, attributes
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.codec.codebook import LayerCodebooks
 from gsrq_export.errors import GsrqError, UnsupportedModelError
-from gsrq_export.export.function import DOMAIN, OPERATOR, OPERATOR_VERSION, OPSET, attributes
+from gsrq_export.export.function import DOMAIN, OPERATOR, OPERATOR_VERSION, OPSET
 from gsrq_export.model.intercept import AttentionCall, intercept
 from gsrq_export.model.introspect import LayerSpec, ModelSpec
 

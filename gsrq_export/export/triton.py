@@ -43,7 +43,7 @@ class TritonSettings:
     Attributes:
         max_batch_size: sequences in one run of the graph.
         max_sequences: sequences a model instance holds at once, each with a cache of CacheMetadata.row_bytes.
-        instances: copies of the model, on the CPU.
+        instances: copies of the model, on the CPU or on each GPU.
         idle_seconds: a sequence without a request for so long is dropped.
         op_library: path, on the server, of the custom-op library; None runs the graph's own function of
             standard operators.
@@ -95,6 +95,21 @@ def triton_config(model: onnx.ModelProto, name: str, settings: TritonSettings) -
     Raises:
         ArtifactError: the graph's inputs and outputs are not those of its metadata.
     """
+    instances = f"instance_group [\n  {{\n    count: {settings.instances}\n    kind: KIND_CPU\n  }}\n]\n"
+    config = sequence_config(model, name, settings, "onnxruntime", instances)
+    if settings.op_library is not None:
+        config += f'model_operations {{ op_library_filename: "{settings.op_library}" }}\n'
+    return config
+
+
+def sequence_config(model: onnx.ModelProto, name: str, settings: TritonSettings, backend: str, instances: str) -> str:
+    """config.pbtxt of a backend that keeps implicit sequence state.
+
+    Args:
+        instances: the instance group's text.
+    Raises:
+        ArtifactError: the graph's inputs and outputs are not those of its metadata.
+    """
     metadata = CacheMetadata.from_properties({p.key: p.value for p in model.metadata_props})
     inputs = {value.name: value for value in model.graph.input}
     outputs = {value.name: value for value in model.graph.output}
@@ -106,17 +121,16 @@ def triton_config(model: onnx.ModelProto, name: str, settings: TritonSettings) -
         raise ArtifactError(
             "model.onnx: its inputs and outputs are not those of its metadata", "build the artifact again"
         )
-    parts = [
-        f'name: "{name}"\nbackend: "onnxruntime"\nmax_batch_size: {settings.max_batch_size}\n',
-        _section("input", [_tensor(inputs[i]) for i in INPUTS]),
-        _section("output", [_tensor(outputs["logits"])]),
-        _sequences(metadata, settings),
-        f"instance_group [\n  {{\n    count: {settings.instances}\n    kind: KIND_CPU\n  }}\n]\n",
-        "version_policy { specific { versions: [ 1 ] } }\n",
-    ]
-    if settings.op_library is not None:
-        parts.append(f'model_operations {{ op_library_filename: "{settings.op_library}" }}\n')
-    return "".join(parts)
+    return "".join(
+        (
+            f'name: "{name}"\nbackend: "{backend}"\nmax_batch_size: {settings.max_batch_size}\n',
+            _section("input", [_tensor(inputs[i]) for i in INPUTS]),
+            _section("output", [_tensor(outputs["logits"])]),
+            _sequences(metadata, settings),
+            instances,
+            "version_policy { specific { versions: [ 1 ] } }\n",
+        )
+    )
 
 
 def _tensor(value: onnx.ValueInfoProto) -> str:

@@ -60,7 +60,7 @@ def external_files(model: onnx.ModelProto) -> list[PurePosixPath]:
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if tensor.data_location == TensorProto.EXTERNAL and entry.key == "location":
-                file = PurePosixPath(entry.value)
+                file = PurePosixPath(entry.value if isinstance(entry.value, str) else "")  # not UTF-8: bytes
                 if file.is_absolute() or ".." in file.parts or not file.parts or "\\" in entry.value:
                     raise ArtifactError(
                         f"model.onnx: {tensor.name} lies in {entry.value!r}, outside the artifact",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +9,10 @@ import yaml
 
 from gsrq_export.artifact.manifest import load_manifest
 from gsrq_export.autodeploy.descriptor import BACKEND
-from gsrq_export.autodeploy.layers import artifact_layers
-from gsrq_export.errors import GsrqError
-from gsrq_export.export.model import CODEBOOKS_FILE
-from gsrq_export.model.architecture import architecture_of
-from gsrq_export.model.loading import load_config
+from gsrq_export.export.host_files import check_out, describe, write_together
+from gsrq_export.hosting.layers import artifact_layers, refuse_rope
 
 CONFIG, QUANTIZATION, LAUNCHER = "autodeploy.yaml", "quantization.json", "launch.py"
-REFUSED_ROPE = {
-    "longrope": "its tables change with the length of the text, so rotated keys cannot be turned back",
-    "dynamic": "its tables change with the length of the text, so rotated keys cannot be turned back",
-}
 SCRIPT = '''"""Answers prompts with the model of {name}, its cache coded. Needs tensorrt_llm, gsrq-export and one GPU.
 
 python launch.py "a prompt" ...
@@ -62,13 +52,9 @@ def export_trtllm(artifact: Path, out: Path, max_batch_size: int = 8) -> None:
         GsrqError: its model cannot be served so, or ``out`` holds files.
     """
     artifact = artifact.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise GsrqError(f"--out {out} exists and is not an empty directory", "name another place")
+    check_out(out)
     found, manifest = artifact_layers(artifact), load_manifest(artifact)
-    architecture = architecture_of(load_config(artifact / "tokenizer"))
-    rope = architecture.rope_scaling.rope_type if architecture.rope_scaling else "default"
-    if rope in REFUSED_ROPE:
-        raise GsrqError(f"{artifact}: RoPE scaling {rope!r}: {REFUSED_ROPE[rope]}", "serve it with ONNX Runtime")
+    refuse_rope(artifact)
     model = manifest.model.id
     settings: dict[str, Any] = {
         "model": model,
@@ -81,24 +67,7 @@ def export_trtllm(artifact: Path, out: Path, max_batch_size: int = 8) -> None:
         "transforms": {"insert_cached_attention": {"backend": BACKEND}},
     }
     slot = found.metadata.row_bytes(found.metadata.max_length)
-    description = {
-        "quantization": "gsrq",
-        "artifact": str(artifact),
-        "codebooks_sha256": manifest.files[CODEBOOKS_FILE].sha256,
-        "model": {"id": model, "weights_sha256": manifest.model.weights_sha256},
-        "cache": manifest.cache.model_dump(mode="json"),
-        "layers": [layer.model_dump(mode="json") for layer in manifest.layers],
-        "slot_bytes": slot,
-        "cache_bytes": slot * max_batch_size,
-    }
+    description = describe(artifact, manifest, slot_bytes=slot, cache_bytes=slot * max_batch_size)
     script = SCRIPT.format(name=manifest.name, artifact=str(artifact), config=CONFIG)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        building.chmod(0o755)
-        (building / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
-        (building / QUANTIZATION).write_text(json.dumps(description, indent=1) + "\n", "utf-8")
-        (building / LAUNCHER).write_text(script, "utf-8")
-        building.replace(out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    files = {CONFIG: yaml.safe_dump(settings, sort_keys=False), QUANTIZATION: description, LAUNCHER: script}
+    write_together(out, files)

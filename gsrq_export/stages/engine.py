@@ -20,10 +20,19 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from gsrq_export.distributed.world import ALONE, World
 from gsrq_export.errors import GsrqError
 from gsrq_export.stages.keys import stage_key
-from gsrq_export.stages.progress import Reporter, make_reporter
-from gsrq_export.stages.storage import TEMPORARY, disk_errors, sync_directory, sync_tree, write_atomic
+from gsrq_export.stages.progress import Reporter, make_reporter, quiet_reporter
+from gsrq_export.stages.storage import (
+    SHOWN,
+    TEMPORARY,
+    await_files,
+    disk_errors,
+    sync_directory,
+    sync_tree,
+    write_atomic,
+)
 
 STAMP = "stage.json"
 PARTIAL = ".partial"
@@ -39,11 +48,13 @@ class Context:
         directory: where it writes; other names than its units' are free until it returns.
         inputs: the finished directories of the stages it needs, by name.
         reporter: for progress.
+        world: the processes that run the stage; several only where the stage is distributed.
     """
 
     directory: Path
     inputs: Mapping[str, Path]
     reporter: Reporter
+    world: World = ALONE
 
     def has(self, name: str) -> bool:
         """Whether a unit is there from an earlier, interrupted run."""
@@ -76,12 +87,14 @@ class Stage:
             files it reads. Keys of needed stages, library versions and this package's code are added.
         run: writes the result into the context's directory; may be called again after an interruption.
         needs: names of the stages whose directories it reads.
+        distributed: every process runs it; the others run on rank 0 alone.
     """
 
     name: str
     material: Mapping[str, Any]
     run: Callable[[Context], object]
     needs: tuple[str, ...] = ()
+    distributed: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,9 @@ class Planned:
 class Pipeline:
     """Stages in an order in which each follows those it needs.
 
+    In a build of many processes rank 0 holds the work directory, says what is run, and finishes each stage. The
+    others take part in distributed stages and are done after the last of them that is to do.
+
     Raises (on construction):
         ValueError: two stages of one name, or one that needs a stage not before it.
     """
@@ -105,6 +121,7 @@ class Pipeline:
     work: Path
     stages: Sequence[Stage]
     reporter: Reporter = field(default_factory=make_reporter)
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -132,21 +149,30 @@ class Pipeline:
         return planned
 
     def run(self) -> dict[str, Path]:
-        """Run what is not done; returns every stage's directory.
+        """Run what is not done; returns every stage's directory, on other ranks than 0 nothing.
 
         Raises:
             GsrqError: the work directory is in use or cannot be written, or a stage's own error. What is done stays.
         """
+        if self.world.rank:
+            self._follow()
+            return {}
         with disk_errors("work directory", self.work):
             self.work.mkdir(parents=True, exist_ok=True)
         done: dict[str, Path] = {}
         with work_lock(self.work):
-            for stage, planned in zip(self.stages, self.plan(), strict=True):
+            plan = self.plan()
+            last = max((i for i, s in enumerate(self.stages) if s.distributed and plan[i].status != "done"), default=-1)
+            if last < 0:
+                self.world.tell(None)  # there is nothing for the others to do
+            for place, (stage, planned) in enumerate(zip(self.stages, plan, strict=True)):
                 if planned.status == "done":
                     self.reporter.line(f"{stage.name}: done before, kept")
                 else:
                     self._run_stage(stage, planned, {name: done[name] for name in stage.needs})
                 done[stage.name] = planned.directory
+                if place == last:
+                    self.world.tell(None)
         return done
 
     def _run_stage(self, stage: Stage, planned: Planned, inputs: Mapping[str, Path]) -> None:
@@ -160,13 +186,29 @@ class Pipeline:
             for leftover in partial.rglob(f"{TEMPORARY}*"):
                 leftover.unlink()
             (partial / STAMP).unlink(missing_ok=True)
-            stage.run(Context(partial, inputs, self.reporter))
+            world = self.world if stage.distributed else ALONE
+            if world.size > 1:
+                stamps = {name: [str(path), _key_of(path)] for name, path in inputs.items()}
+                world.tell({"stage": stage.name, "directory": str(partial), "inputs": stamps})
+            stage.run(Context(partial, inputs, self.reporter, world))
             stamp = {"stage": stage.name, "key": planned.key, "files": _sizes(partial)}
             write_atomic(partial / STAMP, lambda path: path.write_text(json.dumps(stamp, indent=1, sort_keys=True)))
             sync_tree(partial)
             partial.rename(planned.directory)
             sync_directory(self.work)
         self.reporter.line(f"{stage.name}: finished in {time.monotonic() - started:.1f} s")
+
+    def _follow(self) -> None:
+        """Take part in what rank 0 says."""
+        stages = {stage.name: stage for stage in self.stages}
+        while (order := self.world.tell(None)) is not None:
+            partial = Path(order["directory"])
+            await_files([partial])
+            for path, key in order["inputs"].values():
+                _await_finished(Path(path), key)
+            inputs = {name: Path(path) for name, (path, _) in order["inputs"].items()}
+            with disk_errors(f"stage {order['stage']}", self.work):
+                stages[order["stage"]].run(Context(partial, inputs, quiet_reporter(), self.world))
 
 
 @contextmanager
@@ -211,6 +253,22 @@ def _partial(directory: Path) -> Path:
 def _sizes(directory: Path) -> dict[str, int]:
     files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name != STAMP)
     return {f.relative_to(directory).as_posix(): f.stat().st_size for f in files}
+
+
+def _key_of(directory: Path) -> str:
+    return str(json.loads((directory / STAMP).read_text())["key"])
+
+
+def _await_finished(directory: Path, key: str) -> None:
+    """Wait until a stage's directory is seen whole, which another machine has finished."""
+    deadline = time.monotonic() + SHOWN
+    while not _is_finished(directory, key):
+        if time.monotonic() > deadline:
+            raise GsrqError(
+                f"{directory} is finished, but is not seen whole on {socket.gethostname()}",
+                "give a --work directory on a file system that all machines share",
+            )
+        time.sleep(0.1)
 
 
 def _is_finished(directory: Path, key: str) -> bool:

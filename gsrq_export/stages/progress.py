@@ -125,6 +125,11 @@ class LineReporter:
         self._console.print(text, highlight=False, markup=False)
 
 
+def quiet_reporter() -> Reporter:
+    """Says nothing."""
+    return LineReporter(Console(quiet=True))
+
+
 def make_reporter(console: Console | None = None) -> Reporter:
     """Bars if the console is a terminal, else lines."""
     console = console or Console(stderr=True)

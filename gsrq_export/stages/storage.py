@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gsrq_export.errors import GsrqError
 
 TEMPORARY = ".tmp-"
+SHOWN = 90.0  # seconds; directories are cached for 60 by default on NFS
 
 _MENDS = {
     errno.ENOSPC: ("the disk is full", "free space or use a directory on another disk; what is done is kept"),
@@ -68,6 +71,23 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink()
         raise
     sync_directory(path.parent)
+
+
+def await_files(paths: Sequence[Path]) -> None:
+    """Wait for files that other machines have written; a network file system shows them with some delay.
+
+    Raises:
+        GsrqError: one does not come.
+    """
+    deadline = time.monotonic() + SHOWN
+    for path in paths:
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise GsrqError(
+                    f"{path} was written by another process, but is not seen on {socket.gethostname()}",
+                    "give a --work directory on a file system that all machines share",
+                )
+            time.sleep(0.1)
 
 
 def sync_file(path: Path) -> None:

@@ -46,39 +46,10 @@ Status* compute(void* opaque, KernelContext* context) noexcept {
   const Api* api = kernel.api;
   return guarded(api, [&]() -> std::string {
     cpu::Shapes s;
-    const std::array<const void*, kInputs> data = read_inputs(api, context, &s);
-    const float* key_center = read_key_center(api, context, &s);
+    const cpu::Inputs data = read_inputs(api, context, &s);
     if (std::string problem = cpu::check(kernel.attributes, s); !problem.empty()) return problem;
-
-    cpu::Call call{};
-    call.batch = s.query[0];
-    call.heads = s.query[1];
-    call.steps = s.query[2];
-    call.head_dim = s.query[3];
-    call.kv_heads = s.key[1];
-    call.positions = s.cos[0];
-    call.half_rope = s.cos[1];
-    call.capacity = s.key_codes[1];
-    call.query = static_cast<const float*>(data[0]);
-    call.key = static_cast<const float*>(data[1]);
-    call.value = static_cast<const float*>(data[2]);
-    call.cos = static_cast<const float*>(data[3]);
-    call.sin = static_cast<const float*>(data[4]);
-    call.past_lengths = static_cast<const int64_t*>(data[5]);
-    call.new_lengths = static_cast<const int64_t*>(data[6]);
-    call.key_codes = static_cast<const uint8_t*>(data[7]);
-    call.value_codes = static_cast<const uint8_t*>(data[8]);
-    call.key_exact = data[9];
-    call.value_exact = data[10];
+    cpu::Call call = cpu::make_call(s, data);
     call.element = kernel.element;
-    const auto words = [](const void* codewords, const cpu::Shape& shape) {
-      return cpu::Words{static_cast<const uint16_t*>(codewords), shape[0], shape[1], shape[3]};
-    };
-    call.key_words = words(data[11], s.key_codebooks);
-    call.value_words = words(data[12], s.value_codebooks);
-    call.key_transform = static_cast<const float*>(data[13]);
-    call.value_transform = static_cast<const float*>(data[14]);
-    call.key_center = key_center;
     if (std::string problem = cpu::check(kernel.attributes, call); !problem.empty()) return problem;
 
     call.output = static_cast<float*>(

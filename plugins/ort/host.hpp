@@ -2,7 +2,6 @@
 // Nothing throws across the ABI.
 #pragma once
 
-#include <array>
 #include <exception>
 #include <new>
 #include <stdexcept>
@@ -135,24 +134,16 @@ inline void* allocate_output(const Api* api, KernelContext* context, size_t inde
   return data;
 }
 
-// Shapes and data of all inputs.
-inline std::array<const void*, kInputs> read_inputs(const Api* api, const KernelContext* context, cpu::Shapes* s) {
-  cpu::Shape* const shapes[kInputs] = {&s->query,           &s->key,           &s->value,         &s->cos,
-                                       &s->sin,             &s->past_lengths,  &s->new_lengths,   &s->key_codes,
-                                       &s->value_codes,     &s->key_exact,     &s->value_exact,   &s->key_codebooks,
-                                       &s->value_codebooks, &s->key_transform, &s->value_transform};
-  std::array<const void*, kInputs> data{};
+// Shapes and data of all inputs. key_center, which is optional, is null with an empty shape where it is not given;
+// cpu::check judges both.
+inline cpu::Inputs read_inputs(const Api* api, const KernelContext* context, cpu::Shapes* s) {
+  const auto shapes = cpu::in_order(*s);
+  cpu::Inputs data{};
   for (size_t i = 0; i < kInputs; ++i) data[i] = read_input(api, context, i, shapes[i]);
+  const Value* center = nullptr;
+  require(KernelContext_GetInput(api, context, kKeyCenter, &center));
+  if (center != nullptr) data[kKeyCenter] = read_input(api, context, kKeyCenter, shapes[kKeyCenter]);
   return data;
-}
-
-// Data of the optional input key_center, or null with an empty shape where it is not given; cpu::check judges both.
-inline const float* read_key_center(const Api* api, const KernelContext* context, cpu::Shapes* s) {
-  s->key_center.clear();
-  const Value* value = nullptr;
-  require(KernelContext_GetInput(api, context, kKeyCenter, &value));
-  if (value == nullptr) return nullptr;
-  return static_cast<const float*>(read_input(api, context, kKeyCenter, &s->key_center));
 }
 
 // All of an op but its provider, its kernel and where its inputs lie.

@@ -21,11 +21,11 @@ from tiny_artifact import tiny_artifact
 
 from gsrq_export import autodeploy
 from gsrq_export.autodeploy.descriptor import INTERFACE, make_descriptor
-from gsrq_export.autodeploy.layers import artifact_layers
 from gsrq_export.cache.torch_cache import coded
 from gsrq_export.commands.app import cli
 from gsrq_export.errors import GsrqError
 from gsrq_export.export.trtllm import CONFIG, LAUNCHER, QUANTIZATION, export_trtllm
+from gsrq_export.hosting.layers import artifact_layers
 from gsrq_export.model.intercept import AttentionCall, intercept
 
 INFO = interface.SequenceInfo(max_num_state_slots=3, max_seq_len=150)

@@ -7,9 +7,10 @@ import torch
 from attention_cases import CASES, Case
 from cuda_calls import layer_of_case
 
-from gsrq_export.autodeploy.attention import attend_slots, sequences, turned_back
+from gsrq_export.autodeploy.attention import attend_slots, sequences
 from gsrq_export.cache.reference import LayerCache, gsrq_attention, rotate
 from gsrq_export.errors import GsrqError
+from gsrq_export.hosting.rows import turned_back
 
 SLOTS, TOKENS = 5, 48
 SLOT_OF = (3, 0, 2)

@@ -99,6 +99,8 @@ def test_refusals() -> None:
     ids, mask = padded_batch()
     with pytest.raises(GsrqError, match="codebooks for 2 layers, but the model has 3"), coded(model, books[:2]):
         pass
+    with pytest.raises(GsrqError, match="beam = 257: out of range"), coded(model, books, beam=257):
+        pass
     with coded(model, books), pytest.raises(GsrqError, match="position_ids"):
         model(ids, attention_mask=mask)  # left padding without position_ids
     other = tiny_model("Llama", num_key_value_heads=4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention
+from gsrq_export.cache.reference import AttentionConfig, LayerCache, attributes, gsrq_attention
 from gsrq_export.cache.rule import CacheRule
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.export.function import (
@@ -22,7 +22,6 @@ from gsrq_export.export.function import (
     OPERATOR_VERSION,
     OPSET,
     OUTPUTS,
-    attributes,
     build_function,
 )
 
@@ -296,8 +295,8 @@ def test_graph_optimisers_change_nothing() -> None:
     assert_same(Node(c)(new, past, lengths, c.cache(2)), plain)
 
 
-def test_beam_wider_than_a_codebook() -> None:
-    c = case(beam=260, keys=random_codebook(1, 3, 24, 5), values=random_codebook(1, 2, 24, 6))
+def test_beam_as_wide_as_a_codebook() -> None:
+    c = case(beam=256, keys=random_codebook(1, 3, 24, 5), values=random_codebook(1, 2, 24, 6))
     new, past, lengths = c.tokens(1, 23, 0), torch.tensor([0]), torch.tensor([23])
     assert_same(Node(c)(new, past, lengths, c.cache(1)), oracle(c, new, past, lengths, c.cache(1)))
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from google.protobuf import text_format
 from tiny_artifact import MAX_LENGTH, RULE, tiny_artifact
+from triton_schema import parsed
 
 from gsrq_export import GsrqError
 from gsrq_export.errors import ArtifactError
@@ -28,25 +25,6 @@ KINDS = {"float16": "TYPE_FP16", "int8": "TYPE_INT8"}
 def artifact(tmp_path: Path) -> Path:
     source = tiny_artifact("Qwen3", False, torch.float16).path
     return Path(shutil.copytree(source, tmp_path / "artifact"))
-
-
-def model_config_proto() -> ModuleType:
-    """Triton's generated ModelConfig; loaded by path, as importing its package needs gRPC."""
-    package = importlib.util.find_spec("tritonclient")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("tritonclient, which has Triton's configuration schema, is not installed")
-    path = Path(package.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
-    spec = importlib.util.spec_from_file_location("triton_model_config_pb2", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def parsed(directory: Path) -> tuple[Any, ModuleType]:
-    proto = model_config_proto()
-    return text_format.Parse((directory / "config.pbtxt").read_text(), proto.ModelConfig()), proto
 
 
 def test_configuration_is_complete(artifact: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_build(tmp_path: Path) -> None:
         assert result.exit_code == 0, (result.output, result.exception)
         verify_artifact(out)
         metrics = json.loads((out / "metrics.json").read_text())
-        logs[device] = [entry["held_out"][-1] for entry in metrics["distortion"]]
+        logs[device] = [entry["relative_mse_by_stage"][-1] for entry in metrics["distortion"]]
     assert load_manifest(tmp_path / "cpu").environment["device"] == "cpu"
     environment = load_manifest(tmp_path / "cuda").environment
     assert environment["device"] == torch.cuda.get_device_name()

@@ -9,7 +9,8 @@ import onnxruntime as ort
 import pytest
 import torch
 from attention_cases import CASES, ROTATED, Case, Data
-from op_session import CACHE, FEEDS, ONNX_TYPE, OpSession
+from op_session import ONNX_TYPE, OpSession
+from op_tensors import CACHE, assert_close, assert_same, feeds
 from tiny_artifact import tiny_artifact
 
 from gsrq_export import native
@@ -37,24 +38,6 @@ def session(case: Case, data: Data, io: torch.dtype = torch.float32, tables: boo
     return OpSession(
         library, case.keys, case.values, case.config, case.exact_dtype, provider=CUDA, io=io, tables=kept, **more
     )  # type: ignore[arg-type]
-
-
-def feeds(data: Data, start: int, stop: int, io: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    past = data.lengths.clamp(max=start)
-    tokens = [x[:, :, start:stop].to(io).contiguous() for x in (data.query, data.key, data.value)]
-    values = (*tokens, data.cos, data.sin, past, (data.lengths.clamp(max=stop) - start).clamp(min=0))
-    return dict(zip(FEEDS, values, strict=True))
-
-
-def assert_close(output: torch.Tensor, expected: torch.Tensor, limit: float = 1e-3) -> None:
-    """Row by row: a decode multiplies queries and keys as float16 (tests/gpu/test_cuda_kernels.py)."""
-    for row, (got, right) in enumerate(zip(output, expected, strict=True)):
-        assert float((got - right).norm()) <= limit * float(right.norm()), f"row {row}"
-
-
-def assert_same(got: LayerCache, expected: LayerCache) -> None:
-    for name, tensor in vars(expected).items():
-        assert torch.equal(getattr(got, name), tensor), name
 
 
 @pytest.mark.parametrize("tables", [True, False])

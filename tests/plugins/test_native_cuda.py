@@ -68,12 +68,26 @@ def test_what_a_build_of_cuda_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
             native.build(target=target, architectures=names)
 
 
-def test_the_command_builds_cuda_where_it_can_be_used_or_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_builds_cuda_where_it_can_be_used_or_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built: list[tuple[str, tuple[str, ...]]] = []
+    headers = []
+    for major in native.TENSORRT:
+        folder = tmp_path / str(major)
+        folder.mkdir()
+        lines = f"#define NV_TENSORRT_MAJOR {major}\n#define NV_TENSORRT_MINOR 9\n"
+        (folder / "NvInferVersion.h").write_text(lines)
+        headers += ["--tensorrt-headers", str(folder)]
 
     def build(
-        build_dir: Path | None, jobs: int, target: native.Target = native.ORT, architectures: tuple[str, ...] = ()
+        build_dir: Path | None,
+        jobs: int,
+        target: native.Target = native.ORT,
+        architectures: tuple[str, ...] = (),
+        tensorrt_headers: Path | None = None,
     ) -> Path:
+        assert tensorrt_headers is None or native.tensorrt_target(tensorrt_headers) is target
         built.append((target.library, architectures))
         return Path(target.library)
 
@@ -86,6 +100,7 @@ def test_the_command_builds_cuda_where_it_can_be_used_or_is_asked_for(monkeypatc
         ([], "nvcc", 1, [(ort, ()), (cuda, ()), (both, ())]),
         (["--no-cuda"], "nvcc", 1, [(ort, ())]),
         (["--cuda"], "nvcc", 0, [(ort, ()), (cuda, ()), (both, ())]),
+        (["--no-cuda", *headers], "nvcc", 0, [(ort, ()), *((t.library, ()) for t in native.TENSORRT.values())]),
         (["--cuda-arch", "80", "--cuda-arch", "90"], "nvcc", 0, [(ort, ()), (cuda, chosen), (both, chosen)]),
     ):
         monkeypatch.setattr(native, "nvcc", lambda compiler=compiler: compiler)
@@ -99,11 +114,17 @@ def test_the_command_builds_cuda_where_it_can_be_used_or_is_asked_for(monkeypatc
 
 def test_the_path_of_each_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.CACHE_VARIABLE, str(tmp_path))
-    for name, target in (("ort", native.ORT), ("cuda", native.CUDA), ("ort-cuda", native.ORT_CUDA)):
+    for name, target in (
+        ("ort", native.ORT),
+        ("cuda", native.CUDA),
+        ("ort-cuda", native.ORT_CUDA),
+        ("tensorrt11", native.TENSORRT[11]),
+    ):
         monkeypatch.delenv(target.variable, raising=False)
         missing = CliRunner().invoke(plugins, ["path", "--of", name])
         assert missing.exit_code == 1
-        assert ("--cuda" in missing.output) == target.cuda
+        assert ("--cuda" in missing.output) == (name in ("cuda", "ort-cuda"))
+        assert ("--tensorrt-headers" in missing.output) == (name == "tensorrt11")
         file = tmp_path / target.library
         file.touch()
         monkeypatch.setenv(target.variable, str(file))

@@ -183,15 +183,14 @@ def test_more_than_the_queue_holds(server: Running) -> None:
     assert settled(server.at.metrics)["gsrq_cache_pages_used"] == 0
 
 
-def test_restart_is_clean() -> None:
-    require_server()
-    with started(repository(), NAME) as running:
-        streams = [Stream(running, p, max_tokens=250) for p in PROMPTS[:4]]
-        for stream in streams:
-            stream.answers.get(timeout=30)
-        running.stop()
-        for stream in streams:
-            threading.Thread(target=stream.client.stop_stream, kwargs={"cancel_requests": True}).start()
+def test_restart_is_clean(server: Running) -> None:
+    """The last of this file: it stops the server that all share."""
+    streams = [Stream(server, p, max_tokens=250) for p in PROMPTS[:4]]
+    for stream in streams:
+        stream.answers.get(timeout=30)
+    server.stop()
+    for stream in streams:
+        threading.Thread(target=stream.client.stop_stream, kwargs={"cancel_requests": True}).start()
     with started(repository(), NAME) as running:
         assert Stream(running, PROMPTS[2], max_tokens=15).all()[:3] == generated(PROMPTS[2], 15)
         assert settled(running.at.metrics, 1)["gsrq_requests_total"] == 1

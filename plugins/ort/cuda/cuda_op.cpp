@@ -4,36 +4,16 @@
 // anything is written and the grids are sized for the tokens there are, without waiting for the GPU. Their price is one
 // small copy to the device a call and node, and that a CUDA graph would replay the lengths it was captured with; capture
 // is therefore refused. Codebooks must be initializers: they are read and brought into the kernels' form once a node.
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <climits>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "../host.hpp"
-#include "gsrq/cuda/gsrq_cuda.h"
+#include "gsrq/cuda/host.hpp"
+#include "gsrq/layout.h"
 
 namespace gsrq::ort {
 namespace {
-
-constexpr size_t kAlignment = 256, kInspectBytes = 4096;
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
-struct DeviceFree {
-  void operator()(void* memory) const { cudaFree(memory); }
-};
-using DeviceMemory = std::unique_ptr<void, DeviceFree>;
-
-DeviceMemory device_memory(size_t bytes) {
-  void* memory = nullptr;
-  if (cudaMalloc(&memory, std::max<size_t>(bytes, 1)) != cudaSuccess) throw std::bad_alloc();
-  return DeviceMemory(memory);
-}
 
 int32_t element_of(ElementType type) {
   return type == ElementType::f16 ? GSRQ_F16 : type == ElementType::bf16 ? GSRQ_BF16 : GSRQ_F32;
@@ -46,8 +26,6 @@ int64_t count(const cpu::Shape& shape) {
   for (const int64_t size : shape) product *= size;
   return product;
 }
-
-size_t round_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 // Memory of one call from the session's allocator. Given back when the launches are queued: whoever gets it next
 // works on the same stream, or the allocator makes it wait.
@@ -85,79 +63,8 @@ struct Kernel {
   ElementType io, exact;
   cpu::Attributes attributes;
   bool constant_tables;  // cos and sin never change
-  std::mutex mutex;      // of what follows, until ready
-  bool ready = false;
-  gsrq_layer layer{};
-  DeviceMemory prepared;
+  cuda::Constants constants;
 };
-
-int32_t narrow(const char* name, int64_t value) {
-  if (value > INT32_MAX) throw std::invalid_argument("GsrqAttention: " + std::string(name) + " is too large for CUDA");
-  return static_cast<int32_t>(value);
-}
-
-void require_launch(int failed) {
-  if (failed != 0) throw std::runtime_error(std::string("GsrqAttention: ") + gsrq_cuda_error());
-}
-
-gsrq_layer describe(const cpu::Attributes& a, const cpu::Shapes& s, const std::array<const void*, kInputs>& data,
-                    const float* key_center) {
-  const auto book = [&](const cpu::Shape& shape, size_t words, size_t transform) {
-    return gsrq_codebook{narrow("groups", shape[0]), narrow("stages", shape[1]),
-                         narrow("width", shape[3]),  0,
-                         data[words],                static_cast<const float*>(data[transform])};
-  };
-  gsrq_layer layer{};
-  layer.heads = narrow("heads", s.query[1]);
-  layer.kv_heads = narrow("KV heads", s.key[1]);
-  layer.head_dim = narrow("head_dim", s.query[3]);
-  layer.half_rope = narrow("rope_dim", s.cos[1]);
-  layer.positions = narrow("positions", s.cos[0]);
-  layer.sinks = narrow("sinks", a.sinks);
-  layer.window = narrow("window", a.window);
-  layer.block = narrow("block", a.block);
-  layer.beam = narrow("beam", a.beam);
-  layer.sliding_window = narrow("sliding_window", a.sliding_window);
-  layer.rope_interleaved = a.rope_interleaved;
-  layer.exact_prefill = a.exact_prefill;
-  layer.scale = a.scale;
-  layer.softcap = a.softcap;
-  layer.cos = static_cast<const float*>(data[3]);
-  layer.sin = static_cast<const float*>(data[4]);
-  layer.keys = book(s.key_codebooks, 11, 13);
-  layer.values = book(s.value_codebooks, 12, 14);
-  layer.key_center = key_center;
-  return layer;
-}
-
-// The layer, inspected and prepared by the first call. Tables that may change are not taken for geometric ones.
-gsrq_layer prepare(Kernel& kernel, const cpu::Shapes& s, const std::array<const void*, kInputs>& data,
-                   const float* key_center, cudaStream_t stream) {
-  const std::lock_guard<std::mutex> lock(kernel.mutex);
-  if (!kernel.ready) {
-    gsrq_layer layer = describe(kernel.attributes, s, data, key_center);
-    const DeviceMemory scratch = device_memory(kInspectBytes);
-    require_launch(gsrq_cuda_inspect(&layer, scratch.get(), stream));
-    if (!kernel.constant_tables) layer.geometric = 0;
-    const int64_t bytes = gsrq_cuda_prepared_bytes(&layer);
-    require_launch(bytes < 0);
-    kernel.prepared = device_memory(static_cast<size_t>(bytes));
-    require_launch(gsrq_cuda_prepare(&layer, kernel.prepared.get(), stream));
-    check(cudaStreamSynchronize(stream), "GsrqAttention: preparing the codebooks");  // other calls have other streams
-    kernel.layer = layer;
-    kernel.ready = true;
-  }
-  // The initializers stay where they are and as they are; the rest is this call's.
-  gsrq_layer layer = describe(kernel.attributes, s, data, key_center);
-  if (layer.heads != kernel.layer.heads || layer.kv_heads != kernel.layer.kv_heads ||
-      layer.head_dim != kernel.layer.head_dim || layer.half_rope != kernel.layer.half_rope)
-    throw std::invalid_argument("GsrqAttention: heads, head_dim and rope_dim must be the same in all calls");
-  layer.geometric = kernel.layer.geometric;
-  layer.keys.planes = kernel.layer.keys.planes;
-  layer.values.planes = kernel.layer.values.planes;
-  std::copy(std::begin(kernel.layer.exponents), std::end(kernel.layer.exponents), std::begin(layer.exponents));
-  return layer;
-}
 
 Status* create_kernel(const CustomOp* op, const Api* api, const KernelInfo* info, void** out) noexcept {
   return guarded(api, [&]() -> std::string {
@@ -185,13 +92,22 @@ const MemoryInfo* memory_of(const Api* api, const KernelContext* context, size_t
   return where;
 }
 
+// Whether a row's block leaves the window: in most steps of a short batch none does, and the launches that code are saved.
+bool codes_blocks(const gsrq_layer& layer, const cpu::Call& lengths) {
+  const auto coded = [&](int64_t total) { return gsrq_coded(total, layer.sinks, layer.window, layer.block); };
+  for (int64_t b = 0; b < lengths.batch; ++b)
+    if (coded(lengths.past_lengths[b] + lengths.new_lengths[b]) > coded(lengths.past_lengths[b])) return true;
+  return false;
+}
+
 // An output that starts as a copy of its input, or is it.
 void* continued(const Api* api, KernelContext* context, size_t input, const cpu::Shape& shape, const void* past,
                 size_t element, cudaStream_t stream) {
   void* present = allocate_output(api, context, input - kFirstAliased + 1, shape);
   if (present != past)
-    check(cudaMemcpyAsync(present, past, static_cast<size_t>(count(shape)) * element, cudaMemcpyDeviceToDevice, stream),
-          "GsrqAttention: copying the cache");
+    cuda::require(
+        cudaMemcpyAsync(present, past, static_cast<size_t>(count(shape)) * element, cudaMemcpyDeviceToDevice, stream),
+        "copying the cache");
   return present;
 }
 
@@ -200,35 +116,20 @@ Status* compute(void* opaque, KernelContext* context) noexcept {
   const Api* api = kernel.api;
   return guarded(api, [&]() -> std::string {
     cpu::Shapes s;
-    const std::array<const void*, kInputs> data = read_inputs(api, context, &s);
-    const float* key_center = read_key_center(api, context, &s);
+    const cpu::Inputs data = read_inputs(api, context, &s);
     if (std::string problem = cpu::check(kernel.attributes, s); !problem.empty()) return problem;
-    cpu::Call lengths{};
-    lengths.batch = s.query[0];
-    lengths.steps = s.query[2];
-    lengths.positions = s.cos[0];
-    lengths.capacity = s.key_codes[1];
-    lengths.past_lengths = static_cast<const int64_t*>(data[5]);
-    lengths.new_lengths = static_cast<const int64_t*>(data[6]);
+    const cpu::Call lengths = cpu::make_call(s, data);
     if (std::string problem = cpu::check(kernel.attributes, lengths); !problem.empty()) return problem;
 
     void* native = nullptr;
     require(KernelContext_GetGPUComputeStream(api, context, &native));
     const auto stream = static_cast<cudaStream_t>(native);
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-    check(cudaStreamIsCapturing(stream, &capturing), "GsrqAttention");
+    cuda::require(cudaStreamIsCapturing(stream, &capturing), "asking whether the stream is captured");
     if (capturing != cudaStreamCaptureStatusNone)
       return "a CUDA graph would repeat the lengths it was captured with; run without enable_cuda_graph";
 
-    gsrq_call call{};
-    call.batch = narrow("batch", s.query[0]);
-    call.steps = narrow("steps", s.query[2]);
-    call.dtype = element_of(kernel.io);
-    call.exact_dtype = element_of(kernel.exact);
-    call.capacity = s.key_codes[1];
-    call.query = data[0];
-    call.key = data[1];
-    call.value = data[2];
+    gsrq_call call = cuda::describe_call(s, data, element_of(kernel.io), element_of(kernel.exact));
     call.output = allocate_output(api, context, 0, {s.query[0], s.query[2], s.query[1], s.query[3]});
     const size_t exact = bytes_of(kernel.exact);
     call.key_codes = static_cast<int8_t*>(continued(api, context, 7, s.key_codes, data[7], 1, stream));
@@ -239,19 +140,27 @@ Status* compute(void* opaque, KernelContext* context) noexcept {
     for (int64_t b = 0; b < lengths.batch; ++b)
       call.max_total = std::max(call.max_total, lengths.past_lengths[b] + lengths.new_lengths[b]);
 
-    const gsrq_layer layer = prepare(kernel, s, data, key_center, stream);
+    const gsrq_layer layer =
+        kernel.constants.layer(kernel.attributes, s, data, kernel.constant_tables, stream);
     const int64_t need = gsrq_cuda_workspace_bytes(&layer, &call);
-    require_launch(need < 0);
-    const size_t workspace = round_up(static_cast<size_t>(need)), half = static_cast<size_t>(call.batch) * sizeof(int64_t);
+    cuda::require(need < 0);
+    const size_t workspace = cuda::round_up(static_cast<size_t>(need)), half = static_cast<size_t>(call.batch) * sizeof(int64_t);
     const Scratch scratch(api, context, memory_of(api, context, 0), native, workspace + 2 * half);
     std::vector<int64_t> both(lengths.past_lengths, lengths.past_lengths + call.batch);
     both.insert(both.end(), lengths.new_lengths, lengths.new_lengths + call.batch);
     auto* on_device = reinterpret_cast<int64_t*>(scratch.data() + workspace);
     // Pageable memory: the driver has read it when the call returns.
-    check(cudaMemcpyAsync(on_device, both.data(), 2 * half, cudaMemcpyHostToDevice, stream), "GsrqAttention: lengths");
+    cuda::require(cudaMemcpyAsync(on_device, both.data(), 2 * half, cudaMemcpyHostToDevice, stream), "copying the lengths");
     call.past_lengths = on_device;
     call.new_lengths = on_device + call.batch;
-    require_launch(gsrq_cuda_attention(&layer, &call, kernel.prepared.get(), scratch.data(), need, stream));
+    char* const memory = scratch.data();
+    const void* const prepared = kernel.constants.prepared();
+    if (codes_blocks(layer, lengths)) {
+      cuda::require(gsrq_cuda_attention(&layer, &call, prepared, memory, need, stream));
+    } else {
+      cuda::require(gsrq_cuda_attend(&layer, &call, prepared, memory, need, stream));
+      cuda::require(gsrq_cuda_append(&layer, &call, stream));
+    }
     return {};
   });
 }

@@ -57,7 +57,8 @@ std::string check(const Attributes& a) {
   if (a.sinks < 0 || a.sinks > most) return bad("sinks", a.sinks, "0 or more");
   if (a.window < 0 || a.window > most) return bad("window", a.window, "0 or more");
   if (a.block < 1 || a.block > most) return bad("block", a.block, "1 or more");
-  if (a.beam < 1 || a.beam > 1024) return bad("beam", a.beam, "1 to 1024");
+  static_assert(GSRQ_CODEBOOK_SIZE == 256);
+  if (a.beam < 1 || a.beam > GSRQ_CODEBOOK_SIZE) return bad("beam", a.beam, "1 to 256");
   if (a.sliding_window < 0) return bad("sliding_window", a.sliding_window, "0 (none) or positive");
   return {};
 }
@@ -111,6 +112,41 @@ std::string check(const Attributes& a, const Shapes& s) {
   if (a.rotated_keys) return expect("key_center", s.key_center, {kv * d}, "KV heads * head_dim; key_frame is 1");
   if (!s.key_center.empty()) return "key_center is given, but attribute key_frame is 0";
   return {};
+}
+
+Call make_call(const Shapes& s, const Inputs& inputs) {
+  const auto reals = [&](size_t i) { return static_cast<const float*>(inputs[i]); };
+  const auto lengths = [&](size_t i) { return static_cast<const int64_t*>(inputs[i]); };
+  const auto bytes = [&](size_t i) { return static_cast<const uint8_t*>(inputs[i]); };
+  const auto words = [&](size_t i, const Shape& shape) {
+    return Words{static_cast<const uint16_t*>(inputs[i]), shape[0], shape[1], shape[3]};
+  };
+  Call call{};
+  call.batch = s.query[0];
+  call.heads = s.query[1];
+  call.steps = s.query[2];
+  call.head_dim = s.query[3];
+  call.kv_heads = s.key[1];
+  call.positions = s.cos[0];
+  call.half_rope = s.cos[1];
+  call.capacity = s.key_codes[1];
+  call.query = reals(0);
+  call.key = reals(1);
+  call.value = reals(2);
+  call.cos = reals(3);
+  call.sin = reals(4);
+  call.past_lengths = lengths(5);
+  call.new_lengths = lengths(6);
+  call.key_codes = bytes(7);
+  call.value_codes = bytes(8);
+  call.key_exact = inputs[9];
+  call.value_exact = inputs[10];
+  call.key_words = words(11, s.key_codebooks);
+  call.value_words = words(12, s.value_codebooks);
+  call.key_transform = reals(13);
+  call.value_transform = reals(14);
+  call.key_center = reals(15);
+  return call;
 }
 
 std::string check(const Attributes& a, const Call& call) {

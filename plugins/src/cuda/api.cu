@@ -40,7 +40,8 @@ int check(const gsrq_layer& layer) {
     return fail("half_rope %d must be 0 to head_dim / 2 = %d", layer.half_rope, layer.head_dim / 2);
   if (layer.sinks < 0 || layer.window < 0 || layer.block < 1)
     return fail("need sinks >= 0, window >= 0, block >= 1; got %d, %d, %d", layer.sinks, layer.window, layer.block);
-  if (layer.beam < 1 || layer.beam > 256) return fail("beam %d must be 1 to 256", layer.beam);
+  if (layer.beam < 1 || layer.beam > GSRQ_CODEBOOK_SIZE)
+    return fail("beam %d must be 1 to %d", layer.beam, GSRQ_CODEBOOK_SIZE);
   if (layer.sliding_window < 0) return fail("sliding_window %d is negative", layer.sliding_window);
   if (!std::isfinite(layer.scale) || !std::isfinite(layer.softcap) || layer.softcap < 0)
     return fail("scale and softcap must be finite, softcap not negative");

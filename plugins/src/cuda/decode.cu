@@ -140,7 +140,7 @@ int resident_clusters(const DecodePlan& plan) {
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config = launch_config(plan, &attribute, 1);
     const bool ready =
-        prepare_kernel(kernel, plan) && prepare_kernel(fast, plan) && prepare_combine(plan) &&
+        prepare_kernel(kernel, plan) && prepare_kernel(fast, plan) &&
         cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
     if (!ready) clusters = 0;
     cudaGetLastError();
@@ -222,7 +222,7 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     if (cudaLaunchKernelEx(&config, kernel, layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
   }
-  return combine(layer, call, plan, memory, vheads, clusters, has_coded, stream);
+  return combine(layer, call, plan, memory, {vheads, clusters, false, has_coded}, stream);
 }
 
 }  // namespace gsrq::cuda

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "decode_exact.cuh"
+#include "launch.cuh"
 #include "mma.cuh"
 
 namespace gsrq::cuda::decoding {
@@ -17,21 +18,39 @@ constexpr int kManyRows = 32, kManyCodes = 64, kFewRows = 16, kFewCodes = 256;
 // most 1 after division by their sum, are split into two float16 of 22 bits together.
 template <int Rows, int Codes, int Lanes>
 __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
-                               int vheads, int clusters, int block) {
+                               const Stretches& coded, int block) {
+  const int vheads = coded.vheads;
   char* const raw = shared_memory;
   const int slot = block % plan.slots, vhead = block / plan.slots % vheads, kv_head = vhead / plan.parts;
   const int rows_at_once = Rows / Lanes, first_row = block / (plan.slots * vheads) * rows_at_once;
   const int rows = min(rows_at_once, call.batch - first_row), pairs = rows * Lanes, tiles = (pairs + 15) / 16;
   const int width = plan.width, pitch = width + kPadHalves;
-  constexpr int kBinPitch = Codes + kPadHalves;
+  constexpr int kBinPitch = Codes + kPadHalves, kAhead = Codes == kFewCodes ? 8 : 2;  // loads under way
   __half* words = reinterpret_cast<__half*>(raw);  // [Codes][pitch]
   __half* high = words + Codes * pitch;            // [Rows][kBinPitch]
   __half* low = high + Rows * kBinPitch;
   __shared__ int first_owner[Rows], last_owner[Rows];
+  __shared__ int64_t first_partial[Rows];
   __shared__ float reference[Rows], inverse[Rows];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
-  const Line line = line_of(layer, call, vheads, clusters, false);
+  // The codewords: sub-vector, column and stage of the slot.
+  const int64_t element = static_cast<int64_t>(kv_head) * layer.head_dim + (slot / layer.values.stages) * width;
+  const int64_t group = element / layer.values.width, column = element % layer.values.width;
+  const __half* from = static_cast<const __half*>(layer.values.codewords) +
+                       (group * layer.values.stages + slot % layer.values.stages) * kCodewords * layer.values.width + column;
+  const int vectors = width / 8;
+  const auto load_words = [&](int first_code) {
+#pragma unroll 2 * kAhead
+    for (int i = thread; i < Codes * vectors; i += kCombineThreads) {
+      const int code = i / vectors, at = i % vectors * 8;
+      const __half* source = from + static_cast<int64_t>(first_code + code) * layer.values.width + at;
+      *reinterpret_cast<uint4*>(words + code * pitch + at) = __ldg(reinterpret_cast<const uint4*>(source));
+    }
+  };
+  load_words(0);
+
+  const Line line = line_of(layer, call, vheads, coded.owners, coded.by_row);
   if (warp == 0) {
     int64_t before = chunks_before(layer, call, first_row);
     for (int at = 0; at < rows; at += 32) {
@@ -43,17 +62,19 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
         if (lane >= o) sum += up;
       }
       if (r < rows) {
-        const int64_t begin = vhead * line.per_head + before + sum - own;
+        const int64_t begin = line.first_chunk(vhead, before + sum - own, own), row = first_row + r;
         first_owner[r] = own > 0 ? line.owner(begin) : 0;
         last_owner[r] = own > 0 ? line.owner(begin + own - 1) : -1;
+        first_partial[r] = coded.by_row ? row * vheads + vhead : static_cast<int64_t>(vhead) * call.batch + row;
       }
       before += __shfl_sync(~0u, sum, 31);
     }
   }
   __syncthreads();
+  wait_for_previous();
   for (int i = thread; i < pairs; i += kCombineThreads) {
     const int r = i / Lanes, h = i % Lanes;
-    const int64_t base = static_cast<int64_t>(vhead) * call.batch + first_row + r;
+    const int64_t base = first_partial[r];
     float most = kNone, sum = 0;
     for (int k = first_owner[r]; k <= last_owner[r]; ++k) most = fmaxf(most, memory.state[(base + k) * Lanes + h].x);
     for (int k = first_owner[r]; k <= last_owner[r]; ++k) {
@@ -62,16 +83,12 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
     }
     reference[i] = most;
     inverse[i] = sum > 0 ? 1 / sum : 0.0f;
-    if (slot == 0) memory.combined[base * Lanes + h] = make_float2(most, sum);
+    if (slot == 0)
+      memory.combined[(static_cast<int64_t>(vhead) * call.batch + first_row + r) * Lanes + h] = make_float2(most, sum);
   }
   __syncthreads();
 
-  // The codewords: sub-vector, column and stage of the slot.
-  const int64_t element = static_cast<int64_t>(kv_head) * layer.head_dim + (slot / layer.values.stages) * width;
-  const int64_t group = element / layer.values.width, column = element % layer.values.width;
-  const __half* from = static_cast<const __half*>(layer.values.codewords) +
-                       (group * layer.values.stages + slot % layer.values.stages) * kCodewords * layer.values.width + column;
-  const int vectors = width / 8, way = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
+  const int way = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
   const int g = lane / 4, t = lane % 4;
   constexpr int kWarps = kCombineThreads / 32, kPieces = 256 / 8 / kWarps;  // pieces of 8 dims of a warp
   float sums[Rows / 16][kPieces][4];
@@ -83,21 +100,16 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
       for (int k = 0; k < 4; ++k) sums[i][j][k] = 0;
 
   for (int first_code = 0; first_code < kCodewords; first_code += Codes) {
-#pragma unroll 4
-    for (int i = thread; i < Codes * vectors; i += kCombineThreads) {
-      const int code = i / vectors, at = i % vectors * 8;
-      const __half* source = from + static_cast<int64_t>(first_code + code) * layer.values.width + at;
-      *reinterpret_cast<uint4*>(words + code * pitch + at) = __ldg(reinterpret_cast<const uint4*>(source));
-    }
+    if (first_code > 0) load_words(first_code);
     // Bins of all owners, scaled and added in the owners' order; a thread has the heads of one (row, codeword).
 #pragma unroll 2
     for (int i = thread; i < tiles * 16 / Lanes * Codes; i += kCombineThreads) {
       const int code = i % Codes, r = i / Codes;
       float totals[Lanes] = {};
       if (r < rows) {
-        const int64_t base = static_cast<int64_t>(vhead) * call.batch + first_row + r;
+        const int64_t base = first_partial[r];
         const float* bins = memory.bins + way * plan.bins() + (first_code + code) * plan.stride + place * Lanes;
-#pragma unroll 2
+#pragma unroll kAhead
         for (int k = first_owner[r]; k <= last_owner[r]; ++k) {
           const float* from_bins = bins + (base + k) * plan.ways * plan.bins();
           const float2* state = memory.state + (base + k) * Lanes;
@@ -173,11 +185,13 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
 template <int Rows, int Codes, int Lanes>
 __global__ void __launch_bounds__(kCombineThreads, 3)
     combine_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
-                   const __grid_constant__ DecodePlan plan, Memory memory, int vheads, int clusters, int value_blocks,
-                   int splits) {
+                   const __grid_constant__ DecodePlan plan, Memory memory, const __grid_constant__ Stretches coded,
+                   int value_blocks, int splits) {
   const int block = blockIdx.x;
-  if (block < value_blocks) combine_values<Rows, Codes, Lanes>(layer, call, plan, memory, vheads, clusters, block);
-  else attend_exact<Lanes>(layer, call, plan, memory, vheads, splits, block - value_blocks);
+  let_next_begin();
+  if (block < value_blocks) combine_values<Rows, Codes, Lanes>(layer, call, plan, memory, coded, block);
+  else attend_exact<Lanes>(layer, call, plan, memory, coded.vheads, splits, block - value_blocks);
+  wait_for_previous();  // exact tokens need nothing of it, but what follows does
 }
 
 constexpr int kFinishThreads = 128;
@@ -189,6 +203,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   const int vhead = blockIdx.x / plan.part_heads, h = blockIdx.x % plan.part_heads, row = blockIdx.y;
   const int kv_head = vhead / plan.parts, part = vhead % plan.parts, vheads = gridDim.x / plan.part_heads;
   const int d = layer.head_dim;
+  wait_for_previous();
   if (part * plan.part_heads + h >= plan.group) return;
   const int64_t head = static_cast<int64_t>(kv_head) * plan.group + part * plan.part_heads + h;
   const int64_t base = (static_cast<int64_t>(row) * layer.heads + head) * d;
@@ -226,7 +241,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 }
 
-using CombineKernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Memory, int, int, int, int);
+using CombineKernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Memory, Stretches, int, int);
 
 template <int Rows, int Codes>
 CombineKernel combine_of(int lanes) {
@@ -250,27 +265,23 @@ int exact_splits(const gsrq_layer& layer) {
   return static_cast<int>((gsrq_exact_slots(layer.sinks, layer.window, layer.block) + kExactTokens - 1) / kExactTokens);
 }
 
-bool prepare_combine(const DecodePlan& plan) {
-  return cudaFuncSetAttribute(combine_of(plan, true), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit - 8192) ==
-             cudaSuccess &&
-         cudaFuncSetAttribute(combine_of(plan, false), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit - 8192) ==
-             cudaSuccess;
-}
-
-int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory, int vheads,
-            int clusters, bool has_coded, cudaStream_t stream) {
+int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
+            const Stretches& coded, cudaStream_t stream) {
   const bool few = call.batch * plan.lanes <= kFewRows;
   const int rows = few ? kFewRows : kManyRows, rows_at_once = rows / plan.lanes, splits = exact_splits(layer);
   const int64_t value_blocks =
-      has_coded ? static_cast<int64_t>(plan.slots) * vheads * ((call.batch + rows_at_once - 1) / rows_at_once) : 0;
-  const int64_t blocks = value_blocks + static_cast<int64_t>(splits) * vheads * call.batch;
+      coded.any ? static_cast<int64_t>(plan.slots) * coded.vheads * ((call.batch + rows_at_once - 1) / rows_at_once) : 0;
+  const int64_t blocks = value_blocks + static_cast<int64_t>(splits) * coded.vheads * call.batch;
+  if (call.batch > 65535 || blocks > INT32_MAX) return fail("decode: %d rows are too many", call.batch);
   const CombineKernel kernel = combine_of(plan, few);
   const int bytes = combine_bytes(plan, rows, few ? kFewCodes : kManyCodes);
-  kernel<<<static_cast<unsigned>(blocks), kCombineThreads, bytes, stream>>>(
-      layer, call, plan, memory, vheads, clusters, static_cast<int>(value_blocks), splits);
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
+    return launched("combine");
+  launch(coded.any, kernel, static_cast<unsigned>(blocks), kCombineThreads, bytes, stream, layer, call, plan, memory, coded,
+         static_cast<int>(value_blocks), splits);
   if (launched("combine")) return 1;
-  finish<<<dim3(static_cast<unsigned>(vheads * plan.part_heads), static_cast<unsigned>(call.batch)), kFinishThreads, 0,
-           stream>>>(layer, call, plan, memory, has_coded, splits);
+  const dim3 heads(static_cast<unsigned>(coded.vheads * plan.part_heads), static_cast<unsigned>(call.batch));
+  launch(true, finish, heads, kFinishThreads, 0, stream, layer, call, plan, memory, static_cast<int>(coded.any), splits);
   return launched("finish");
 }
 

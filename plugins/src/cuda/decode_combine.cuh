@@ -8,11 +8,15 @@ namespace gsrq::cuda::decoding {
 // Bytes of the parts of Memory that depend on it: blocks of 32 exact tokens that a row can have.
 int exact_splits(const gsrq_layer& layer);
 
-// Lets the kernels use the shared memory that they need, once a device.
-bool prepare_combine(const DecodePlan& plan);
+// How the coded tokens were cut: into a Line (by_row as there) of stretches for `owners` clusters or blocks; any: false where no
+// call of this size has coded tokens.
+struct Stretches {
+  int vheads, owners;
+  bool by_row, any;
+};
 
-// Launches both kernels. has_coded: the decode kernel ran before.
-int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory, int vheads,
-            int clusters, bool has_coded, cudaStream_t stream);
+// Launches both kernels, behind the one that filled bins and state.
+int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
+            const Stretches& coded, cudaStream_t stream);
 
 }  // namespace gsrq::cuda::decoding

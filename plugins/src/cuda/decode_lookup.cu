@@ -1,13 +1,13 @@
 // Decode over keys coded in the rotated frame. A block serves one KV head of one row at a time. Its query times every codeword
 // lies in shared memory as a table, so a token's score is a sum of one table row a key slot, plus the center's score;
-// the softmax weight is added, as an integer, to one bin a (value slot, head), and the bins are multiplied with the value
-// codebook at the end. Neither keys nor values are decoded.
+// the softmax weight is added, as an integer, to one bin a (value slot, head), and the bins of all blocks are multiplied with
+// the value codebook at the end (decode_combine.cu). Neither keys nor values are decoded.
 #include <algorithm>
 #include <utility>
 
 #include "decode_combine.cuh"
-#include "decode_exact.cuh"
 #include "decode_lookup.cuh"
+#include "launch.cuh"
 #include "mma.cuh"
 
 namespace gsrq::cuda {
@@ -31,9 +31,12 @@ bool make_lookup_plan(const gsrq_layer& layer, int most_shared, LookupPlan* out)
   b.group = layer.heads / layer.kv_heads;
   b.parts = (b.group + kLookupLanes - 1) / kLookupLanes;
   b.part_heads = (b.group + b.parts - 1) / b.parts;
+  b.ways = p.value_parts;
+  b.slots_per_cta = kPartSlots;
+  b.stride = kPartWords;
   const int parts = p.key_parts + p.value_parts;
   for (p.threads = kManyThreads; p.threads >= kFewThreads; p.threads /= 2) {
-    p.shared_bytes = parts * kPartBytes + std::max(parts * 2 * p.threads * kPartSlots, kFragmentBytes);
+    p.shared_bytes = parts * (kPartBytes + 2 * p.threads * kPartSlots);
     *out = p;
     if (p.shared_bytes + kFixedShared <= most_shared) return true;
   }
@@ -164,121 +167,11 @@ __device__ __noinline__ float4 capped(float4 x, float cap) {
   return make_float4(one(x.x), one(x.y), one(x.z), one(x.w));
 }
 
-// A part's bins as fragments of the product's left side: codes in pairs, each split into two float16, rows 0 to 3 and 4 to
-// 7 the four heads of the one and the other. fragments: [8 slots][kFragmentPitch] words, [16 steps][32 lanes][2] of each.
-constexpr int kProductUnit = 32;                 // dims that a warp multiplies at a time
-constexpr int kCodeGroups = 8;                   // parts of the codewords that warps take
-
-template <int Threads>
-__device__ void make_fragments(const float* bins, const float (&inverse)[kLookupLanes], uint32_t* fragments) {
-  for (int i = threadIdx.x; i < kCodewords / 2 * kPartSlots; i += Threads) {
-    const int slot = i % kPartSlots, pair = i / kPartSlots;
-    const float4* const from = reinterpret_cast<const float4*>(bins) + 2 * pair * kPartSlots + slot;
-    const float4 x = from[0], y = from[kPartSlots];
-    uint32_t* const to = fragments + slot * kFragmentPitch + (pair / 8 * 32 + pair % 4) * 2 + pair / 4 % 2;
-    const auto put = [&](int h, float a, float b) {
-      a *= inverse[h];
-      b *= inverse[h];
-      const __half2 top = __floats2half2_rn(a, b);
-      const float2 back = __half22float2(top);
-      to[h * 8] = *reinterpret_cast<const uint32_t*>(&top);
-      to[(h + kLookupLanes) * 8] = packed(a - back.x, b - back.y);
-    };
-    put(0, x.x, y.x);
-    put(1, x.y, y.y);
-    put(2, x.z, y.z);
-    put(3, x.w, y.w);
-  }
-}
-
-// The bins of an item, divided by their sum, times the value codebook, to out [4][head_dim] in global memory. A warp takes 32
-// dims and an eighth of the codewords, of all slots that have those dims; codewords go from memory to the product's
-// registers: column g, product j stand for dim 4 g + j. bins: [parts][256][8 slots][4 heads], which the fragments
-// replace; spare: of a part's fragments.
-template <int Threads>
-__device__ void multiply_bins(const gsrq_layer& layer, const LookupPlan& plan, int kv_head, uint32_t* bins,
-                              const float (&inverse)[kLookupLanes], uint32_t* spare, float* out) {
-  constexpr int kSteps = kCodewords / kCodeGroups / 16, kWarps = Threads / 32;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-  const int d = layer.head_dim, width = plan.head.width, stages = layer.values.stages;
-  for (int part = 0; part < plan.value_parts; ++part) {
-    uint32_t* const own = bins + part * (kPartBytes / 4);
-    make_fragments<Threads>(reinterpret_cast<const float*>(own), inverse, spare);
-    __syncthreads();
-    for (int i = thread; i < kPartBytes / 16; i += Threads) {
-      const int slot = i / 256, word = i % 256 * 4;
-      reinterpret_cast<uint4*>(own)[i] = *reinterpret_cast<const uint4*>(spare + slot * kFragmentPitch + word);
-    }
-    __syncthreads();
-  }
-  float* const scratch = reinterpret_cast<float*>(spare);  // [warps][4][32]
-  const int units = (width + kProductUnit - 1) / kProductUnit, all = d / width * units;  // of a sub-vector, of a head
-  const int64_t pitch = layer.values.width;
-#pragma unroll 1
-  for (int base = 0; base < all; base += kWarps / kCodeGroups) {
-    const int unit = base + warp / kCodeGroups, group = warp % kCodeGroups;
-    float sums[4][4] = {};
-    if (unit < all) {
-      const int vector = unit / units, dim = (unit - vector * units) * kProductUnit + g * 4;
-      const int64_t element = static_cast<int64_t>(kv_head) * d + vector * width;
-      const bool here = dim < width;
-      const __half* words = static_cast<const __half*>(layer.values.codewords) +
-                            (element / pitch * stages * kCodewords + group * (16 * kSteps) + 2 * t) * pitch +
-                            element % pitch + dim;
-      int slot = vector * stages;
-#pragma unroll 2
-      for (int r = 0; r < stages; ++r, ++slot, words += kCodewords * pitch) {
-        const uint2* const left = reinterpret_cast<const uint2*>(bins) +
-                                  (slot * (kCodewords / 16) + group * kSteps) * 32 + lane;
-#pragma unroll
-        for (int k = 0; k < kSteps; ++k) {
-          uint2 rows[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            rows[i] = here ? __ldg(reinterpret_cast<const uint2*>(words + (k * 16 + i / 2 * 8 + i % 2) * pitch))
-                           : make_uint2(0, 0);
-          const uint2 x = left[k * 32];
-          const uint32_t both[4] = {x.x, 0, x.y, 0};
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const uint32_t select = j % 2 ? 0x7632 : 0x5410;
-            multiply(sums[j], both, __byte_perm(j < 2 ? rows[0].x : rows[0].y, j < 2 ? rows[1].x : rows[1].y, select),
-                     __byte_perm(j < 2 ? rows[2].x : rows[2].y, j < 2 ? rows[3].x : rows[3].y, select));
-          }
-        }
-      }
-    }
-    // Columns 2 t and 2 t + 1 of product j: dims 8 t + j and 8 t + 4 + j.
-    float* const to = scratch + (warp * kLookupLanes + g % kLookupLanes) * kProductUnit + 8 * t;
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      float4 x = make_float4(sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
-      x.x += __shfl_xor_sync(~0u, x.x, 16);
-      x.y += __shfl_xor_sync(~0u, x.y, 16);
-      x.z += __shfl_xor_sync(~0u, x.z, 16);
-      x.w += __shfl_xor_sync(~0u, x.w, 16);
-      if (g < kLookupLanes) *reinterpret_cast<float4*>(to + c * 4) = x;
-    }
-    __syncthreads();
-    constexpr int kOutputs = kWarps / kCodeGroups * kLookupLanes * kProductUnit;
-    for (int i = thread; i < kOutputs; i += Threads) {
-      const int dim = i % kProductUnit, head = i / kProductUnit % kLookupLanes;
-      const int of = i / (kProductUnit * kLookupLanes), u = base + of, vector = u / units;
-      const int in_vector = (u - vector * units) * kProductUnit + dim;
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < kCodeGroups; ++w)
-        sum += scratch[((of * kCodeGroups + w) * kLookupLanes + head) * kProductUnit + dim];
-      if (u < all && in_vector < width) out[head * d + vector * width + in_vector] = sum;
-    }
-    __syncthreads();
-  }
-}
-
 // What an item is and has gathered, in shared memory: registers are scarce.
 struct ItemState {
   Codes keys, values;
   const float4* center;
+  int64_t partial;  // of all items' in the line's order
   float4 now;  // reference (log2) of the window
   float maxima[kManyThreads / 32][kLookupLanes];  // of the warps' scores in a round
   float reference[kLookupLanes], sum[kLookupLanes];  // of the windows that were flushed
@@ -291,6 +184,7 @@ __global__ void __launch_bounds__(Threads, 1)
     lookup_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads) {
   __shared__ ItemState state;
+  let_next_begin();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int key_parts = plan.key_parts, value_parts = plan.value_parts;
   char* const tables = shared_memory;                  // [key parts][256][8 slots][4 heads] float
@@ -320,6 +214,7 @@ __global__ void __launch_bounds__(Threads, 1)
       state.values =
           codes_of(call, layer.values, call.value_codes, kv_head, layer.head_dim, plan.head.slots, value_parts, linear_row);
       state.center = memory.center + item * memory.padded + begin;
+      state.partial = item + blockIdx.x;
     }
     for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads)
       reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
@@ -347,6 +242,7 @@ __global__ void __launch_bounds__(Threads, 1)
           return codes.base + code_row(call, row, first_row + first + i) * codes.row_bytes;
         });
     };
+    wait_for_previous();
     const float4* from = reinterpret_cast<const float4*>(memory.tables + item * key_parts * (kPartBytes / 4));
 #pragma unroll 4
     for (int i = thread; i < key_parts * kPartBytes / 16; i += Threads)
@@ -378,11 +274,10 @@ __global__ void __launch_bounds__(Threads, 1)
     uint32_t window_sum[kLookupLanes] = {};  // of the thread's tokens
     int window_tokens = 0;
     bool flushed = false;
-    // Adds the window's bins to those of the item's earlier windows: to global memory and zero, or, the last, as floats to
-    // the bins themselves. All threads call it together, their adds done. Ends with them in step.
-    const auto flush = [&](bool last) {
-      float4* const scratch = reinterpret_cast<float4*>(memory.scratch) +
-                              static_cast<int64_t>(blockIdx.x) * value_parts * (kPartBytes / 16);
+    // Adds the window's bins, as floats, to those of the item's earlier windows, and zeroes them. All threads call it
+    // together, their adds done. Ends with them in step.
+    const auto flush = [&] {
+      float4* const totals = reinterpret_cast<float4*>(memory.parts.bins) + state.partial * value_parts * (kPartBytes / 16);
       const float4 window = state.now;
       const float reference[kLookupLanes] = {window.x, window.y, window.z, window.w};
       float kept[kLookupLanes], added[kLookupLanes];
@@ -400,17 +295,13 @@ __global__ void __launch_bounds__(Threads, 1)
         uint4* const bin = reinterpret_cast<uint4*>(bins) + i;
         const uint4 u = *bin;
         float4 total = make_float4(0, 0, 0, 0);
-        if (flushed) total = __ldcg(scratch + i);
+        if (flushed) total = __ldcg(totals + i);
         total.x = total.x * kept[0] + static_cast<float>(u.x) * added[0];
         total.y = total.y * kept[1] + static_cast<float>(u.y) * added[1];
         total.z = total.z * kept[2] + static_cast<float>(u.z) * added[2];
         total.w = total.w * kept[3] + static_cast<float>(u.w) * added[3];
-        if (last) {
-          *reinterpret_cast<float4*>(bin) = total;
-        } else {
-          *bin = make_uint4(0, 0, 0, 0);
-          __stcg(scratch + i, total);
-        }
+        *bin = make_uint4(0, 0, 0, 0);
+        __stcg(totals + i, total);
       }
       __syncthreads();
 #pragma unroll
@@ -441,7 +332,7 @@ __global__ void __launch_bounds__(Threads, 1)
                              score[2] > now.z + kHeadroom || score[3] > now.w + kHeadroom;
         const bool anew = __syncthreads_or(exceeds);  // a new reference, the largest here; all earlier adds are done
         if (anew || window_tokens + Threads > kLookupTokens) {
-          if (window_tokens > 0) flush(false);
+          if (window_tokens > 0) flush();
           if (anew) {
 #pragma unroll
             for (int h = 0; h < kLookupLanes; ++h) {
@@ -490,99 +381,16 @@ __global__ void __launch_bounds__(Threads, 1)
       if (round >= -1 && round + 1 < rounds) look_up(round + 1, next);
     }
     __syncthreads();
-    flush(true);
-    const int64_t partial = item + blockIdx.x;
-    float inverse[kLookupLanes];
-#pragma unroll
-    for (int h = 0; h < kLookupLanes; ++h) {
-      const float total = state.sum[h];
-      inverse[h] = total > 0 ? 1 / total : 0.0f;
-      if (thread == h) memory.state[partial * kLookupLanes + h] = make_float2(state.reference[h], total);
-    }
-    // The tables' place is free now.
-    multiply_bins<Threads>(layer, plan, kv_head, reinterpret_cast<uint32_t*>(bins), inverse,
-                           reinterpret_cast<uint32_t*>(key_parts > 1 ? tables : reinterpret_cast<char*>(staged)),
-                           memory.values + partial * kLookupLanes * layer.head_dim);
+    flush();
+    if (thread < kLookupLanes)
+      memory.parts.state[state.partial * kLookupLanes + thread] = make_float2(state.reference[thread], state.sum[thread]);
   }
+  wait_for_previous();  // also where there was nothing to do
 }
 
 template <int Threads>
 auto lookup_of(bool simple) {
   return simple ? lookup_kernel<true, Threads> : lookup_kernel<false, Threads>;
-}
-
-constexpr int kFinishThreads = 128;
-
-// Grid: (vheads * heads of a part, batch). The parts of one (row, query head) that blocks looked up, in their order, and the
-// exact tokens: a thread has a part's weight first, then a dim of all.
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_lookup(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
-                  const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int blocks, int splits) {
-  __shared__ int owners[2];
-  __shared__ float tops[kFinishThreads / 32];
-  __shared__ float2 weights[kFinishThreads];  // of a part's values, of its sum
-  const DecodePlan& head = plan.head;
-  const int vhead = blockIdx.x / head.part_heads, h = blockIdx.x % head.part_heads, row = blockIdx.y, d = layer.head_dim;
-  const int of_group = vhead % head.parts * head.part_heads + h, thread = threadIdx.x;
-  if (of_group >= head.group) return;
-  const int64_t base = (static_cast<int64_t>(row) * layer.heads +
-                        static_cast<int64_t>(vhead / head.parts) * head.group + of_group) * d;
-  if (call.new_lengths[row] <= 0) {
-    for (int i = thread; i < d; i += kFinishThreads) store(call.output, base + i, 0, call.dtype);
-    return;
-  }
-  if (thread < 32) {
-    const Line line = line_of(layer, call, vheads, blocks, true);
-    const int64_t before = chunks_before(layer, call, row), chunks = chunks_of(layer, call, row);
-    const int64_t first = line.first_chunk(vhead, before, chunks);
-    if (thread < 2) owners[thread] = chunks > 0 ? line.owner(first + (thread == 1 ? chunks - 1 : 0)) : -thread;
-  }
-  __syncthreads();
-  const int used = (ExactTokens(layer, call, row).count + kExactTokens - 1) / kExactTokens;
-  const int coded = owners[1] - owners[0] + 1, all = coded + used;
-  const int64_t item = static_cast<int64_t>(row) * vheads + vhead;
-  const int64_t looked_up = (item + owners[0]) * kLookupLanes + h, exact = item * splits * kLookupLanes + h;
-  const auto state_of = [&](int k) {
-    return k < coded ? memory.state[looked_up + k * kLookupLanes]
-                     : memory.exact.exact_state[exact + (k - coded) * kLookupLanes];
-  };
-  float most = kNone;
-  for (int k = thread; k < all; k += kFinishThreads) most = fmaxf(most, state_of(k).x);
-  for (int o = 16; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
-  if (thread % 32 == 0) tops[thread / 32] = most;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kFinishThreads / 32; ++w) most = fmaxf(most, tops[w]);
-  constexpr int kDims = 4;  // of a thread, at most: head_dim 512
-  float value[kDims] = {}, sum = 0;
-  for (int begin = 0; begin < all; begin += kFinishThreads) {
-    __syncthreads();
-    if (begin + thread < all) {
-      const float2 state = state_of(begin + thread);
-      const float factor = state.x == kNone ? 0.0f : exp2f(state.x - most);
-      // Values of coded tokens are divided by their sum, those of exact ones are not.
-      weights[thread] = make_float2(begin + thread < coded ? state.y * factor : factor, state.y * factor);
-    }
-    __syncthreads();
-    const int here = min(all - begin, kFinishThreads);
-#pragma unroll
-    for (int i = 0; i < kDims; ++i) {
-      const int e = thread + i * kFinishThreads;
-      if (e >= d) break;
-#pragma unroll 8
-      for (int k = 0; k < here; ++k) {
-        const int at = begin + k;
-        const float* from = at < coded ? memory.values + (looked_up + at * kLookupLanes) * d
-                                       : memory.exact.exact + (exact + (at - coded) * kLookupLanes) * d;
-        value[i] += from[e] * weights[k].x;
-      }
-    }
-#pragma unroll 8
-    for (int k = 0; k < here; ++k) sum += weights[k].y;
-  }
-#pragma unroll
-  for (int i = 0; i < kDims; ++i)
-    if (thread + i * kFinishThreads < d) store(call.output, base + thread + i * kFinishThreads, value[i] / sum, call.dtype);
 }
 
 // Blocks that run at once on the current device and the shared memory that one may have.
@@ -607,8 +415,12 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
   const int64_t vheads = static_cast<int64_t>(layer.kv_heads) * plan.head.parts, rows = vheads * call.batch;
   const int64_t d = layer.head_dim, pairs = std::max(layer.half_rope, kCenterPairs);
   LookupMemory m{};
-  m.exact.exact = workspace.take<float>(rows * exact_splits(layer) * kLookupLanes * d);
-  m.exact.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
+  m.parts.bins = workspace.take<float>((rows + blocks) * plan.value_parts * (kPartBytes / 4));
+  m.parts.state = workspace.take<float2>((rows + blocks) * kLookupLanes);
+  m.parts.combined = workspace.take<float2>(rows * kLookupLanes);
+  m.parts.values = workspace.take<float>(rows * plan.head.slots * kLookupLanes * plan.head.width);
+  m.parts.exact = workspace.take<float>(rows * exact_splits(layer) * kLookupLanes * d);
+  m.parts.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
   m.high = workspace.take<__half>(rows * kLookupLanes * d);
   m.low = workspace.take<__half>(rows * kLookupLanes * d);
   m.drifts = workspace.take<float2>(rows * kLookupLanes * pairs);
@@ -616,9 +428,6 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
   m.tables = workspace.take<float>(rows * plan.key_parts * (kPartBytes / 4));
   m.padded = (gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block) + 63) / 64 * 64;
   m.center = workspace.take<float4>(rows * m.padded);
-  m.scratch = workspace.take<float>(static_cast<int64_t>(blocks) * plan.value_parts * (kPartBytes / 4));
-  m.values = workspace.take<float>((rows + blocks) * kLookupLanes * d);
-  m.state = workspace.take<float2>((rows + blocks) * kLookupLanes);
   return m;
 }
 
@@ -651,8 +460,8 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
   LookupMemory memory = take_memory(layer, call, plan, found.blocks, workspace);
   memory.offsets = prepared.take<uint4>(kCenterTiles * kCenterSteps * 32);
   const int vheads = layer.kv_heads * plan.head.parts;
-  if (prepare_lookup(layer, call, plan, memory, stream)) return 1;
   if (memory.padded > 0) {
+    if (prepare_lookup(layer, call, plan, memory, stream)) return 1;
     const auto in_pieces = [](const gsrq_codebook& book, int slots) {
       return book.stages % 8 == 0 && book.groups * book.stages % 8 == 0 && slots % 8 == 0;
     };
@@ -663,12 +472,10 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
                                                       : lookup_of<kManyThreads / 2>(simple);
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) != cudaSuccess)
       return launched("lookup_kernel");
-    kernel<<<found.blocks, plan.threads, plan.shared_bytes, stream>>>(layer, call, plan, memory, vheads);
+    launch(true, kernel, found.blocks, plan.threads, plan.shared_bytes, stream, layer, call, plan, memory, vheads);
     if (launched("lookup_kernel")) return 1;
   }
-  finish_lookup<<<dim3(static_cast<unsigned>(vheads * plan.head.part_heads), static_cast<unsigned>(call.batch)),
-                  kFinishThreads, 0, stream>>>(layer, call, plan, memory, vheads, found.blocks, exact_splits(layer));
-  return launched("finish_lookup");
+  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, true, memory.padded > 0}, stream);
 }
 
 }  // namespace gsrq::cuda

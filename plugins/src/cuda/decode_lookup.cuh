@@ -12,8 +12,6 @@ constexpr int kPartWords = kPartSlots * kLookupLanes;
 constexpr int kPartBytes = kCodewords * kPartWords * 4;    // of a table or of bins
 constexpr int kMostParts = 5;                              // of keys or values
 constexpr int kFixedShared = 2048;                         // of lookup_kernel, beside its tables
-constexpr int kFragmentPitch = 16 * 32 * 2 + 8;  // words of a slot; eight more: a warp's stores fall into more banks
-constexpr int kFragmentBytes = kPartSlots * kFragmentPitch * 4;
 constexpr int kLookupBits = 18;                            // weights are integers of 2^-18 of their window's reference
 constexpr int kLookupTokens = 4095;                        // of a window: 4095 * 2^(18 + 2) < 2^32
 constexpr int kCenterSteps = 8, kCenterPairs = 8 * kCenterSteps;  // RoPE pairs that the tensor-core kernel takes
@@ -22,27 +20,24 @@ static_assert(kLookupTokens * 4LL * (1 << kLookupBits) < (1LL << 32), "bins woul
 
 // A slot is a code byte of a head: stage r of the sub-vector, or of the part of one, that lies in the head.
 struct LookupPlan {
-  DecodePlan head;  // heads, parts and value slots, as attend_exact reads them
+  DecodePlan head;  // heads, parts, value slots and bins, as combine() reads them
   int key_slots, key_parts, value_parts, key_width;
   int threads;
   int shared_bytes;
 };
 
 struct LookupMemory {
-  Memory exact;           // exact and exact_state of it
+  Memory parts;           // what blocks leave to combine()
   __half *high, *low;     // [batch][vheads][4][head_dim]: turned and scaled queries = high + low
   float2* drifts;         // [batch][vheads][pairs][4]: u and v of q . RoPE_t(m) = sum of u cos(t) + v sin(t)
   float* rest;            // [batch][vheads][4]: of the pairs that do not turn
   float* tables;          // [batch][vheads][key parts][256][8 slots][4 heads]: query times codeword
   float4* center;         // [batch][vheads][padded]: query times the turned center, by coded token
   int64_t padded;         // coded tokens of a row, rounded up
-  float* scratch;         // [blocks][value parts][256][8 slots][4 heads]: bins of an item's earlier windows
-  float* values;          // [items + blocks][4][head_dim], divided by the sum of weights
-  float2* state;          // [items + blocks][4]: reference (log2) and sum of weights
   const uint4* offsets;   // of prepare: [tiles][steps][32 lanes], cosines and sines of positions 0 to 127
 };
 
-// Launches what must be known of the queries and the exact tokens before coded tokens are looked up.
+// Launches what must be known of the queries before coded tokens are looked up.
 int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan, const LookupMemory& memory,
                    cudaStream_t stream);
 

@@ -2,14 +2,14 @@
 #include <algorithm>
 
 #include "decode_combine.cuh"
-#include "decode_exact.cuh"
 #include "decode_lookup.cuh"
+#include "launch.cuh"
 #include "mma.cuh"
 
 namespace gsrq::cuda::decoding {
 namespace {
 
-constexpr int kThreads = kCombineThreads, kPad = 8;
+constexpr int kThreads = 256, kPad = 8;
 constexpr int kTableRows = 16, kTablePairs = kTableRows * kLookupLanes, kTableCodes = 32;
 constexpr int kCenterTokens = kThreads / 32 * kCenterTiles * 16, kCenterHeads = 8;
 static_assert(kThreads / 32 == kPartSlots, "a warp fills one slot's tables");
@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kThreads)
     turn_queries(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                  const __grid_constant__ LookupPlan plan, LookupMemory memory) {
   __shared__ float rests[kLookupLanes][128];
+  let_next_begin();
   const int vhead = blockIdx.x, vheads = gridDim.x, row = blockIdx.y, d = layer.head_dim, half = layer.half_rope;
   const int kv_head = vhead / plan.head.parts, part = vhead % plan.head.parts, position = position_of(call, row);
   const float scale = layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
@@ -79,6 +80,7 @@ __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, cons
   __half* const low = high + kTablePairs * pitch;
   float* const out = reinterpret_cast<float*>(low + kTablePairs * pitch);  // [2][2 rows][16 codewords][32]
   const int vectors = d / 8;
+  wait_for_previous();
   for (int i = thread; i < 2 * tiles * kLookupLanes * vectors; i += kThreads) {
     const int pair = i / vectors, at = i % vectors * 8, row = pair / kLookupLanes;
     const int64_t from = ((static_cast<int64_t>(first_row + min(row, rows - 1)) * vheads + vhead) * kLookupLanes +
@@ -152,6 +154,7 @@ __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, con
   uint4* const offsets = reinterpret_cast<uint4*>(shared_memory);  // [tiles][steps][32]
   float2* const drifts = reinterpret_cast<float2*>(offsets + kCenterTiles * kCenterSteps * 32);  // [vheads][pairs][4]
   for (int i = thread; i < kCenterTiles * kCenterSteps * 32; i += kThreads) offsets[i] = __ldg(memory.offsets + i);
+  wait_for_previous();
   for (int i = thread; i < kCenterHeads * kCenterPairs * kLookupLanes / 2; i += kThreads)
     reinterpret_cast<float4*>(drifts)[i] =
         i < here * kCenterPairs * kLookupLanes / 2
@@ -227,6 +230,7 @@ __device__ void score_center_plain(const gsrq_layer& layer, const gsrq_call& cal
   const Range range = coded_range(layer, call, row);
   const int begin = block % stretches * kCenterTokens, end = min(begin + kCenterTokens, range.count);
   const int half = layer.half_rope, pairs = max(half, kCenterPairs);
+  wait_for_previous();
   for (int i = threadIdx.x; i < (end - begin) * here * kLookupLanes; i += kThreads) {
     const int h = i % kLookupLanes, v = i / kLookupLanes % here, token = begin + i / (kLookupLanes * here);
     const int64_t at = static_cast<int64_t>(range.first + token) * half;
@@ -244,21 +248,18 @@ bool takes_offsets(const gsrq_layer& layer) {
   return layer.geometric && layer.half_rope > 0 && layer.half_rope <= kCenterPairs;
 }
 
-// Blocks: first those of the center, then of the tables, then of the exact tokens.
+// Blocks: first those of the center, then of the tables.
 template <int Steps>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     prepare_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                    const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int center_blocks,
-                   int table_blocks, int splits, int with_offsets) {
-  int block = blockIdx.x;
-  if (block < center_blocks) {
-    if (with_offsets) score_center(layer, call, memory, vheads, block);
-    else score_center_plain(layer, call, memory, vheads, block);
-  } else if ((block -= center_blocks) < table_blocks) {
-    fill_tables<Steps>(layer, call, plan, memory, vheads, block);
-  } else {
-    attend_exact<kLookupLanes>(layer, call, plan.head, memory.exact, vheads, splits, block - table_blocks);
-  }
+                   int with_offsets) {
+  const int block = blockIdx.x;
+  let_next_begin();
+  if (block >= center_blocks) fill_tables<Steps>(layer, call, plan, memory, vheads, block - center_blocks);
+  else if (with_offsets) score_center(layer, call, memory, vheads, block);
+  else score_center_plain(layer, call, memory, vheads, block);
+  wait_for_previous();  // also where there was nothing to do
 }
 
 // Block: a tile; thread: a lane's fragment of a step. Scaled tables: the scale is the first row's cosine.
@@ -290,27 +291,22 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   const int64_t vheads = static_cast<int64_t>(layer.kv_heads) * plan.head.parts, batch = call.batch;
   const int64_t stretches = (memory.padded + kCenterTokens - 1) / kCenterTokens;
   const int64_t center_blocks = stretches * ((vheads + kCenterHeads - 1) / kCenterHeads) * batch;
-  const int64_t table_blocks = memory.padded == 0 ? 0
-                                                  : kCodewords / kTableCodes * plan.key_parts * vheads *
-                                                        ((batch + kTableRows - 1) / kTableRows);
-  const int splits = exact_splits(layer);
-  const int64_t blocks = center_blocks + table_blocks + splits * vheads * batch;
+  const int64_t table_blocks =
+      kCodewords / kTableCodes * plan.key_parts * vheads * ((batch + kTableRows - 1) / kTableRows);
+  const int64_t blocks = center_blocks + table_blocks;
   if (batch > 65535 || blocks > INT32_MAX) return fail("decode: %lld rows are too many", static_cast<long long>(batch));
-  if (memory.padded > 0) {
-    turn_queries<<<dim3(static_cast<unsigned>(vheads), static_cast<unsigned>(batch)), kThreads, 0, stream>>>(layer, call,
-                                                                                                            plan, memory);
-    if (launched("turn_queries")) return 1;
-  }
+  turn_queries<<<dim3(static_cast<unsigned>(vheads), static_cast<unsigned>(batch)), kThreads, 0, stream>>>(layer, call, plan,
+                                                                                                          memory);
+  if (launched("turn_queries")) return 1;
   const int d = layer.head_dim;
-  const int bytes = std::max({4 * kTablePairs * (d + kPad) + 2 * 4096, 4 * (8 * d + 2 * kExactTokens * (d + 8)),
-                              static_cast<int>(kCenterHeads * kCenterPairs * kLookupLanes * sizeof(float2) +
-                                               kCenterTiles * kCenterSteps * 32 * sizeof(uint4))});
+  const int bytes = std::max(4 * kTablePairs * (d + kPad) + 2 * 4096,
+                             static_cast<int>(kCenterHeads * kCenterPairs * kLookupLanes * sizeof(float2) +
+                                              kCenterTiles * kCenterSteps * 32 * sizeof(uint4)));
   const auto kernel = plan.key_width <= 128 ? prepare_kernel<8> : prepare_kernel<16>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("prepare_lookup");
-  kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(
-      layer, call, plan, memory, static_cast<int>(vheads), static_cast<int>(center_blocks), static_cast<int>(table_blocks),
-      splits, takes_offsets(layer));
+  launch(true, kernel, static_cast<unsigned>(blocks), kThreads, bytes, stream, layer, call, plan, memory,
+         static_cast<int>(vheads), static_cast<int>(center_blocks), static_cast<int>(takes_offsets(layer)));
   return launched("prepare_lookup");
 }
 

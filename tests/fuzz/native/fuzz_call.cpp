@@ -1,8 +1,12 @@
 // Attributes, shapes, lengths and data of one operator call from fuzzer bytes, through the framework-free layer that the
 // ONNX Runtime op calls: check() refuses it, or Layer::run() touches only what belongs to it. Every tensor is a heap block of
-// exactly its size, so that AddressSanitizer sees a byte too far. Seeds in tests/fuzz/corpus/call are read like any input.
+// exactly its size, so that AddressSanitizer sees a byte too far. Over a second of CPU is a fault, too.
+// Seeds in tests/fuzz/corpus/call are read like any input.
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <new>
 
@@ -14,6 +18,8 @@ using namespace gsrq::cpu;
 namespace {
 
 constexpr int64_t kMostElements = 1 << 18;  // of one tensor: larger ones are refused by memory, not by us
+constexpr double kMostWork = 3e7;           // of one call; see work()
+constexpr double kMostSeconds = 1;
 
 class Bytes {
  public:
@@ -50,7 +56,10 @@ struct Block {
     uint8_t run[16];
     const int kind = in.byte();
     for (uint8_t& b : run) b = kind % 4 ? in.byte() : static_cast<uint8_t>(kind);
-    for (int64_t i = 0; i < bytes; ++i) data[i] = static_cast<uint8_t>(run[i % 16] ^ (kind & 16 ? i / 16 : 0));
+    for (int64_t at = 0; at < bytes; at += 16) {
+      std::memcpy(data.get() + at, run, static_cast<size_t>(std::min<int64_t>(16, bytes - at)));
+      if (kind & 16) data[at] = static_cast<uint8_t>(data[at] ^ at / 16);
+    }
   }
   std::unique_ptr<uint8_t[]> data;
 };
@@ -63,6 +72,35 @@ struct Block {
   }
   return out;
 }
+
+// Products and comparisons that a call's sizes ask for. One of much work takes long by right: none is run, so that a call
+// which takes a second hangs.
+[[maybe_unused]] double work(const Attributes& a, const Shapes& s) {
+  const double batch = static_cast<double>(s.query[0]), steps = static_cast<double>(s.query[2]);
+  const double coded = std::min(static_cast<double>(s.key_codes[1]), steps + static_cast<double>(s.key_exact[2]));
+  const double tokens = static_cast<double>(s.key_codes[1] + s.key_exact[2]) + steps, beam = static_cast<double>(a.beam);
+  double sum = batch * static_cast<double>(s.query[1]) * steps * tokens * static_cast<double>(2 * s.query[3]);
+  for (const Shape* book : {&s.key_codebooks, &s.value_codebooks}) {
+    const double groups = static_cast<double>((*book)[0]), stages = static_cast<double>((*book)[1]);
+    const double width = static_cast<double>((*book)[3]);
+    sum += groups * width * width * (width + 256 * stages);                                     // metric and norms
+    sum += batch * coded * groups * stages * beam * (256 * (width + beam) + width * width);     // codes
+    sum += batch * groups * stages * (static_cast<double>(s.query[1]) * (steps + tokens) * 256);  // tables, sums
+  }
+  return sum;
+}
+
+// The CPU time of the slowest input, and what holds each to the limit.
+struct Stopwatch {
+  ~Stopwatch() { std::fprintf(stderr, "slowest_cpu_s: %.3f\n", slowest); }
+  void hold(double seconds) {
+    slowest = std::max(slowest, seconds);
+    if (seconds <= kMostSeconds) return;
+    std::fprintf(stderr, "%.2f s of CPU for one input\n", seconds);
+    std::abort();
+  }
+  double slowest = 0;
+} stopwatch;
 
 [[maybe_unused]] void parallel_for(void*, void (*fn)(void*, size_t), size_t total, void* argument) {
   for (size_t i = 0; i < total; ++i) fn(argument, i);
@@ -83,9 +121,7 @@ const Kernels* kernels(Bytes& in) {
   return &generic_kernels;
 }
 
-}  // namespace
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+void run_input(const uint8_t* data, size_t size) {
   Bytes in(data, size);
   Attributes a;
   a.scale = 0.125f;
@@ -98,6 +134,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const uint8_t flags = in.byte();
   a.rope_interleaved = flags & 1;
   a.exact_prefill = flags & 2;
+  a.rotated_keys = flags & 128;
   [[maybe_unused]] const Kernels* table = kernels(in);
   [[maybe_unused]] const Element element = static_cast<Element>(in.below(3));
 
@@ -122,17 +159,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   s.key_transform = {kg, kw, kw};
   s.value_transform = {vg, vw, vw};
 
+  if (a.rotated_keys || in.below(16) == 1) s.key_center = {kv * d};
+
   // ... some of it spoilt. Several dimensions get the same odd number, as a consistent attacker would write it.
-  Shape* const shapes[15] = {&s.query,       &s.key,         &s.value,         &s.cos,           &s.sin,
-                             &s.past_lengths, &s.new_lengths, &s.key_codes,    &s.value_codes,   &s.key_exact,
-                             &s.value_exact, &s.key_codebooks, &s.value_codebooks, &s.key_transform, &s.value_transform};
+  const auto shapes = in_order(s);
   int64_t* const numbers[] = {&a.sinks, &a.window, &a.block, &a.beam, &a.sliding_window};
   for (int64_t spoils = in.below(8); spoils > 0; --spoils) {
     const int64_t what = in.below(8), number = what == 7 ? in.below(64) : in.odd();
     if (what == 0) *numbers[in.below(5)] = number;
     if (what == 1) a.scale = in.real();
     if (what == 2) a.softcap = in.real();
-    Shape& shape = *shapes[in.below(15)];
+    Shape& shape = *shapes[static_cast<size_t>(in.below(16))];
     if (what == 3 && !shape.empty()) shape.pop_back();
     if (what == 4) shape.push_back(number);
     if ((what >= 5 || what == 7) && !shape.empty()) {
@@ -144,10 +181,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     }
   }
 
-  if (!check(a).empty() || !check(a, s).empty()) return 0;
+  if (!check(a).empty() || !check(a, s).empty()) return;
 #ifndef GSRQ_CHECK_ONLY
   for (const Shape* shape : shapes)
-    if (elements(*shape) < 0) return 0;
+    if (elements(*shape) < 0) return;
+  if (work(a, s) > kMostWork) return;
 
   const auto block = [&](const Shape& shape, int64_t bytes) { return Block(elements(shape) * bytes, in); };
   const int64_t wide = element_size(element);
@@ -156,39 +194,18 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         key_exact = block(s.key_exact, wide), value_exact = block(s.value_exact, wide),
         key_words = block(s.key_codebooks, 2), value_words = block(s.value_codebooks, 2),
         key_transform = block(s.key_transform, 4), value_transform = block(s.value_transform, 4),
-        output = block(s.query, 4), out_key_codes = block(s.key_codes, 1), out_value_codes = block(s.value_codes, 1),
+        key_center = block(a.rotated_keys ? s.key_center : Shape{0}, 4), output = block(s.query, 4),
+        out_key_codes = block(s.key_codes, 1), out_value_codes = block(s.value_codes, 1),
         out_key_exact = block(s.key_exact, wide), out_value_exact = block(s.value_exact, wide);
   const size_t rows = static_cast<size_t>(s.query[0]);
   std::unique_ptr<int64_t[]> past(new int64_t[rows]), fresh(new int64_t[rows]);
 
-  Call call{};
-  call.batch = s.query[0];
-  call.heads = s.query[1];
-  call.steps = s.query[2];
-  call.head_dim = s.query[3];
-  call.kv_heads = s.key[1];
-  call.positions = s.cos[0];
-  call.half_rope = s.cos[1];
-  call.capacity = s.key_codes[1];
-  const auto reals = [](Block& b) { return reinterpret_cast<const float*>(b.data.get()); };
-  call.query = reals(query);
-  call.key = reals(key);
-  call.value = reals(value);
-  call.cos = reals(cos);
-  call.sin = reals(sin);
-  call.past_lengths = past.get();
-  call.new_lengths = fresh.get();
-  call.key_codes = key_codes.data.get();
-  call.value_codes = value_codes.data.get();
-  call.key_exact = key_exact.data.get();
-  call.value_exact = value_exact.data.get();
+  Call call = make_call(s, {query.data.get(), key.data.get(), value.data.get(), cos.data.get(), sin.data.get(), past.get(),
+                            fresh.get(), key_codes.data.get(), value_codes.data.get(), key_exact.data.get(),
+                            value_exact.data.get(), key_words.data.get(), value_words.data.get(),
+                            key_transform.data.get(), value_transform.data.get(),
+                             a.rotated_keys ? key_center.data.get() : nullptr});
   call.element = element;
-  call.key_words = {reinterpret_cast<const uint16_t*>(key_words.data.get()), s.key_codebooks[0], s.key_codebooks[1],
-                    s.key_codebooks[3]};
-  call.value_words = {reinterpret_cast<const uint16_t*>(value_words.data.get()), s.value_codebooks[0],
-                      s.value_codebooks[1], s.value_codebooks[3]};
-  call.key_transform = reals(key_transform);
-  call.value_transform = reals(value_transform);
   call.output = reinterpret_cast<float*>(output.data.get());
   const bool in_place = flags & 8;
   call.present_key_codes = in_place ? key_codes.data.get() : out_key_codes.data.get();
@@ -210,5 +227,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     }
   }
 #endif
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  const std::clock_t started = std::clock();
+  run_input(data, size);
+  stopwatch.hold(static_cast<double>(std::clock() - started) / CLOCKS_PER_SEC);
   return 0;
 }

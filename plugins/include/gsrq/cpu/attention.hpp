@@ -2,6 +2,7 @@
 // and shapes here are its. A host fills a Call, asks check() what is wrong with it, and runs it on a Layer.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -27,6 +28,16 @@ struct Shapes {  // of the inputs, in the operator's order; key_center is empty 
       key_codebooks, value_codebooks, key_transform, value_transform, key_center;
 };
 
+// The operator's inputs in its order, the optional one last.
+constexpr size_t kOperatorInputs = 16;
+using Inputs = std::array<const void*, kOperatorInputs>;
+inline std::array<Shape*, kOperatorInputs> in_order(Shapes& s) {
+  return {&s.query,         &s.key,          &s.value,           &s.cos,           &s.sin,
+          &s.past_lengths,  &s.new_lengths,  &s.key_codes,       &s.value_codes,   &s.key_exact,
+          &s.value_exact,   &s.key_codebooks, &s.value_codebooks, &s.key_transform, &s.value_transform,
+          &s.key_center};
+}
+
 struct Call {
   int64_t batch, heads, steps, head_dim, kv_heads, positions, half_rope, capacity;
   const float *query, *key, *value, *cos, *sin;
@@ -41,6 +52,9 @@ struct Call {
   uint8_t *present_key_codes, *present_value_codes;
   void *present_key_exact, *present_value_exact;
 };
+
+// A call of shapes that passed check(): all but element and the outputs, which are the host's to fill in.
+Call make_call(const Shapes& shapes, const Inputs& inputs);
 
 // Runs fn(argument, i) for all i < total, on any threads, and returns when all are done.
 struct Threads {

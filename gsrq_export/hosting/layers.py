@@ -17,11 +17,15 @@ from gsrq_export.cache.rule import CacheRule
 from gsrq_export.codec.codebook import LayerCodebooks
 from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.cuda.layer import CudaLayer
-from gsrq_export.errors import ArtifactError
+from gsrq_export.errors import ArtifactError, GsrqError
 from gsrq_export.export.function import DOMAIN, OPERATOR
 from gsrq_export.export.model import CODEBOOKS_FILE, MODEL_FILE
+from gsrq_export.model.architecture import architecture_of
+from gsrq_export.model.loading import load_config
 from gsrq_export.runtime.metadata import CacheMetadata, LayerShape
 
+REFUSED_ROPE = ("longrope", "dynamic")
+TOLERANCE = 1e-4  # relative, of the scale
 COS, SIN = 3, 4  # the operator's inputs
 FIRST_CACHE = 7
 
@@ -41,6 +45,41 @@ class ArtifactLayer:
 class ArtifactLayers:
     metadata: CacheMetadata
     layers: tuple[ArtifactLayer, ...]
+
+
+def differences(
+    layer: ArtifactLayer, kv_heads: int, head_dim: int, scale: float, softcap: float, sliding_window: int
+) -> list[str]:
+    """How a served layer's attention differs from what the artifact's codebooks were trained for; empty: not at all.
+
+    Args:
+        softcap, sliding_window: 0: none.
+    """
+    shape, config, found = layer.shape, layer.config, []
+    if (kv_heads, head_dim) != (shape.num_kv_heads, shape.head_dim):
+        found.append(f"{kv_heads} KV heads of {head_dim}, not {shape.num_kv_heads} of {shape.head_dim}")
+    if abs(scale - config.scale) > TOLERANCE * config.scale:
+        found.append(f"scale {scale:g}, not {config.scale:g}")
+    if softcap != config.softcap:
+        found.append(f"logit_cap {softcap or None}, not {config.softcap or None}")
+    if sliding_window != config.sliding_window:
+        found.append(f"sliding_window {sliding_window or None}, not {config.sliding_window or None}")
+    return found
+
+
+def refuse_rope(artifact: Path) -> None:
+    """Refuse a model whose rotated keys cannot be turned back.
+
+    Raises:
+        GsrqError: naming the scaling.
+    """
+    scaling = architecture_of(load_config(artifact / "tokenizer")).rope_scaling
+    if scaling and scaling.rope_type in REFUSED_ROPE:
+        raise GsrqError(
+            f"{artifact}: RoPE scaling {scaling.rope_type!r}: its tables change with the length of the text, so "
+            "rotated keys cannot be turned back",
+            "serve it with ONNX Runtime",
+        )
 
 
 @lru_cache(maxsize=4)

@@ -1,0 +1,1 @@
+"""Calibration by many processes, on one machine or several, under torchrun (docs/distributed.md)."""
