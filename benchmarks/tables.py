@@ -123,6 +123,22 @@ def demo(data: dict[str, Any]) -> str:
     return table(["stage", "seconds"], rows)
 
 
+def large_model(data: dict[str, Any]) -> str:
+    header = ["run", "stage", "peak resident memory, GB", "of it private, GB", "seconds"]
+    rows = []
+    for name, key in (
+        ("all 32 layers", "build"),
+        ("one full shard, two layers", "one_full_shard_through_two_layers"),
+    ):
+        run = data.get(key, {"stages": {}})
+        for stage, found in run["stages"].items():
+            if stage != "traffic":
+                peaks = [f"{found[f'peak_{kind}'] / 1e9:.2f}" for kind in ("resident_bytes", "private_bytes_sampled")]
+                what = f"{name}, {run['sequences']} x {run['sequence_length']} tokens"
+                rows.append([what, stage, *peaks, f"{found['seconds']:.0f}"])
+    return table(header, rows)
+
+
 def gskm(data: dict[str, Any]) -> str:
     """Held-out distortion after the last stage: mean and standard deviation over the seeds."""
     names = list(data["rows"][0]["methods"])
@@ -512,6 +528,7 @@ def documents() -> dict[Path, str]:
         "int8_recall": ("compare_recall-28m", int8),
         "tasks": ("tasks_recall-28m", tasks),
         "int8": ("int8_demo-6m", int8),
+        "large_model": ("large_model", large_model),
         "scaling": ("distributed", scaling),
     }
     counted = {"models": models, "memory": memory}  # from the recipes, nothing measured
@@ -519,7 +536,7 @@ def documents() -> dict[Path, str]:
     out[ROOT / "docs/img/cuda_decode.svg"] = cuda_plot(data["cuda_attention"])
     if "cuda_calibration" in data:
         out[ROOT / "docs/img/cuda_calibration.svg"] = calibration_plot(data["cuda_calibration"])
-    for name in ("distributed", "method", "models", "quality", "reliability", "speed", "tune"):
+    for name in ("distributed", "large-models", "method", "models", "quality", "reliability", "speed", "tune"):
         path = ROOT / f"docs/{name}.md"
 
         def replace(match: re.Match[str]) -> str:
