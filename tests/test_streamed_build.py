@@ -117,6 +117,10 @@ def test_auto_streams_what_does_not_fit(directory: Path, monkeypatch: pytest.Mon
         found = Source(given).residence
         assert (found.streamed, found.mode) == (streamed, "auto")
         assert next(Source(given).model.parameters()).is_meta == streamed
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: _Memory(2 * needed))
+    for processes, streamed in ((1, False), (2, True)):  # on this machine, as torchrun says
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert Source(given).residence.streamed == streamed
     never = load_recipe(recipe(directory, "never"))
     assert not Source(never).residence.streamed
     assert "needs" not in str(Residence(True, "auto", 10**10, 10**9))

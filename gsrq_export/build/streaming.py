@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,13 +49,14 @@ class Residence:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a process can still have here."""
+    """Bytes that a process can still have here: its share, where a launcher starts several on this machine."""
     found = [int(psutil.virtual_memory().available)]
     for limit, usage in CGROUP_LIMITS:
         try:
             found.append(int(limit.read_text()) - int(usage.read_text()))
         except (OSError, ValueError):
             continue  # no such group, or "max"
+    found = [min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
     if device.type == "cuda":
         found.append(int(torch.cuda.mem_get_info(device)[0]))
     return max(0, min(found))
