@@ -124,6 +124,9 @@ def refined(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "artifact"
 
 
+SIDES = ("keys", "values")
+
+
 def test_budgets_refits_and_fine_tuning_reach_the_artifact(refined: Path) -> None:
     assert run("verify", "--artifact", refined).exit_code == 0
     data = json.loads(run("inspect", "--artifact", refined, "--json").output)
@@ -139,7 +142,9 @@ def test_budgets_refits_and_fine_tuning_reach_the_artifact(refined: Path) -> Non
     log = json.loads((after.parent / "finetune.json").read_text())
     assert log["steps"][-1] == 3
     improved = min(log["held_out_kl"]) < log["held_out_kl"][0]
-    assert (before.read_bytes() != after.read_bytes()) is improved
+    pairs = zip(load_codebooks(before), load_codebooks(after), strict=True)
+    same = all(torch.equal(getattr(a, side).codewords, getattr(b, side).codewords) for a, b in pairs for side in SIDES)
+    assert same is not improved  # of values: a zero may lose its sign
     assert (refined / "codebooks.safetensors").read_bytes() != after.read_bytes()
     for one, other in zip(books, load_codebooks(last), strict=True):
         assert torch.equal(one.keys.codewords, other.keys.codewords)
