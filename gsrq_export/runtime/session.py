@@ -60,6 +60,8 @@ class OrtModel:
                 else f"use one of {', '.join(ort.get_available_providers())}",
             )
         options = ort.SessionOptions()
+        # Shapes change from call to call, and a plan of memory would be kept for each that was ever seen.
+        options.enable_mem_pattern = False
         if threads is not None:
             if threads < 1:
                 raise GsrqError(f"threads: {threads} is below 1", "use 1 or more")
