@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from environment import ROOT
@@ -501,6 +502,32 @@ def memory() -> str:
     return table([*header, *(f"effective bits, {n} sequence{'s' * (n > 1)}" for n in SEQUENCES)], rows)
 
 
+def load(data: dict[str, Any]) -> str:
+    """The two servers at each concurrency: medians of the turns, and the coded one's over the exact one's."""
+    columns = (("first_token_seconds", "first token, s", ".2f"), ("tokens_per_second", "tokens/s", ".1f"))
+    header = ["sequences at a time"]
+    for _, title, _ in columns:
+        header += [f"{title}, coded", f"{title}, exact float32", "coded over exact"]
+    rows = []
+    for many in sorted({row["concurrency"] for row in data["rows"]}):
+        cells = [str(many)]
+        for key, _, style in columns:
+            sides = [
+                median(r[key] for r in data["rows"] if (r["server"], r["concurrency"]) == (side, many))
+                for side in ("coded", "exact")
+            ]
+            cells += [*(f"{value:{style}}" for value in sides), f"{sides[0] / sides[1]:.2f}"]
+        rows.append(cells)
+    held = data["sequences_in_a_gigabyte"]
+    note = (
+        f"{data['model']}, {data['prompt_tokens']} tokens of prompt and {data['new_tokens']} new ones a sequence, "
+        f"{data['threads']} threads. In 1 GB (10^9 bytes) of cache, codebooks included, lie {held['coded']:,} "
+        f"sequences of {data['context']} tokens coded and {held['exact']:,} in float32: "
+        f"{held['coded'] / held['exact']:.1f} times as many."
+    )
+    return f"{table(header, rows)}\n\n{note}"
+
+
 def documents() -> dict[Path, str]:
     """Each document with its tables made anew, and the plots."""
     data = {f.stem: json.loads(f.read_text()) for f in RESULTS.glob("*.json")}
@@ -517,6 +544,7 @@ def documents() -> dict[Path, str]:
         "ort_decode": ("ort_decode", ort_decode),
         "ort_recall": ("ort_recall", ort_recall),
         "fuzz": ("fuzz", fuzzers),
+        "load": ("serve_load", load),
         "gskm": ("gskm_gaussian", gskm),
         "gskm_use": ("gskm_gaussian", gskm_use),
         "tune": ("tune_demo-6m", tune),
@@ -536,7 +564,17 @@ def documents() -> dict[Path, str]:
     out[ROOT / "docs/img/cuda_decode.svg"] = cuda_plot(data["cuda_attention"])
     if "cuda_calibration" in data:
         out[ROOT / "docs/img/cuda_calibration.svg"] = calibration_plot(data["cuda_calibration"])
-    for name in ("distributed", "large-models", "method", "models", "quality", "reliability", "speed", "tune"):
+    for name in (
+        "deploy",
+        "distributed",
+        "large-models",
+        "method",
+        "models",
+        "quality",
+        "reliability",
+        "speed",
+        "tune",
+    ):
         path = ROOT / f"docs/{name}.md"
 
         def replace(match: re.Match[str]) -> str:

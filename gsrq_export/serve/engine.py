@@ -79,6 +79,7 @@ class Engine:
         model: of runtime.session, on the CPU.
         eos: ids that end a text.
         report: gets the metrics by name, some times a second and whenever the engine falls idle; in its thread.
+        cache: of the model's kind; None for the coded cache.
     Raises:
         GsrqError: limits that the artifact cannot keep.
     """
@@ -90,6 +91,7 @@ class Engine:
         eos: frozenset[int],
         limits: Limits | None = None,
         report: Callable[[dict[str, float]], None] | None = None,
+        cache: SlotCache | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self._model, self._tokenizer, self._eos = model, tokenizer, eos
@@ -97,7 +99,7 @@ class Engine:
         if backend is not None:  # set once: changing these while another thread decodes is refused by the library
             backend.no_truncation()
             backend.no_padding()
-        self.cache = SlotCache(model, self.limits.max_sequences)
+        self.cache = cache or SlotCache(model, self.limits.max_sequences)
         full = self.cache.pages(model.max_length)
         self.pages = self.limits.cache_pages or full * self.limits.max_sequences
         self.max_prompt = min(self.limits.max_prompt_tokens or model.max_length, model.max_length)

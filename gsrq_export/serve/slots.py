@@ -42,12 +42,15 @@ class SlotCache:
         for layer in range(len(metadata.layers)):
             for part in PARTS:
                 shape = metadata.shape(layer, part, slots, metadata.full_capacity)
-                dtype = np.dtype(metadata.dtype(part))
-                mapping = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                if hasattr(mmap, "MADV_NOHUGEPAGE"):  # huge pages would give memory to neighbours' empty slots
-                    mapping.madvise(mmap.MADV_NOHUGEPAGE)
-                self._mappings[f"{layer}.{part}"] = mapping
-                self._tensors[f"{layer}.{part}"] = np.frombuffer(mapping, dtype).reshape(shape)
+                self._allocate(f"{layer}.{part}", shape, metadata.dtype(part))
+
+    def _allocate(self, name: str, shape: tuple[int, ...], kind: str) -> None:
+        dtype = np.dtype(kind)
+        mapping = mmap.mmap(-1, int(np.prod(shape)) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # huge pages would give memory to neighbours' empty slots
+            mapping.madvise(mmap.MADV_NOHUGEPAGE)
+        self._mappings[name] = mapping
+        self._tensors[name] = np.frombuffer(mapping, dtype).reshape(shape)
 
     @property
     def nbytes(self) -> int:

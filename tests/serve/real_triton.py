@@ -39,13 +39,13 @@ def require_server() -> Any:
 
 
 @contextmanager
-def started(repository: Path, name: str) -> Iterator[Running]:
+def started(repository: Path, name: str, server: Any = None) -> Iterator[Running]:
     """A server on a repository that is there."""
     from gsrq_export.serve.server import command
 
     at = Addresses("127.0.0.1", *free_ports(3))
     with tempfile.TemporaryDirectory(prefix="gsrq-triton-") as folder:
-        running = Running(*command(require_server(), Path(folder), repository, at), at, name)
+        running = Running(*command(server or require_server(), Path(folder), repository, at), at, name)
         try:
             running.wait_ready(120)
             yield running

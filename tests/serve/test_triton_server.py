@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from real_triton import fetch, inputs, require_server, settled, started
 from serve_artifact import PROMPTS, generated, served_artifact
 
+from gsrq_export.errors import GsrqError
 from gsrq_export.export.triton_python import PythonSettings, write_python_model
 from gsrq_export.runtime.generate import Sampling
 from gsrq_export.serve.limits import Limits
@@ -194,3 +196,16 @@ def test_restart_is_clean(server: Running) -> None:
     with started(repository(), NAME) as running:
         assert Stream(running, PROMPTS[2], max_tokens=15).all()[:3] == generated(PROMPTS[2], 15)
         assert settled(running.at.metrics, 1)["gsrq_requests_total"] == 1
+
+
+def test_a_numpy_that_the_server_cannot_read_is_refused_at_start(capfd: pytest.CaptureFixture[str]) -> None:
+    """nvidia-pytriton's server with this environment's own numpy 2, in place of the one beside it."""
+    found = require_server()
+    if not found.paths:
+        pytest.skip("the server has no numpy of its own: it reads that of this environment")
+    with (
+        pytest.raises(GsrqError, match="tritonserver ended with status"),
+        started(repository(), NAME, replace(found, paths=())),
+    ):
+        pass
+    assert "cannot read arrays of numpy 2" in "".join(capfd.readouterr())
