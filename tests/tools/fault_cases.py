@@ -177,7 +177,11 @@ def test_files_over_the_limit_of_a_process(calm: Path, source: Path, tmp_path: P
 
 def test_two_builds_at_once_into_one_work_directory(calm: Path, source: Path, tmp_path: Path) -> None:
     out = half_done(calm, tmp_path, "codebooks", "evaluate")
-    first = faults.start(source, out)
+    first, holder = faults.start(source, out), out.with_name("artifact.work") / ".holder.json"
+    while not (
+        holder.exists() and f": {first}," in holder.read_text()
+    ):  # else this process may be the one to get the lock
+        assert faults.wait(first, 0.002) is None
     refused = []
     while faults.wait(first, 0.02) is None:
         try:
