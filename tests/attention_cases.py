@@ -33,6 +33,16 @@ class Data:
     lengths: torch.Tensor
 
 
+def continued(
+    case: Case, data: Data, row: int, past: int, new: int, cache: LayerCache
+) -> tuple[torch.Tensor, LayerCache]:
+    """The reference over tokens past .. past + new - 1 of one row alone, and its cache after them."""
+    part = slice(past, past + new)
+    query, key, value = (x[row : row + 1, :, part] for x in (data.query, data.key, data.value))
+    lengths = torch.tensor([past]), torch.tensor([new])
+    return gsrq_attention(query, key, value, data.cos, data.sin, *lengths, cache, case.keys, case.values, case.config)
+
+
 @dataclass(frozen=True)
 class Case:
     name: str

@@ -36,7 +36,7 @@ from gsrq_export.distributed.world import World
 from gsrq_export.errors import GsrqError
 from gsrq_export.model.introspect import LayerSpec
 from gsrq_export.stages.engine import Context
-from gsrq_export.stages.storage import await_files
+from gsrq_export.stages.storage import await_files, json_writer
 
 PARTS = 32  # of the rows; also the most processes that can share them
 Progress = Callable[[int], None]
@@ -103,8 +103,7 @@ def _gather(context: Context, jobs: list[Job]) -> None:
         logs.append({"layer": job.layer.layer_idx, "kind": job.kind, **json.loads(metadata["distortion"])})
     layers = [LayerCodebooks(*pair) for pair in books.values()]
     context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, layers, {}))
-    text = json.dumps(logs, indent=1, allow_nan=False) + "\n"
-    context.unit("distortion.json", lambda path: path.write_text(text))
+    context.unit("distortion.json", json_writer(logs))
 
 
 @dataclass(frozen=True)

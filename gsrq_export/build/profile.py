@@ -13,6 +13,7 @@ from gsrq_export.codec.profile import Profile, profile_codebook
 from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.report.schema import Kind, LayerProfile
 from gsrq_export.stages.engine import Context
+from gsrq_export.stages.storage import json_writer
 
 PROFILE_FILE = "profile.json"
 
@@ -53,7 +54,7 @@ def profile_stage(source: Source, captured: Path, codebooks: Path, context: Cont
     with context.reporter.task("profile: codebooks", 2 * len(source.spec.layers)) as task:
         found = profile_codebooks(source, captured, codebooks, task.advance)
     data = [{"layer": p.layer, "kind": p.kind, "profile": p.profile.to_dict()} for p in found]
-    context.unit(PROFILE_FILE, lambda path: path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n"))
+    context.unit(PROFILE_FILE, json_writer(data))
 
 
 def load_profiles(path: Path) -> list[LayerProfile]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ from gsrq_export.recipe import Source as TextSource
 from gsrq_export.runtime.session import OrtModel
 from gsrq_export.stages.engine import Context, Stage
 from gsrq_export.stages.keys import file_hash
-from gsrq_export.stages.storage import await_files
+from gsrq_export.stages.storage import await_files, json_writer
 from gsrq_export.traffic.build import build_traffic, source_material, traffic_material
 
 SAMPLED_TEXT = SelfSource(kind="self", seed=1_000_003)  # held out where the recipe names no text
@@ -134,7 +133,7 @@ def _traffic(source: Source, context: Context) -> None:
             recipe, source.tokenizer, source.model, progress=lambda what, done, total: task.update(done, total)
         )
     context.unit("ids.npy", lambda path: _save_array(path, traffic.ids))
-    context.unit("traffic.json", _writer({"sha256": traffic.sha256, "stats": traffic.stats}))
+    context.unit("traffic.json", json_writer({"sha256": traffic.sha256, "stats": traffic.stats}))
 
 
 def captured_widths(source: Source) -> dict[str, int]:
@@ -184,7 +183,7 @@ def _finetune(source: Source, context: Context) -> None:
         spec = source.spec  # before the model is moved
         tuned, log = finetune(source.placed_model, spec, ids, books, recipe.cache.rule, settings, task.advance)
     tuned = [pair.to("cpu") for pair in tuned]
-    context.unit("finetune.json", _writer(log.to_dict()))
+    context.unit("finetune.json", json_writer(log.to_dict()))
     context.unit(CODEBOOKS_FILE, lambda path: save_codebooks(path, tuned, {}))
 
 
@@ -261,7 +260,7 @@ def _evaluate(source: Source, context: Context) -> None:
     text = held_out_text(recipe.text or SAMPLED_TEXT, source, tokens)
     exact, coded = TorchRunner(source.model), OrtRunner(OrtModel(context.inputs["onnx"]))
     found = evaluate_pair(exact, coded, source.tokenizer, text, settings, context.reporter)
-    context.unit("evaluation.json", _writer(found))
+    context.unit("evaluation.json", json_writer(found))
     context.unit(TEXT_FILE, lambda path: path.write_bytes(text.encode()))
 
 
@@ -270,10 +269,6 @@ def _compare(source: Source, context: Context) -> None:
     assert recipe.evaluate is not None
     settings, text = evaluation_settings(recipe.evaluate, recipe), (context.inputs["evaluate"] / TEXT_FILE).read_bytes()
     compare_stage(source, EvaluationText("held-out", text.decode(), settings), _trained(source, context), context)
-
-
-def _writer(data: object) -> Any:
-    return lambda path: path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def _save_array(path: Path, array: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import time
@@ -14,6 +15,12 @@ from gsrq_export.errors import GsrqError
 
 TEMPORARY = ".tmp-"
 SHOWN = 90.0  # seconds; directories are cached for 60 by default on NFS
+
+
+def json_writer(data: object) -> Callable[[Path], object]:
+    """Writes plain data, without NaN, to a path: for ``Context.unit``."""
+    return lambda path: path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
 
 _MENDS = {
     errno.ENOSPC: ("the disk is full", "free space or use a directory on another disk; what is done is kept"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from attention_cases import CASES, Case
+from attention_cases import CASES, Case, continued
 from cuda_calls import layer_of_case
 
 from gsrq_export.autodeploy.attention import attend_slots, sequences
-from gsrq_export.cache.reference import LayerCache, gsrq_attention, rotate
+from gsrq_export.cache.reference import LayerCache, rotate
 from gsrq_export.errors import GsrqError
 from gsrq_export.hosting.rows import turned_back
 
@@ -37,6 +39,7 @@ def test_sequences_in_slots_are_what_they_are_alone(case: Case, long: bool) -> N
     back = [turned_back(x, every, layer) for x in (query, key)]
     torch.testing.assert_close(back[0], data.query, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(back[1], data.key, atol=1e-5, rtol=1e-5)
+    before = replace(data, query=back[0], key=back[1])
     rule = case.config.rule
     alone = [
         LayerCache.empty(1, TOKENS, case.kv_heads, case.head_dim, case.keys, case.values, rule, case.exact_dtype)
@@ -67,20 +70,7 @@ def test_sequences_in_slots_are_what_they_are_alone(case: Case, long: bool) -> N
         got = got.flatten(0, 1)
         assert not got[total:].any()
         for (b, n), start in zip(call, starts, strict=True):
-            part = slice(done[b], done[b] + n)
-            expected, alone[b] = gsrq_attention(
-                back[0][b : b + 1, :, part],
-                back[1][b : b + 1, :, part],
-                data.value[b : b + 1, :, part],
-                data.cos,
-                data.sin,
-                torch.tensor([done[b]]),
-                torch.tensor([n]),
-                alone[b],
-                case.keys,
-                case.values,
-                case.config,
-            )
+            expected, alone[b] = continued(case, before, b, done[b], n, alone[b])
             torch.testing.assert_close(got[start : start + n], expected[0], atol=1e-5, rtol=1e-5)
             done[b] += n
     for b, cache in enumerate(alone):

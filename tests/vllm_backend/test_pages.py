@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, Case
+from attention_cases import CASES, Case, continued
 from cuda_calls import layer_of_case
 from vllm_backend import interface
 
 interface.install()
 
-from gsrq_export.cache.reference import LayerCache, gsrq_attention, rotate  # noqa: E402
+from gsrq_export.cache.reference import LayerCache, rotate  # noqa: E402
 from gsrq_export.cache.rule import CacheRule  # noqa: E402
 from gsrq_export.codec.codebook import LayerCodebooks  # noqa: E402
 from gsrq_export.errors import GsrqError  # noqa: E402
@@ -97,20 +97,7 @@ def test_sequences_in_pages_are_what_they_are_alone(case: Case, monkeypatch: pyt
         assert not got[total:].any()
         start = 0
         for b, n in calls:
-            part = slice(done[b], done[b] + n)
-            expected, alone[b] = gsrq_attention(
-                data.query[b : b + 1, :, part],
-                data.key[b : b + 1, :, part],
-                data.value[b : b + 1, :, part],
-                data.cos,
-                data.sin,
-                torch.tensor([done[b]]),
-                torch.tensor([n]),
-                alone[b],
-                case.keys,
-                case.values,
-                case.config,
-            )
+            expected, alone[b] = continued(case, data, b, done[b], n, alone[b])
             tolerance = 2e-3 if case.exact_dtype != torch.float32 else 1e-4
             torch.testing.assert_close(got[start : start + n], expected[0], atol=tolerance, rtol=tolerance)
             done[b] += n
