@@ -210,27 +210,70 @@ def ablation(data: dict[str, Any]) -> str:
     return table(header, rows)
 
 
-def comparison(data: dict[str, Any], prefill: str = "coded") -> str:
-    """A row a method, by effective bits where 64 sequences share the codebooks."""
+UNWEIGHTED = "-unweighted"  # ends the ids of our rows without weights by gradients, where a file has both kinds
+
+
+def twins(rows: list[dict[str, Any]]) -> set[str]:
+    """Ids of rows with weights by gradients that are there without them, too."""
+    ids = {row["id"] for row in rows}
+    return {id for id in ids if id + UNWEIGHTED in ids}
+
+
+def comparison(data: dict[str, Any], prefill: str = "coded", weighted: bool = False, rivalled: bool = True) -> str:
+    """A row a method, by effective bits where 64 sequences share the codebooks.
+
+    weighted: only rows with weights by gradients and their twins without; otherwise those twins stand for both.
+    rivalled: say of our rows which rivals are better.
+    """
     points = ("8192x1", "8192x64", "131072x1")
     exact = data["unquantized"][prefill]
     texts = list(exact)
     lengths = [row["tokens"] for row in exact[texts[0]]["recall"]["lengths"]]
     header = ["method", "nominal", *(f"effective {p}" for p in points), *(f"perplexity {t}, over exact" for t in texts)]
-    header += [f"recall@{n}" for n in lengths]
+    header += [*(f"recall@{n}" for n in lengths), *["better with as few bits"] * rivalled]
     rows = []
-    chosen = [row for row in data["rows"] if row["prefill"] == prefill]
+    rivals = [row for row in data["rows"] if row["prefill"] == prefill and not row["ours"]]
+    pairs = twins(data["rows"])
+    both = any(row["id"].endswith(UNWEIGHTED) for row in data["rows"])
+    chosen = [row for row in data["rows"] if row["prefill"] == prefill and row["id"] not in pairs]
+    if weighted:
+        of = {id for one in pairs for id in (one, one + UNWEIGHTED)}
+        chosen = [row for row in data["rows"] if row["prefill"] == prefill and row["id"] in of]
     for row in sorted(chosen, key=lambda r: -r["effective_bits"]["8192x64"]):
         ratios = [row["metrics"][t]["perplexity"]["perplexity"] / exact[t]["perplexity"]["perplexity"] for t in texts]
-        name = named(row)
+        name = named(row, both)
         bits = [f"{row['nominal_bits']:.3f}", *(f"{row['effective_bits'][p]:.2f}" for p in points)]
         recalls = [rate(found) for found in row["metrics"][texts[0]]["recall"]["lengths"]]
-        rows.append([name, *bits, *(f"{100 * (ratio - 1):+.2f} %" for ratio in ratios), *recalls])
+        losses = [f"{100 * (ratio - 1):+.2f} %" for ratio in ratios]
+        better = [better_rivals(row, rivals) if row["ours"] else ""] * rivalled
+        rows.append([name, *bits, *losses, *recalls, *better])
     return table(header, rows)
 
 
-def named(row: dict[str, Any]) -> str:
+def better_rivals(row: dict[str, Any], rivals: list[dict[str, Any]], point: str = "8192x64") -> str:
+    """Which rivals with as many effective bits at most are better than a row, and in what."""
+
+    def losses(of: dict[str, Any]) -> dict[str, float]:
+        first = next(iter(of["metrics"].values()))
+        found = {text: float(metrics["perplexity"]["perplexity"]) for text, metrics in of["metrics"].items()}
+        return found | {
+            f"recall@{at['tokens']}": -sum(at["hits"]) / len(at["hits"]) for at in first["recall"]["lengths"]
+        }
+
+    mine, said = losses(row), []
+    for rival in rivals:
+        theirs = losses(rival)
+        where = [name for name in mine if theirs[name] < mine[name]]
+        if rival["effective_bits"][point] <= row["effective_bits"][point] and where:
+            said.append(f"{rival['label']}: {', '.join(where)}")
+    return "; ".join(said) or "none"
+
+
+def named(row: dict[str, Any], both: bool = False) -> str:
+    """both: the file has rows of ours with and without weights by gradients."""
     label = row["label"].removeprefix("ours: ")
+    if row["ours"] and both:
+        label = label.removesuffix(UNWEIGHTED) if label.endswith(UNWEIGHTED) else f"{label}, gradient weights"
     return f"**{label}**" if row["ours"] else label
 
 
@@ -254,10 +297,13 @@ def tasks(data: dict[str, Any]) -> str:
         return [f"{task['score']:.2f} [{task['interval'][0]:.2f}, {task['interval'][1]:.2f}]" for task in each]
 
     rows = [["exact", "16", *cells(exact), *("" for _ in measures)]]
-    for row in sorted(data["rows"], key=lambda r: -r["effective_bits"]["8192x64"]):
+    pairs = twins(data["rows"])
+    both = any(row["id"].endswith(UNWEIGHTED) for row in data["rows"])
+    chosen = [row for row in data["rows"] if row["id"] not in pairs]
+    for row in sorted(chosen, key=lambda r: -r["effective_bits"]["8192x64"]):
         found = next(iter(row["metrics"].values()))
         figures = [f"{found['fidelity'][name]['mean']:.{1 if name == 'agreed_tokens' else 4}f}" for name in measures]
-        rows.append([named(row), f"{row['effective_bits']['8192x64']:.2f}", *cells(found), *figures])
+        rows.append([named(row, both), f"{row['effective_bits']['8192x64']:.2f}", *cells(found), *figures])
     return table([*header, *measures.values()], rows)
 
 
@@ -445,9 +491,11 @@ FUZZERS = {
 
 
 def fuzzers(data: dict[str, Any]) -> str:
+    """Each fuzzer's row of the last run that had it."""
     header = ["fuzzer", "executions", "of them accepted", "slowest input", "memory", "faults"]
     rows = []
-    for row in data["targets"]:
+    last = {row["name"]: row for run in data["runs"] for row in run["targets"]}
+    for row in (last[name] for name in FUZZERS):
         memory = f"{row['peak_rss_mb']} MB"
         if row["grown_mb"] is not None:
             memory = f"{row['grown_mb']} MB more than torch and ONNX take"
@@ -551,7 +599,8 @@ def documents() -> dict[Path, str]:
         "ablation": ("ablation_recall-28m", ablation),
         "compare": ("compare_recall-28m", comparison),
         "compare_demo": ("compare_demo-6m", comparison),
-        "rotated": ("rotated_recall-28m", comparison),
+        "rotated": ("rotated_recall-28m", partial(comparison, rivalled=False)),
+        "compare_weights": ("compare_recall-28m", partial(comparison, weighted=True, rivalled=False)),
         "compare_exact": ("compare_recall-28m", partial(comparison, prefill="exact")),
         "int8_recall": ("compare_recall-28m", int8),
         "tasks": ("tasks_recall-28m", tasks),

@@ -41,8 +41,8 @@ class Clusters:
 
 
 def nearest(x: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest codeword of each row: index int64 [N], and 2 <x, c> - ||c||^2 float32 [N]."""
-    if fused.available(x.device, x.shape[1]):
+    """The nearest of any number of codewords to each row: index int64 [N], and 2 <x, c> - ||c||^2 float32 [N]."""
+    if len(words) == CODEBOOK_SIZE and fused.available(x.device, x.shape[1]):
         return fused.nearest(x, words)
     bias = -(words**2).sum(1)
     scores = [torch.addmm(bias, block, words.T, alpha=2).max(1) for block in torch.split(x, _rows(x))]

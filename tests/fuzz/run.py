@@ -3,8 +3,9 @@
     python tests/fuzz/run.py OUT --seconds 780 --jobs 30 --native build/fuzz
 
 A process that is free takes the target that is furthest behind, for a slice of the time; processes of one target share
-its corpus, OUT/corpus/TARGET. OUT/summary.json is copied to benchmarks/results/fuzz.json for docs/reliability.md;
-OUT/findings has the inputs that were faults. Exit status 1: there are some, or a target did not get its executions.
+its corpus, OUT/corpus/TARGET. OUT/summary.json is put with the runs of benchmarks/results/fuzz.json for
+docs/reliability.md; OUT/findings has the inputs that were faults. Exit status 1: there are some, or a target did not
+get its executions.
 
 Counted are inputs that were made; reading the corpus again at the start of a slice is not. Needs atheris==3.1.0 for the
 Python targets, and for the others the two programs that tests/fuzz/native builds.

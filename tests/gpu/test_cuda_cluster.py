@@ -228,6 +228,15 @@ def test_refits_and_greedy_codes_run_on_it_too() -> None:
         assert (found[0] == nearest(x, words)[0]).double().mean() > 0.999
 
 
+@pytest.mark.parametrize("count", [2, 255, 2048])
+def test_other_numbers_of_codewords_are_left_to_torch(count: int) -> None:
+    x, words = torch.randn(3000, 32, device="cuda"), torch.randn(count, 32, device="cuda")
+    index, gain = nearest(x, words)
+    scores = 2 * x.double() @ words.double().T - (words.double() ** 2).sum(1)
+    assert torch.allclose(gain.double(), scores.amax(1), atol=1e-3)
+    assert torch.allclose(scores.gather(1, index[:, None])[:, 0], scores.amax(1), atol=1e-3)
+
+
 def test_what_is_refused() -> None:
     x, words, weights = data(2, 300, 64)
     with pytest.raises(GsrqError, match="vectors have width 513"):
