@@ -115,8 +115,10 @@ __global__ void __launch_bounds__(kThreads) build_words(EncodeBook book) {
     const double rest = w - static_cast<double>(__half2float(high));
     const __half low = __double2half(rest);
     const double left = rest - static_cast<double>(__half2float(low));
-    book.high[index * book.padded + i] = high;
-    book.low[index * book.padded + i] = low;
+    const int word = static_cast<int>(index % 256), e = static_cast<int>(i);
+    const int64_t stage = index / 256 * 256 * book.padded, plain = static_cast<int64_t>(word) * book.padded + i;
+    book.high[stage + (book.tiled ? tiled_high(word, e, book.padded) : plain)] = high;
+    book.low[stage + (book.tiled ? tiled_low(word, e, book.padded) : plain)] = low;
     high_off += rest * rest;
     low_off += left * left;
   }
@@ -148,6 +150,9 @@ int prepare_book(const EncodeBook& book, cudaStream_t stream) {
 int encode_source(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book, const EncodeSource& source,
                   void* workspace, int64_t bytes, cudaStream_t stream) {
   if (encode_rows(layer, call, source) == 0 || encode_batch(call, source) == 0) return 0;
+  const EncodeBook* one = &book;
+  const EncodeSource* its = &source;
+  if (book.tiled) return encode_tiled(layer, call, &one, &its, 1, stream);
   if (book.greedy) return encode_greedy(layer, call, book, source, stream);
   return encode_exact(layer, call, book, source, workspace, bytes, stream);
 }
@@ -183,6 +188,11 @@ int encode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
   const int64_t bytes = workspace_need(layer, call);
   char* scratch = workspace.take<char>(bytes);
   const EncodeSource key_source{false, nullptr, 0, 0, call.key_codes}, value_source{true, nullptr, 0, 0, call.value_codes};
+  if (keys.tiled && values.tiled && keys.padded == values.padded && call.batch > 0 && most_coded(layer, call) > 0) {
+    const EncodeBook* books[] = {&keys, &values};
+    const EncodeSource* sources[] = {&key_source, &value_source};
+    return encode_tiled(layer, call, books, sources, 2, stream);
+  }
   return encode_source(layer, call, keys, key_source, scratch, bytes, stream) ||
          encode_source(layer, call, values, value_source, scratch, bytes, stream);
 }

@@ -8,6 +8,18 @@ namespace gsrq::cuda {
 // Wider sub-vectors, and beams, take the float64 kernel: the tensor-core kernel keeps a tile's residuals in shared memory.
 constexpr int32_t kGreedyWidth = 1024;
 
+// Where the kernel of encode_tiled.cu serves, the float16 codewords of a stage lie as it reads them. The high halves: chunks
+// of 64 codewords, in each first their elements 0 .. 7, then 8 .. 15 and so on. The low halves: codeword by codeword, the
+// elements of a lane (of four; 8 n + 2 lane and + 1) of each 32 together.
+constexpr int kTiledWords = 64;
+
+__host__ __device__ inline int64_t tiled_high(int word, int element, int padded) {
+  return static_cast<int64_t>(word / kTiledWords * padded + element / 8 * 8) * kTiledWords + word % kTiledWords * 8 + element % 8;
+}
+__host__ __device__ inline int64_t tiled_low(int word, int element, int padded) {
+  return static_cast<int64_t>(word) * padded + element / 32 * 32 + element % 8 / 2 * 8 + element / 8 % 4 * 2 + element % 2;
+}
+
 // Per stage of a group, in units of `scale` (a power of two, at least the largest norm of the transformed codewords).
 struct StageBounds {
   float scale;
@@ -21,11 +33,12 @@ struct EncodeBook {
   gsrq_codebook book;
   int32_t padded;
   bool greedy;         // the members after `diagonal` exist
+  bool tiled;          // high and low are ordered by tiled_high and tiled_low
   double* metric;      // [G, D, D]: A^T A
   double* turned;      // [G, D, D]: A^T
   double* norms;       // [G, R, 256]: ||A c||^2
   int32_t* diagonal;   // [G]: A is diagonal
-  __half *high, *low;  // [G, R, 256, padded]: w / scale = high + low
+  __half *high, *low;  // [G, R, 256, padded], a stage's in this order or as above: w / scale = high + low
   float* half_norms;   // [G, R, 256]: ||w||^2 / (2 scale), huge for a codeword that repeats an earlier one
   StageBounds* bounds; // [G, R]
 };
@@ -33,6 +46,8 @@ struct EncodeBook {
 inline bool is_greedy(const gsrq_layer& layer, const gsrq_codebook& book) {
   return layer.beam == 1 && book.width <= kGreedyWidth;
 }
+
+bool encode_tiled_serves(int32_t padded);  // on the current device
 
 inline EncodeBook encode_book(const gsrq_layer& layer, const gsrq_codebook& book, Arena& prepared) {
   const int64_t groups = book.groups, width = book.width, words = groups * book.stages * 256;
@@ -45,6 +60,7 @@ inline EncodeBook encode_book(const gsrq_layer& layer, const gsrq_codebook& book
   out.norms = prepared.take<double>(words);
   out.diagonal = prepared.take<int32_t>(groups);
   if (out.greedy) {
+    out.tiled = encode_tiled_serves(out.padded);
     out.high = prepared.take<__half>(words * out.padded);
     out.low = prepared.take<__half>(words * out.padded);
     out.half_norms = prepared.take<float>(words);
@@ -120,5 +136,9 @@ int encode_exact(const gsrq_layer& layer, const gsrq_call& call, const EncodeBoo
 // Greedy choice on tensor cores; close decisions again in float32, then float64. No workspace.
 int encode_greedy(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book, const EncodeSource& source,
                   cudaStream_t stream);
+
+// The same for tiled books of one padded width: one or two, keys and values at once.
+int encode_tiled(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook* const* books,
+                 const EncodeSource* const* sources, int count, cudaStream_t stream);
 
 }  // namespace gsrq::cuda

@@ -1,0 +1,398 @@
+// Greedy encoding of sub-vectors of 64 or 128 elements, compute capability 9.0 and later. The three levels of a choice are
+// those of docs/cuda-encode.md.
+//
+// A block has one or three groups of four warps, each with 64 vectors of one codebook group for all stages. Vectors stay in
+// registers, a stage's codewords in shared memory, two stages at a time; warps meet only where codewords come and go.
+#include <map>
+#include <mutex>
+
+#include "encode_tiled.cuh"
+
+namespace gsrq::cuda {
+namespace {
+
+using namespace tiled;
+
+constexpr unsigned kScored = ~31u;  // bits of a score that are not its candidate's number
+
+struct Side {
+  EncodeBook book;
+  EncodeSource source;
+  int64_t batch, most;  // rows of the source: batch * most, of which some may not be
+  unsigned tiles;       // blocks a group
+};
+
+struct Sides {
+  Side of[2];
+  unsigned first;  // blocks of the first
+  unsigned scored;  // kScored, which as a constant would take an instruction of its own for every score
+};
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// A lane's best two of 32 candidates: codes 128 set + 8 (id / 2) + 2 q + id % 2, id in the low five bits.
+struct Two {
+  float first, second;
+};
+
+__device__ inline int code_of(float x, int set, int q) {
+  const int id = __float_as_int(x) & 31;
+  return 128 * set + id / 2 * 8 + 2 * q + id % 2;
+}
+
+// The scores <h, w> - half norm / scale of a chunk, the `part`-th of its set.
+__device__ inline void keep_best(const float (&sum)[8][4], const float* half_norms, const float (&inverse)[2], int part,
+                                 unsigned scored, Two (&best)[2]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const float2 norm = *reinterpret_cast<const float2*>(half_norms + 8 * n);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float score = fmaf(j == 0 ? norm.x : norm.y, -inverse[h], sum[n][2 * h + j]);
+        uint32_t bits;  // score & scored | number
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+            : "=r"(bits)
+            : "r"(__float_as_uint(score)), "r"(scored), "r"(16 * part + 2 * n + j));
+        const float x = __uint_as_float(bits);
+        const float below = fminf(best[h].first, x);
+        best[h].first = fmaxf(best[h].first, x);
+        best[h].second = fmaxf(best[h].second, below);
+      }
+  }
+}
+
+__device__ inline unsigned of_quad(unsigned ballot) { return ballot >> (threadIdx.x & 28) & 15; }
+
+// Of one row: the codewords of the lanes and sets that have one near the best, in float32, 8 at once; then the close ones
+// exactly. near: of each set, the row's lanes. r: the row's elements of this lane.
+template <int Steps>
+__device__ inline int among_near(const Exact& exact, int stage, const Words<Steps>& words, const float (&r)[2 * Steps][2],
+                                 const float* half_norms, const StageBounds& bounds, float error, float norm, unsigned near0,
+                                 unsigned near1, float* scores) {
+  const int lane = threadIdx.x % 32, quad = lane / 4;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) scores[lane + 32 * i] = -INFINITY;
+  __syncwarp();
+#pragma unroll 1
+  for (unsigned left = near0 | near1 << 4; left != 0; left &= left - 1) {
+    const int at = __ffs(static_cast<int>(left)) - 1;  // lane + 4 set
+#pragma unroll 1
+    for (int t = 0; t < 16; t += 4) {
+      const int word = at / 4 * 128 + (t + quad / 2) * 8 + at % 4 * 2 + quad % 2;
+      const float product = quad_sum(words.dot(r, word));
+      if (lane % 4 == 0) scores[word] = product - half_norms[word];
+    }
+  }
+  __syncwarp();
+  float score[8], best = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) best = fmaxf(best, score[i] = scores[lane + 32 * i]);
+  best = warp_max(best);
+  // A close candidate's half norm is its product less its score.
+  const float reach = norm * bounds.largest;
+  const float bound = 1.02f * (error * bounds.largest + norm * bounds.low_off + (4 * Steps + 12) * 0x1p-23f * reach +
+                               0x1p-22f * (fabsf(best) + reach));
+  int chosen = -1;
+#pragma unroll 1
+  for (int i = 0; i < 8; ++i) {
+    unsigned close = __ballot_sync(kAll, !(scores[lane + 32 * i] < best - 2 * bound));
+    for (; close != 0; close &= close - 1) {
+      const int code = 32 * i + __ffs(static_cast<int>(close)) - 1;
+      if (chosen < 0) chosen = code;
+      else if (exact.beats(stage, chosen, code)) chosen = code;
+    }
+  }
+  return chosen;
+}
+
+template <int Steps, int Groups>
+__global__ void __launch_bounds__(128 * Groups, 1)
+    encode_rows(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
+                const __grid_constant__ Sides sides) {
+  using F = Form<Steps>;
+  extern __shared__ __align__(128) char dynamic[];
+  auto& memory = *reinterpret_cast<Memory<Steps, Groups>*>(dynamic);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, quad = lane / 4, q = lane % 4;
+  const bool second = blockIdx.x >= sides.first;
+  const Side& side = sides.of[second ? 1 : 0];
+  const unsigned block = second ? blockIdx.x - sides.first : blockIdx.x;
+  const EncodeBook& book = side.book;
+  const int64_t g = block / side.tiles, first_row = static_cast<int64_t>(block % side.tiles) * (64 * Groups);
+  const int stages = book.book.stages;
+  const unsigned scored = sides.scored;
+
+  const auto start_load = [&](int stage) {  // by one thread
+    const int at = stage & 1;
+    const uint32_t full = shared_address(memory.full + at);
+    const int64_t from = g * stages + stage;
+    barrier_expect(full, F::kStageBytes + sizeof(memory.half_norms[0]) + sizeof(StageBounds));
+    copy_bulk(memory.words[at], book.high + from * 256 * F::kPadded, F::kStageBytes, full);
+    copy_bulk(memory.half_norms[at], book.half_norms + from * 256, sizeof(memory.half_norms[0]), full);
+    copy_bulk(memory.bounds + at, book.bounds + from, sizeof(StageBounds), full);
+  };
+  if (thread == 0) {
+    barrier_init(shared_address(memory.full)), barrier_init(shared_address(memory.full + 1));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    memory.done[0] = memory.done[1] = memory.active = 0;
+    fence_bulk();
+    start_load(0);
+  }
+  __syncthreads();
+  if (thread < 64 * Groups) {
+    memory.origins[thread] = origin_of(layer, call, book, side.source, side.batch, side.most, first_row + thread, g);
+    if (memory.origins[thread].from != nullptr) atomicOr(&memory.active, 1u << thread / 64);
+  }
+  __syncthreads();
+  const unsigned active = memory.active;
+  const Origin* origins = memory.origins + warp * kWarpRows;
+  float r[2][F::kCores][2], squares[2], error[2], norm[2];
+  if (active >> warp / 4 & 1)
+    load_rows<Steps>(layer, side.source, book, g, origins,
+                     reinterpret_cast<float*>(memory.words[1]) + warp * 8 * F::kStride, r, squares);
+  fence_bulk();  // the staged vectors before stage 1
+  __syncthreads();
+  if (thread == 0 && active != 0 && stages > 1) start_load(1);
+  if (active == 0 && thread == 0) barrier_wait(shared_address(memory.full), 0);  // nothing may come after the block's end
+  if (!(active >> warp / 4 & 1)) return;
+
+  const bool real[2] = {origins[quad].from != nullptr, origins[quad + 8].from != nullptr};
+  int8_t* target = q < 2 ? origins[quad + 8 * q].target : nullptr;  // the first two lanes write a row's code each
+#pragma unroll
+  for (int h = 0; h < 2; ++h) norm[h] = root_above(quad_sum(squares[h])), error[h] = norm[h] * 0x1.1p-24f;
+
+#pragma unroll 1
+  for (int stage = 0;; ++stage) {
+    const int at = stage & 1;
+    barrier_wait(shared_address(memory.full + at), stage >> 1 & 1);
+    __syncwarp();
+    const StageBounds bounds = memory.bounds[at];
+    const float* half_norms = memory.half_norms[at];
+    float scale[2], inverse[2], off[2], high_norm[2];  // high_norm: of float16(r / scale), at most; off: what it leaves
+    Two best[2][2];  // of set, of row
+    {
+      uint32_t a[Steps][4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        scale[h] = power_of_two_above(fmaxf(fmaxf(norm[h], bounds.scale * 0x1p-20f), 0x1p-100f));
+        inverse[h] = reciprocal(scale[h]);
+      }
+      split<Steps>(r, inverse, a, off);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        off[h] = root_above(quad_sum(off[h]));
+        high_norm[h] = norm[h] * inverse[h] + off[h];
+      }
+#pragma unroll
+      for (int set = 0; set < 2; ++set) {
+        best[set][0] = best[set][1] = {-3e38f, -3e38f};
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          const int chunk = 2 * set + part;
+          float sum[8][4];
+          products<Steps>(sum, a, memory.words[at] + chunk * (F::kChunkBytes / 2));
+          keep_best(sum, half_norms + chunk * kTiledWords + 2 * q, inverse, part, scored, best[set]);
+        }
+      }
+    }
+
+    // The best of the row's lanes, and whose other candidates are near it.
+    int code[2];
+    unsigned near0[2], near1[2], deep[2];  // of the warp's lanes: the best of either set; a second one
+    bool close = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Two x = best[0][h], y = best[1][h];
+      const float mine = fmaxf(x.first, y.first), most = quad_max(mine);
+      const int leader = (lane & 28) + __ffs(static_cast<int>(of_quad(__ballot_sync(kAll, mine == most)))) - 1;
+      code[h] = __shfl_sync(kAll, x.first >= y.first ? code_of(x.first, 0, q) : code_of(y.first, 1, q), leader);
+      const float reach = high_norm[h] * bounds.largest;
+      const float bound =
+          1.02f * (bounds.largest * (error[h] * inverse[h] + off[h] + Steps * 24 * 0x1p-23f * high_norm[h]) +
+                   high_norm[h] * bounds.high_off + 0x1p-17f * (fabsf(most) + 2 * reach));
+      const float least = most - 2 * bound;
+      near0[h] = __ballot_sync(kAll, real[h] && !(x.first < least));
+      near1[h] = __ballot_sync(kAll, real[h] && !(y.first < least));
+      deep[h] = __ballot_sync(kAll, real[h] && !(fmaxf(x.second, y.second) < least));
+      close = close || __popc(of_quad(near0[h])) + __popc(of_quad(near1[h])) > 1 || of_quad(deep[h]) != 0;
+    }
+    const Words<Steps> words{memory.words[at], book.low + (g * stages + stage) * 256 * F::kPadded, q};
+    if (__any_sync(kAll, close)) {
+#pragma unroll 1
+      for (int h = 0; h < 2; ++h) {
+        const auto of = [&](const auto& both) { return h == 0 ? both[0] : both[1]; };
+        const unsigned set0 = of(near0), set1 = of(near1), mine0 = of_quad(set0), mine1 = of_quad(set1);
+        const int count = __popc(mine0) + __popc(mine1);
+        const bool many = count > 2 || of_quad(of(deep)) != 0, pair = count == 2 && !many;
+        if (!__any_sync(kAll, pair || many)) continue;
+        float row[F::kCores][2];
+#pragma unroll
+        for (int n = 0; n < F::kCores; ++n)
+#pragma unroll
+          for (int b = 0; b < 2; ++b) row[n][b] = h == 0 ? r[0][n][b] : r[1][n][b];
+        const float its_error = of(error), its_norm = of(scale) * of(high_norm);  // of r, at most
+        int chosen = of(code), rival = -1;  // rival: the higher of two codes that only float64 can tell apart
+        if (__any_sync(kAll, pair)) {
+          const int code0 = code_of(h == 0 ? best[0][0].first : best[0][1].first, 0, q);
+          const int code1 = code_of(h == 0 ? best[1][0].first : best[1][1].first, 1, q);
+          const bool front0 = mine0 != 0, back0 = __popc(mine0) == 2;
+          const int front = (__ffs(static_cast<int>(front0 ? mine0 : mine1)) - 1) & 3;
+          const int back = (31 - __clz(static_cast<int>(back0 ? mine0 : mine1))) & 3, base = lane & 28;
+          const int one = __shfl_sync(kAll, code0, base + front), two = __shfl_sync(kAll, code1, base + front);
+          const int three = __shfl_sync(kAll, code0, base + back), four = __shfl_sync(kAll, code1, base + back);
+          const int a = front0 ? one : two, b = back0 ? three : four, lower = min(a, b), upper = max(a, b);
+          const float lead = quad_sum(pair ? words.dot_difference(row, lower, upper) : 0.0f) -
+                             (half_norms[lower] - half_norms[upper]);
+          const float doubt = 1.02f * (2 * (its_error * bounds.largest + its_norm * bounds.low_off) +
+                                       (4 * Steps + 12) * 0x1p-23f * its_norm * bounds.largest +
+                                       0x1p-22f * (half_norms[lower] + half_norms[upper]));
+          if (pair) {
+            chosen = lead > 0 ? lower : upper;
+            if (!(fabsf(lead) > doubt)) chosen = lower, rival = upper;
+          }
+        }
+        unsigned open = __ballot_sync(kAll, q == 0 && (many || rival >= 0));
+#pragma unroll 1
+        for (; open != 0; open &= open - 1) {
+          const int leader = __ffs(static_cast<int>(open)) - 1, index = leader / 4 + 8 * h;
+          const int a = __shfl_sync(kAll, chosen, leader), b = __shfl_sync(kAll, rival, leader);
+          const int64_t flat = first_row + warp * kWarpRows + index, at_batch = flat / side.most;
+          int64_t start;
+          side.source.rows(layer, call, at_batch, &start);
+          __syncwarp();  // the stages before were written by another lane
+          const Exact exact{layer, call, book, side.source, at_batch, start + flat % side.most, g, origins[index].target};
+          int better;
+          if (b < 0) {
+            float its[F::kCores][2];
+#pragma unroll
+            for (int n = 0; n < F::kCores; ++n)
+#pragma unroll
+              for (int e = 0; e < 2; ++e) its[n][e] = __shfl_sync(kAll, row[n][e], leader + q);
+            better = among_near<Steps>(exact, stage, words, its, half_norms, bounds, __shfl_sync(kAll, its_error, leader),
+                                       __shfl_sync(kAll, its_norm, leader), set0 >> leader & 15, set1 >> leader & 15,
+                                       memory.scores[warp]);
+          } else {
+            better = exact.beats(stage, a, b) ? b : a;
+          }
+          if (quad == leader / 4) chosen = better;
+        }
+        if (h == 0) code[0] = chosen;
+        else code[1] = chosen;
+      }
+    }
+    if (target != nullptr) target[stage] = static_cast<int8_t>(q == 0 ? code[0] : code[1]);
+    if (stage + 1 == stages) break;
+
+    // The next residuals.
+    uint4 low[2][Steps / 2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int j = 0; j < Steps / 2; ++j) low[h][j] = words.low_of(code[h], j);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const char* high = words.high_of(code[h]);
+      squares[h] = 0;
+#pragma unroll
+      for (int n = 0; n < F::kCores; ++n) {
+        const float2 x = words.high_pair(high, n), y = words.low_pair(low[h][n / 4], n % 4);
+        float(&mine)[2] = r[h][n];
+        mine[0] -= bounds.scale * x.x, mine[1] -= bounds.scale * x.y;
+        mine[0] -= bounds.scale * y.x, mine[1] -= bounds.scale * y.y;
+        squares[h] += mine[0] * mine[0] + mine[1] * mine[1];
+      }
+      norm[h] = root_above(quad_sum(squares[h]));
+      error[h] = 1.0001f * (error[h] + bounds.scale * (bounds.low_off + 0x1p-23f * bounds.largest) + 0x1p-23f * norm[h]);
+    }
+    __syncwarp();
+    if (lane == 0 && stage + 2 < stages) {  // whoever is last to read a stage's codewords fetches those of the next but one
+      __threadfence_block();
+      if (atomicAdd(memory.done + at, 1) + 1 == 4 * static_cast<unsigned>(__popc(active))) {
+        memory.done[at] = 0;
+        __threadfence_block();
+        fence_bulk();
+        start_load(stage + 2);
+      }
+    }
+  }
+}
+
+#else
+
+template <int Steps, int Groups>
+__global__ void encode_rows(const __grid_constant__ gsrq_layer, const __grid_constant__ gsrq_call,
+                            const __grid_constant__ Sides) {}  // never launched
+
+#endif
+
+template <int Steps, int Groups>
+bool ready() {
+  const auto kernel = encode_rows<Steps, Groups>;
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
+         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Memory<Steps, Groups>)) ==
+             cudaSuccess;
+}
+
+// Multiprocessors of the current device, 0 where it cannot run the kernel; asked once a device.
+int processors(int padded) {
+  static std::mutex mutex;
+  static std::map<int, int> known;
+  int device = 0;
+  if (padded != 64 && padded != 128) return 0;
+  if (cudaGetDevice(&device) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  int count = 0;
+  const bool can = ready<4, 1>() && ready<4, 3>() && ready<8, 1>() && ready<8, 3>() &&
+                   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  cudaGetLastError();
+  return known[device] = can ? count : 0;
+}
+
+template <int Steps, int Groups>
+int launch(const gsrq_layer& layer, const gsrq_call& call, Sides& sides, cudaStream_t stream) {
+  int64_t grid[2] = {0, 0};
+  for (int i = 0; i < 2; ++i) {
+    Side& side = sides.of[i];
+    const int64_t tiles = (side.batch * side.most + 64 * Groups - 1) / (64 * Groups);
+    grid[i] = tiles * side.book.book.groups;
+    if (grid[0] + grid[1] > INT32_MAX)
+      return fail("encode: %lld blocks are too many", static_cast<long long>(grid[0] + grid[1]));
+    side.tiles = static_cast<unsigned>(tiles);
+  }
+  sides.first = static_cast<unsigned>(grid[0]);
+  encode_rows<Steps, Groups><<<static_cast<unsigned>(grid[0] + grid[1]), 128 * Groups, sizeof(Memory<Steps, Groups>), stream>>>(
+      layer, call, sides);
+  return launched("encode_tiled");
+}
+
+}  // namespace
+
+bool encode_tiled_serves(int32_t padded) { return processors(padded) > 0; }
+
+int encode_tiled(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook* const* books,
+                 const EncodeSource* const* sources, int count, cudaStream_t stream) {
+  Sides sides{};
+  sides.scored = kScored;
+  int64_t small = 0;  // blocks of one group of warps
+  const int padded = books[0]->padded;
+  const bool swap = count == 2 && books[1]->book.stages > books[0]->book.stages;  // the longer work first
+  for (int i = 0; i < count; ++i) {
+    Side& side = sides.of[swap ? 1 - i : i];
+    side.book = *books[i], side.source = *sources[i];
+    side.batch = encode_batch(call, *sources[i]), side.most = ::gsrq::cuda::encode_rows(layer, call, *sources[i]);
+    small += (side.batch * side.most + 63) / 64 * side.book.book.groups;
+  }
+  const bool few = small <= processors(padded);
+  if (padded == 64) return few ? launch<4, 1>(layer, call, sides, stream) : launch<4, 3>(layer, call, sides, stream);
+  return few ? launch<8, 1>(layer, call, sides, stream) : launch<8, 3>(layer, call, sides, stream);
+}
+
+}  // namespace gsrq::cuda
