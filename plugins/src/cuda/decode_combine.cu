@@ -11,27 +11,49 @@ namespace gsrq::cuda::decoding {
 namespace {
 
 constexpr int kPadHalves = 8;
-// (row, query head) pairs and codewords of a block at a time: many rows, or few and all codewords in flight at once.
-constexpr int kManyRows = 32, kManyCodes = 64, kFewRows = 16, kFewCodes = 256;
+// (row, query head) pairs and codewords of a block at a time: many rows in turns of half the codebook, or few rows and a
+// quarter of it a block.
+constexpr int kManyRows = 32, kManyCodes = 128, kFewRows = 16, kFewCodes = 64;
 
-// One value slot of one head: the bins of up to Rows (row, query head) pairs times the slot's 256 codewords. The bins, at
-// most 1 after division by their sum, are split into two float16 of 22 bits together.
-template <int Rows, int Codes, int Lanes>
+bool few_rows(const gsrq_call& call, const DecodePlan& plan) { return call.batch * plan.lanes <= kFewRows; }
+
+template <int Lanes>
+__device__ inline void load_lanes(float (&to)[Lanes], const float* from) {
+  if constexpr (Lanes == 1) {
+    to[0] = __ldg(from);
+  } else {
+#pragma unroll
+    for (int h = 0; h < Lanes; h += 4) {
+      const float4 v = __ldg(reinterpret_cast<const float4*>(from + h));
+      to[h] = v.x, to[h + 1] = v.y, to[h + 2] = v.z, to[h + 3] = v.w;
+    }
+  }
+}
+
+constexpr int kWarps = kCombineThreads / 32;
+
+// Pieces: of 8 dims, a warp has. One value slot of one head: the bins of up to Rows (row, query head) pairs times the slot's 256 codewords, or a quarter of
+// them. The bins, at most 1 after division by their sum, are split into two float16 of 22 bits together.
+template <int Rows, int Codes, int Lanes, int Pieces>
 __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                                const Stretches& coded, int block) {
+  constexpr bool kFew = Codes == kFewCodes;
+  constexpr int kSplits = kFew ? kCodewords / Codes : 1;
   const int vheads = coded.vheads;
-  char* const raw = shared_memory;
-  const int slot = block % plan.slots, vhead = block / plan.slots % vheads, kv_head = vhead / plan.parts;
-  const int rows_at_once = Rows / Lanes, first_row = block / (plan.slots * vheads) * rows_at_once;
-  const int rows = min(rows_at_once, call.batch - first_row), pairs = rows * Lanes, tiles = (pairs + 15) / 16;
+  const int split = block % kSplits, of = block / kSplits;
+  const int slot = of % plan.slots, vhead = of / plan.slots % vheads, kv_head = vhead / plan.parts;
+  constexpr int kRowsAtOnce = Rows / Lanes;
+  const int first_row = of / (plan.slots * vheads) * kRowsAtOnce;
+  const int rows = min(kRowsAtOnce, call.batch - first_row), pairs = rows * Lanes, tiles = (pairs + 15) / 16;
   const int width = plan.width, pitch = width + kPadHalves;
-  constexpr int kBinPitch = Codes + kPadHalves, kAhead = Codes == kFewCodes ? 8 : 2;  // loads under way
-  __half* words = reinterpret_cast<__half*>(raw);  // [Codes][pitch]
-  __half* high = words + Codes * pitch;            // [Rows][kBinPitch]
+  constexpr int kBinPitch = Codes + kPadHalves;
+  __half* words = reinterpret_cast<__half*>(shared_memory);  // [Codes][pitch]
+  __half* high = words + Codes * pitch;                      // [Rows][kBinPitch]
   __half* low = high + Rows * kBinPitch;
-  __shared__ int first_owner[Rows], last_owner[Rows];
+  float* const factors = reinterpret_cast<float*>(low + Rows * kBinPitch);  // [owners of the rows][Lanes]
+  float* const of_groups = factors + (kRowsAtOnce + coded.owners) * Lanes;  // [threads][Lanes], where rows are few
+  __shared__ int owners[Rows], first_factor[Rows];
   __shared__ int64_t first_partial[Rows];
-  __shared__ float reference[Rows], inverse[Rows];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
   // The codewords: sub-vector, column and stage of the slot.
@@ -41,18 +63,19 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
                        (group * layer.values.stages + slot % layer.values.stages) * kCodewords * layer.values.width + column;
   const int vectors = width / 8;
   const auto load_words = [&](int first_code) {
-#pragma unroll 2 * kAhead
+#pragma unroll 4
     for (int i = thread; i < Codes * vectors; i += kCombineThreads) {
       const int code = i / vectors, at = i % vectors * 8;
-      const __half* source = from + static_cast<int64_t>(first_code + code) * layer.values.width + at;
-      *reinterpret_cast<uint4*>(words + code * pitch + at) = __ldg(reinterpret_cast<const uint4*>(source));
+      copy_async(words + code * pitch + at, from + static_cast<int64_t>(first_code + code) * layer.values.width + at, true);
     }
+    commit_async();
   };
-  load_words(0);
+  load_words(split * Codes);
 
   const Line line = line_of(layer, call, vheads, coded.owners, coded.by_row);
   if (warp == 0) {
     int64_t before = chunks_before(layer, call, first_row);
+    int factors_before = 0;
     for (int at = 0; at < rows; at += 32) {
       const int r = at + lane;
       const int64_t own = r < rows ? chunks_of(layer, call, first_row + r) : 0;
@@ -61,86 +84,138 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
         const int64_t up = __shfl_up_sync(~0u, sum, o);
         if (lane >= o) sum += up;
       }
+      int first = 0, used = 0;
+      if (own > 0) {
+        const int64_t begin = line.first_chunk(vhead, before + sum - own, own);
+        first = line.owner(begin);
+        used = line.owner(begin + own - 1) - first + 1;
+      }
+      int total = used;
+      for (int o = 1; o < 32; o *= 2) {
+        const int up = __shfl_up_sync(~0u, total, o);
+        if (lane >= o) total += up;
+      }
       if (r < rows) {
-        const int64_t begin = line.first_chunk(vhead, before + sum - own, own), row = first_row + r;
-        first_owner[r] = own > 0 ? line.owner(begin) : 0;
-        last_owner[r] = own > 0 ? line.owner(begin + own - 1) : -1;
-        first_partial[r] = coded.by_row ? row * vheads + vhead : static_cast<int64_t>(vhead) * call.batch + row;
+        const int64_t row = first_row + r;
+        owners[r] = used;
+        first_factor[r] = factors_before + total - used;
+        first_partial[r] = (coded.by_row ? row * vheads + vhead : static_cast<int64_t>(vhead) * call.batch + row) + first;
       }
       before += __shfl_sync(~0u, sum, 31);
+      factors_before += __shfl_sync(~0u, total, 31);
     }
   }
   __syncthreads();
   wait_for_previous();
-  for (int i = thread; i < pairs; i += kCombineThreads) {
-    const int r = i / Lanes, h = i % Lanes;
-    const int64_t base = first_partial[r];
-    float most = kNone, sum = 0;
-    for (int k = first_owner[r]; k <= last_owner[r]; ++k) most = fmaxf(most, memory.state[(base + k) * Lanes + h].x);
-    for (int k = first_owner[r]; k <= last_owner[r]; ++k) {
-      const float2 s = memory.state[(base + k) * Lanes + h];
-      if (s.x != kNone) sum += s.y * exp2f(s.x - most);
+
+  // A thread has all heads of some (row, codeword); where rows are few, every Groups-th owner's of one.
+  constexpr int kItems = Rows * Codes / Lanes / kCombineThreads > 0 ? Rows * Codes / Lanes / kCombineThreads : 1;
+  const int way = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
+  const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
+  const int code_stride = coded.by_slot ? Lanes : plan.stride, place_stride = coded.by_slot ? kCodewords * Lanes : Lanes;
+  const float* const own_bins = memory.bins + static_cast<int64_t>(way) * plan.bins() + place * place_stride;
+  const int groups = kFew ? max(kCombineThreads / (rows * Codes), 1) : 1;
+  float totals[kItems][Lanes];
+  const auto load_first = [&](int first_code) {
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const int i = thread + j * kCombineThreads, r = i / Codes % (groups > 1 ? rows : kRowsAtOnce);
+      const int k = groups > 1 ? i / (rows * Codes) : 0;
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h) totals[j][h] = 0;
+      if (i < groups * rows * Codes && k < owners[r])
+        load_lanes<Lanes>(totals[j], own_bins + (first_partial[r] + k) * partial_bins + (first_code + i % Codes) * code_stride);
     }
-    reference[i] = most;
-    inverse[i] = sum > 0 ? 1 / sum : 0.0f;
-    if (slot == 0)
+  };
+  load_first(split * Codes);
+
+  // Eight lanes a pair.
+  static_assert(Rows * 8 <= kCombineThreads, "one pass");
+  {
+    const int pair = thread / 8, r = pair / Lanes, h = pair % Lanes, n = pair < pairs ? owners[r] : 0;
+    const float2* const state = memory.state + (pair < pairs ? first_partial[r] * Lanes + h : 0);
+    float most = kNone, sum = 0;
+    for (int k = thread % 8; k < n; k += 8) most = fmaxf(most, __ldg(&state[static_cast<int64_t>(k) * Lanes].x));
+#pragma unroll
+    for (int o = 4; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+    for (int k = thread % 8; k < n; k += 8) {
+      const float2 s = __ldg(&state[static_cast<int64_t>(k) * Lanes]);
+      const float factor = s.x == kNone ? 0.0f : exp2f(s.x - most);
+      sum += s.y * factor;
+      factors[(first_factor[r] + k) * Lanes + h] = factor;
+    }
+#pragma unroll
+    for (int o = 4; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    const float inverse = sum > 0 ? 1 / sum : 0.0f;
+    for (int k = thread % 8; k < n; k += 8) factors[(first_factor[r] + k) * Lanes + h] *= inverse;
+    if (slot == 0 && split == 0 && pair < pairs && thread % 8 == 0)
       memory.combined[(static_cast<int64_t>(vhead) * call.batch + first_row + r) * Lanes + h] = make_float2(most, sum);
   }
   __syncthreads();
 
-  const int way = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
   const int g = lane / 4, t = lane % 4;
-  constexpr int kWarps = kCombineThreads / 32, kPieces = 256 / 8 / kWarps;  // pieces of 8 dims of a warp
-  float sums[Rows / 16][kPieces][4];
+  float sums[Rows / 16][Pieces][4];
 #pragma unroll
   for (int i = 0; i < Rows / 16; ++i)
 #pragma unroll
-    for (int j = 0; j < kPieces; ++j)
+    for (int j = 0; j < Pieces; ++j)
 #pragma unroll
       for (int k = 0; k < 4; ++k) sums[i][j][k] = 0;
 
-  for (int first_code = 0; first_code < kCodewords; first_code += Codes) {
-    if (first_code > 0) load_words(first_code);
-    // Bins of all owners, scaled and added in the owners' order; a thread has the heads of one (row, codeword).
-#pragma unroll 2
-    for (int i = thread; i < tiles * 16 / Lanes * Codes; i += kCombineThreads) {
-      const int code = i % Codes, r = i / Codes;
-      float totals[Lanes] = {};
-      if (r < rows) {
-        const int64_t base = first_partial[r];
-        const float* bins = memory.bins + way * plan.bins() + (first_code + code) * plan.stride + place * Lanes;
-#pragma unroll kAhead
-        for (int k = first_owner[r]; k <= last_owner[r]; ++k) {
-          const float* from_bins = bins + (base + k) * plan.ways * plan.bins();
-          const float2* state = memory.state + (base + k) * Lanes;
+#pragma unroll 1
+  for (int first_code = split * Codes; first_code < (kFew ? (split + 1) * Codes : kCodewords); first_code += Codes) {
+    if (first_code > split * Codes) {
+      load_words(first_code);
+      load_first(first_code);
+    }
+    // Bins of all owners, scaled and added in the owners' order.
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const int i = thread + j * kCombineThreads, code = i % Codes, r = i / Codes % (groups > 1 ? rows : kRowsAtOnce);
+      const int first = groups > 1 ? i / (rows * Codes) : 0;
+      const bool here = i < groups * rows * Codes;
+      const int n = here ? owners[r] : 0;
+      if (first < n) {
+        const float* const factor = factors + first_factor[r] * Lanes;
+        const float* const bins = own_bins + first_partial[r] * partial_bins + (first_code + code) * code_stride;
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) totals[j][h] *= factor[first * Lanes + h];
+#pragma unroll 4
+        for (int k = first + groups; k < n; k += groups) {
           float v[Lanes];
-          if constexpr (Lanes == 1) {
-            v[0] = __ldg(from_bins);
-          } else {
+          load_lanes<Lanes>(v, bins + k * partial_bins);
 #pragma unroll
-            for (int h = 0; h < Lanes; h += 4)
-              *reinterpret_cast<float4*>(v + h) = __ldg(reinterpret_cast<const float4*>(from_bins + h));
-          }
-#pragma unroll
-          for (int h = 0; h < Lanes; ++h) totals[h] += exp2_fast(__ldg(state + h).x - reference[r * Lanes + h]) * v[h];
+          for (int h = 0; h < Lanes; ++h) totals[j][h] += factor[k * Lanes + h] * v[h];
         }
       }
+      if (kFew && j == 0 && groups > 1) {  // the groups' sums, in their order
 #pragma unroll
-      for (int h = 0; h < Lanes; ++h) {
-        const int at = r * Lanes + h;
-        const float total = r < rows ? totals[h] * inverse[at] : 0.0f;
-        const __half top = __float2half_rn(total);
-        high[at * kBinPitch + code] = top;
-        low[at * kBinPitch + code] = __float2half_rn(total - __half2float(top));
+        for (int h = 0; h < Lanes; ++h) of_groups[i * Lanes + h] = totals[j][h];
+        __syncthreads();
+        if (i < rows * Codes)
+          for (int k = 1; k < groups; ++k)
+#pragma unroll
+            for (int h = 0; h < Lanes; ++h) totals[j][h] += of_groups[(i + k * rows * Codes) * Lanes + h];
+      }
+      if (i / Codes < tiles * 16 / Lanes) {
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) {
+          const int at = (i / Codes) * Lanes + h;
+          const float total = i < rows * Codes ? totals[j][h] : 0.0f;
+          const __half top = __float2half_rn(total);
+          high[at * kBinPitch + code] = top;
+          low[at * kBinPitch + code] = __float2half_rn(total - __half2float(top));
+        }
       }
     }
+    wait_async<0>();
     __syncthreads();
 
 #pragma unroll 1
     for (int k = 0; k < Codes; k += 16) {
-      uint32_t b[kPieces][2];  // codewords k .. k + 15 of 8 dims, as the product wants them
+      uint32_t b[Pieces][2];  // codewords k .. k + 15 of 8 dims, as the product wants them
 #pragma unroll
-      for (int j = 0; j < kPieces; ++j) {
+      for (int j = 0; j < Pieces; ++j) {
         const int piece = warp + j * kWarps;
         if (piece * 8 >= width) break;
         const uint32_t address =
@@ -158,7 +233,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
                                  *reinterpret_cast<const uint32_t*>(at + 8),
                                  *reinterpret_cast<const uint32_t*>(at + 8 * kBinPitch + 8)};
 #pragma unroll
-          for (int j = 0; j < kPieces; ++j)
+          for (int j = 0; j < Pieces; ++j)
             if ((warp + j * kWarps) * 8 < width) multiply(sums[i][j], a, b[j][0], b[j][1]);
         }
       }
@@ -169,27 +244,27 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
 #pragma unroll
   for (int i = 0; i < Rows / 16; ++i)
 #pragma unroll
-    for (int j = 0; j < kPieces; ++j)
+    for (int j = 0; j < Pieces; ++j)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int at = i * 16 + g + 8 * r, piece = warp + j * kWarps;
         if (at >= pairs || piece * 8 >= width) continue;
         const int64_t row = first_row + at / Lanes;
         float* to = memory.values +
-                    (((static_cast<int64_t>(vhead) * plan.slots + slot) * call.batch + row) * Lanes + at % Lanes) * width +
-                    piece * 8 + 2 * t;
+                    (((static_cast<int64_t>(vhead) * plan.slots + slot) * kSplits + split) * call.batch + row) * Lanes * width +
+                    at % Lanes * width + piece * 8 + 2 * t;
         *reinterpret_cast<float2*>(to) = make_float2(sums[i][j][2 * r], sums[i][j][2 * r + 1]);
       }
 }
 
-template <int Rows, int Codes, int Lanes>
+template <int Rows, int Codes, int Lanes, int Pieces>
 __global__ void __launch_bounds__(kCombineThreads, 3)
     combine_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                    const __grid_constant__ DecodePlan plan, Memory memory, const __grid_constant__ Stretches coded,
                    int value_blocks, int splits) {
   const int block = blockIdx.x;
   let_next_begin();
-  if (block < value_blocks) combine_values<Rows, Codes, Lanes>(layer, call, plan, memory, coded, block);
+  if (block < value_blocks) combine_values<Rows, Codes, Lanes, Pieces>(layer, call, plan, memory, coded, block);
   else attend_exact<Lanes>(layer, call, plan, memory, coded.vheads, splits, block - value_blocks);
   wait_for_previous();  // exact tokens need nothing of it, but what follows does
 }
@@ -199,7 +274,7 @@ constexpr int kFinishThreads = 128;
 // The sum of the coded and exact parts of one (row, query head).
 __global__ void __launch_bounds__(kFinishThreads)
     finish(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
-           const __grid_constant__ DecodePlan plan, Memory memory, int has_coded, int splits) {
+           const __grid_constant__ DecodePlan plan, Memory memory, int has_coded, int splits, int code_splits) {
   const int vhead = blockIdx.x / plan.part_heads, h = blockIdx.x % plan.part_heads, row = blockIdx.y;
   const int kv_head = vhead / plan.parts, part = vhead % plan.parts, vheads = gridDim.x / plan.part_heads;
   const int d = layer.head_dim;
@@ -223,10 +298,11 @@ __global__ void __launch_bounds__(kFinishThreads)
     if (coded.y > 0) {
       const int64_t slot_stride = static_cast<int64_t>(call.batch) * plan.lanes * plan.width;
       const float* from =
-          memory.values + (static_cast<int64_t>(vhead) * plan.slots + e / plan.width * layer.values.stages) * slot_stride +
+          memory.values +
+          (static_cast<int64_t>(vhead) * plan.slots + e / plan.width * layer.values.stages) * code_splits * slot_stride +
           (static_cast<int64_t>(row) * plan.lanes + h) * plan.width + e % plan.width;
 #pragma unroll 16
-      for (int r = 0; r < layer.values.stages; ++r) value += from[r * slot_stride];
+      for (int r = 0; r < layer.values.stages * code_splits; ++r) value += from[r * slot_stride];
       sum = coded.y * exp2f(coded.x - most);
       value *= sum;
     }
@@ -243,20 +319,26 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 using CombineKernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Memory, Stretches, int, int);
 
-template <int Rows, int Codes>
-CombineKernel combine_of(int lanes) {
-  return lanes == 1   ? combine_kernel<Rows, Codes, 1>
-         : lanes == 4 ? combine_kernel<Rows, Codes, 4>
-                      : combine_kernel<Rows, Codes, 8>;
+template <int Lanes, int Pieces>
+CombineKernel combine_of(bool few) {
+  return few ? combine_kernel<kFewRows, kFewCodes, Lanes, Pieces> : combine_kernel<kManyRows, kManyCodes, Lanes, Pieces>;
+}
+
+template <int Lanes>
+CombineKernel combine_of(const DecodePlan& plan, bool few) {
+  return plan.width <= 2 * 8 * kWarps ? combine_of<Lanes, 2>(few) : combine_of<Lanes, 4>(few);
 }
 
 CombineKernel combine_of(const DecodePlan& plan, bool few) {
-  return few ? combine_of<kFewRows, kFewCodes>(plan.lanes) : combine_of<kManyRows, kManyCodes>(plan.lanes);
+  return plan.lanes == 1   ? combine_of<1>(plan, few)
+         : plan.lanes == 4 ? combine_of<4>(plan, few)
+                           : combine_of<8>(plan, few);
 }
 
-int combine_bytes(const DecodePlan& plan, int rows, int codes) {
-  const int values = 2 * (codes * (plan.width + kPadHalves) + 2 * rows * (codes + kPadHalves));
-  return std::max(values, 4 * (8 * plan.head_dim + 2 * kExactTokens * (plan.head_dim + 8)));
+int combine_bytes(const DecodePlan& plan, int rows, int codes, int owners, bool with_exact) {
+  const int values = 2 * (codes * (plan.width + kPadHalves) + 2 * rows * (codes + kPadHalves)) +
+                     4 * plan.lanes * (rows / plan.lanes + owners + (codes == kFewCodes ? kCombineThreads : 0));
+  return std::max(values, with_exact ? exact_bytes(plan.head_dim) : 0);
 }
 
 }  // namespace
@@ -265,23 +347,29 @@ int exact_splits(const gsrq_layer& layer) {
   return static_cast<int>((gsrq_exact_slots(layer.sinks, layer.window, layer.block) + kExactTokens - 1) / kExactTokens);
 }
 
+int value_splits(const gsrq_call& call, const DecodePlan& plan) { return few_rows(call, plan) ? kCodewords / kFewCodes : 1; }
+
 int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
-            const Stretches& coded, cudaStream_t stream) {
-  const bool few = call.batch * plan.lanes <= kFewRows;
+            const Stretches& coded, bool with_exact, cudaStream_t stream) {
+  const bool few = few_rows(call, plan);
   const int rows = few ? kFewRows : kManyRows, rows_at_once = rows / plan.lanes, splits = exact_splits(layer);
-  const int64_t value_blocks =
-      coded.any ? static_cast<int64_t>(plan.slots) * coded.vheads * ((call.batch + rows_at_once - 1) / rows_at_once) : 0;
-  const int64_t blocks = value_blocks + static_cast<int64_t>(splits) * coded.vheads * call.batch;
+  const int code_splits = value_splits(call, plan);
+  const int64_t value_blocks = coded.any ? static_cast<int64_t>(plan.slots) * code_splits * coded.vheads *
+                                               ((call.batch + rows_at_once - 1) / rows_at_once)
+                                         : 0;
+  const int64_t blocks = value_blocks + (with_exact ? static_cast<int64_t>(splits) * coded.vheads * call.batch : 0);
   if (call.batch > 65535 || blocks > INT32_MAX) return fail("decode: %d rows are too many", call.batch);
   const CombineKernel kernel = combine_of(plan, few);
-  const int bytes = combine_bytes(plan, rows, few ? kFewCodes : kManyCodes);
+  const int bytes = combine_bytes(plan, rows, few ? kFewCodes : kManyCodes, coded.owners, with_exact);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("combine");
-  launch(coded.any, kernel, static_cast<unsigned>(blocks), kCombineThreads, bytes, stream, layer, call, plan, memory, coded,
-         static_cast<int>(value_blocks), splits);
+  if (blocks > 0)
+    launch(coded.any, kernel, static_cast<unsigned>(blocks), kCombineThreads, bytes, stream, layer, call, plan, memory, coded,
+           static_cast<int>(value_blocks), splits);
   if (launched("combine")) return 1;
   const dim3 heads(static_cast<unsigned>(coded.vheads * plan.part_heads), static_cast<unsigned>(call.batch));
-  launch(true, finish, heads, kFinishThreads, 0, stream, layer, call, plan, memory, static_cast<int>(coded.any), splits);
+  launch(true, finish, heads, kFinishThreads, 0, stream, layer, call, plan, memory, static_cast<int>(coded.any), splits,
+         code_splits);
   return launched("finish");
 }
 

@@ -8,15 +8,18 @@ namespace gsrq::cuda::decoding {
 // Bytes of the parts of Memory that depend on it: blocks of 32 exact tokens that a row can have.
 int exact_splits(const gsrq_layer& layer);
 
+// Products of a value slot with parts of its codebook, which finish() adds: a factor of Memory::values.
+int value_splits(const gsrq_call& call, const DecodePlan& plan);
+
 // How the coded tokens were cut: into a Line (by_row as there) of stretches for `owners` clusters or blocks; any: false where no
-// call of this size has coded tokens.
+// call of this size has coded tokens; by_slot: a way's bins lie [slot][codeword][lane], not [codeword][slot][lane].
 struct Stretches {
   int vheads, owners;
-  bool by_row, any;
+  bool by_row, any, by_slot;
 };
 
-// Launches both kernels, behind the one that filled bins and state.
+// Launches both kernels, behind the one that filled bins and state. with_exact: exact tokens are still to be attended to.
 int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
-            const Stretches& coded, cudaStream_t stream);
+            const Stretches& coded, bool with_exact, cudaStream_t stream);
 
 }  // namespace gsrq::cuda::decoding

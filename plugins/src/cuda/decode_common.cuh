@@ -40,7 +40,7 @@ struct Memory {  // of a call
   float2* scratch_state;  // [CTAs][2][lanes]
   float2* state;     // [partials][lanes]: reference (log2) and sum of weights
   float2* combined;  // [vheads][batch][lanes]: the same over all partials
-  float* values;     // [vheads][slots][batch][lanes][width], divided by the sum
+  float* values;     // [vheads][slots][value_splits][batch][lanes][width], divided by the sum
   float* exact;      // [batch][vheads][splits][lanes][head_dim]: of exact tokens
   float2* exact_state;  // [batch][vheads][splits][lanes]
 };

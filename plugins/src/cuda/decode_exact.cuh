@@ -8,6 +8,9 @@ namespace gsrq::cuda::decoding {
 constexpr int kCombineThreads = 256;
 constexpr int kExactTokens = 32;  // of a block
 
+// Shared memory of attend_exact.
+inline int exact_bytes(int head_dim) { return 4 * (8 * head_dim + 2 * kExactTokens * (head_dim + 8)); }
+
 // The exact tokens that a row's query sees, in order: sinks, then the newest, the new one last.
 struct ExactTokens {
   int past, first_recent, lowest;  // lowest: the first that a sliding window leaves visible
@@ -207,6 +210,164 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
 #pragma unroll
     for (int h = 0; h < Lanes; ++h)
       memory.exact[(at * Lanes + h) * d + e] = out[h] + (groups == 2 ? keys[h * d + e] : 0.0f);
+}
+
+// What attend_exact_wide takes: the usual head, in 16 bits.
+inline bool exact_is_wide(const gsrq_layer& layer, const gsrq_call& call) {
+  return layer.head_dim == 128 && layer.half_rope == 64 && !layer.rope_interleaved && call.exact_dtype != GSRQ_F32 &&
+         call.dtype != GSRQ_F32 && reinterpret_cast<uintptr_t>(call.query) % 4 == 0 &&
+         (reinterpret_cast<uintptr_t>(layer.cos) | reinterpret_cast<uintptr_t>(layer.sin)) % 8 == 0;
+}
+
+__device__ inline float2 load_pair(uint32_t word, int dtype) {
+  return dtype == GSRQ_F16 ? __half22float2(*reinterpret_cast<const __half2*>(&word))
+                           : make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000));
+}
+
+// Lanes 2 N apart give each other half of their 2 N entries, and add.
+template <int N>
+__device__ inline void exchange(float (&x)[16], int lane) {
+  const bool upper = (lane & (2 * N)) != 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float given = upper ? x[i] : x[i + N], kept = upper ? x[i + N] : x[i];
+    x[i] = kept + __shfl_xor_sync(~0u, given, 2 * N);
+  }
+}
+
+// attend_exact for head_dim 128, four lanes: a warp has four tokens, whose loads are all under way at once, and a lane two pairs
+// of their keys; warps meet once.
+__device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan,
+                                         const Memory& memory, int vheads, int splits, int block) {
+  constexpr int kLanes = 4, kDim = 128, kHalf = 64, kOwn = 4, kWarps = kCombineThreads / 32;
+  static_assert(kOwn * kWarps == kExactTokens, "a token a warp's quarter");
+  const int split = block % splits, vhead = block / splits % vheads, row = block / (splits * vheads);
+  const int kv_head = vhead / plan.parts, part = vhead % plan.parts;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int heads = min(plan.part_heads, plan.group - part * plan.part_heads);
+  const int64_t at = (static_cast<int64_t>(row) * vheads + vhead) * splits + split;
+  if (call.new_lengths[row] <= 0) return;
+  const ExactTokens exact(layer, call, row);
+  const int first = split * kExactTokens, here = min(kExactTokens, exact.count - first);
+  if (here <= 0) return;
+  float* const sums = reinterpret_cast<float*>(shared_memory);  // [warps][4][128]
+  __shared__ float2 states[kWarps][kLanes];
+  const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
+  const int64_t head_row = static_cast<int64_t>(row) * layer.kv_heads + kv_head;
+
+  uint32_t key[kOwn][2];
+  uint2 value[kOwn];
+  float2 c[kOwn], s[kOwn];
+  int type[kOwn];
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const int token = exact.token(first + min(warp * kOwn + j, here - 1));
+    const bool is_new = token == exact.past;
+    const int64_t slot = gsrq_slot32(is_new ? 0 : token, layer.sinks, layer.window, layer.block);
+    const int64_t from = (is_new ? head_row : head_row * slots + slot) * kDim;
+    const uint16_t* const k = static_cast<const uint16_t*>(is_new ? call.key : call.key_exact) + from;
+    const uint16_t* const v = static_cast<const uint16_t*>(is_new ? call.value : call.value_exact) + from;
+    type[j] = is_new ? call.dtype : call.exact_dtype;
+    key[j][0] = __ldg(reinterpret_cast<const uint32_t*>(k) + lane);
+    key[j][1] = __ldg(reinterpret_cast<const uint32_t*>(k + kHalf) + lane);
+    value[j] = __ldg(reinterpret_cast<const uint2*>(v) + lane);
+    const int64_t table = static_cast<int64_t>(token) * kHalf;
+    c[j] = __ldg(reinterpret_cast<const float2*>(layer.cos + table) + lane);
+    s[j] = __ldg(reinterpret_cast<const float2*>(layer.sin + table) + lane);
+  }
+  float q[kLanes][4];  // of pairs 2 lane and 2 lane + 1
+  {
+    const float scale = layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
+    const int64_t table = static_cast<int64_t>(exact.past) * kHalf;
+    const float2 qc = __ldg(reinterpret_cast<const float2*>(layer.cos + table) + lane);
+    const float2 qs = __ldg(reinterpret_cast<const float2*>(layer.sin + table) + lane);
+#pragma unroll
+    for (int h = 0; h < kLanes; ++h) {
+      float2 x = make_float2(0, 0), y = x;
+      if (h < heads) {
+        const uint16_t* const from =
+            static_cast<const uint16_t*>(call.query) +
+            (static_cast<int64_t>(row) * layer.heads + kv_head * plan.group + part * plan.part_heads + h) * kDim;
+        x = load_pair(__ldg(reinterpret_cast<const uint32_t*>(from) + lane), call.dtype);
+        y = load_pair(__ldg(reinterpret_cast<const uint32_t*>(from + kHalf) + lane), call.dtype);
+      }
+      x.x *= scale, x.y *= scale, y.x *= scale, y.y *= scale;
+      q[h][0] = x.x * qc.x - y.x * qs.x;
+      q[h][1] = x.y * qc.y - y.y * qs.y;
+      q[h][2] = y.x * qc.x + x.x * qs.x;
+      q[h][3] = y.y * qc.y + x.y * qs.y;
+    }
+  }
+
+  float dots[kOwn * kLanes];
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    float2 x = load_pair(key[j][0], type[j]), y = load_pair(key[j][1], type[j]);
+    if (type[j] != call.exact_dtype) {  // as the cache will have it
+      x = make_float2(rounded(x.x, call.exact_dtype), rounded(x.y, call.exact_dtype));
+      y = make_float2(rounded(y.x, call.exact_dtype), rounded(y.y, call.exact_dtype));
+    }
+    const float k[4] = {x.x * c[j].x - y.x * s[j].x, x.y * c[j].y - y.y * s[j].y, y.x * c[j].x + x.x * s[j].x,
+                        y.y * c[j].y + x.y * s[j].y};
+#pragma unroll
+    for (int h = 0; h < kLanes; ++h)
+      dots[j * kLanes + h] = q[h][0] * k[0] + q[h][1] * k[1] + q[h][2] * k[2] + q[h][3] * k[3];
+  }
+  // Lane l ends with the sum over lanes of entry l / 2: token l / 8, head l / 2 % 4.
+  exchange<8>(dots, lane);
+  exchange<4>(dots, lane);
+  exchange<2>(dots, lane);
+  exchange<1>(dots, lane);
+  float score = dots[0] + __shfl_xor_sync(~0u, dots[0], 1);
+  if (layer.softcap > 0) score = layer.softcap * tanhf(score / layer.softcap) * kLog2e;
+  const int n = warp * kOwn + lane / 8;
+  if (n >= here || exact.token(first + n) < exact.lowest) score = kNone;
+  const float most = fmaxf(fmaxf(score, __shfl_xor_sync(~0u, score, 8)),
+                           fmaxf(__shfl_xor_sync(~0u, score, 16), __shfl_xor_sync(~0u, score, 24)));
+  const float weight = score == kNone ? 0.0f : exp2f(score - most);
+  float sum = weight + __shfl_xor_sync(~0u, weight, 8);
+  sum += __shfl_xor_sync(~0u, sum, 16);
+  if (lane < 8 && lane % 2 == 0) states[warp][lane / 2] = make_float2(most, sum);
+
+  float out[kLanes][4] = {};  // of dims 4 lane to 4 lane + 3
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    float2 x = load_pair(value[j].x, type[j]), y = load_pair(value[j].y, type[j]);
+    if (type[j] != call.exact_dtype) {
+      x = make_float2(rounded(x.x, call.exact_dtype), rounded(x.y, call.exact_dtype));
+      y = make_float2(rounded(y.x, call.exact_dtype), rounded(y.y, call.exact_dtype));
+    }
+#pragma unroll
+    for (int h = 0; h < kLanes; ++h) {
+      const float w = __shfl_sync(~0u, weight, j * 8 + h * 2);
+      out[h][0] += w * x.x;
+      out[h][1] += w * x.y;
+      out[h][2] += w * y.x;
+      out[h][3] += w * y.y;
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < kLanes; ++h)
+    reinterpret_cast<float4*>(sums + (warp * kLanes + h) * kDim)[lane] =
+        make_float4(out[h][0], out[h][1], out[h][2], out[h][3]);
+  __syncthreads();
+
+  const int h = thread / kHalf, e = thread % kHalf;  // dims 2 e and 2 e + 1
+  float all = kNone, total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) all = fmaxf(all, states[w][h].x);
+  float2 result = make_float2(0, 0);
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const float2 state = states[w][h];
+    const float factor = state.x == kNone ? 0.0f : exp2f(state.x - all);
+    const float2 x = reinterpret_cast<const float2*>(sums + (w * kLanes + h) * kDim)[e];
+    total += state.y * factor;
+    result.x += x.x * factor;
+    result.y += x.y * factor;
+  }
+  reinterpret_cast<float2*>(memory.exact + (at * kLanes + h) * kDim)[e] = result;
+  if (e == 0) memory.exact_state[at * kLanes + h] = make_float2(all, total);
 }
 
 }  // namespace gsrq::cuda::decoding

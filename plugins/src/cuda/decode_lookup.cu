@@ -24,8 +24,10 @@ bool make_lookup_plan(const gsrq_layer& layer, int most_shared, LookupPlan* out)
   if (p.key_width % 16 != 0 || b.width % 8 != 0) return false;
   p.key_slots = layer.keys.stages * (d / p.key_width);
   p.key_parts = (p.key_slots + kPartSlots - 1) / kPartSlots;
+  p.key_inverse = 65535u / p.key_parts + 1;
   b.slots = layer.values.stages * (d / b.width);
   p.value_parts = (b.slots + kPartSlots - 1) / kPartSlots;
+  p.value_inverse = 65535u / p.value_parts + 1;
   if (p.key_parts > kMostParts || p.value_parts > kMostParts) return false;
   b.lanes = kLookupLanes;
   b.group = layer.heads / layer.kv_heads;
@@ -50,6 +52,8 @@ __device__ inline void copy_word(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
 }
 
+__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 __device__ inline void copy_words(void* to, const void* from) {
   const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
@@ -68,7 +72,6 @@ struct Codes {
   const int8_t* base;  // of a linear cache at the item's first token, else of page 0
   uint32_t row_bytes;
   int slots, parts;
-  uint32_t inverse;    // 2^16 / parts, rounded up: exact for the pieces of a warp
   int alignment;       // 8, 4, or 1 where bytes must be taken one by one
 };
 
@@ -79,7 +82,6 @@ __device__ inline Codes codes_of(const gsrq_call& call, const gsrq_codebook& boo
   c.row_bytes = static_cast<uint32_t>(book.groups * book.stages);
   c.slots = slots;
   c.parts = parts;
-  c.inverse = 65535u / static_cast<uint32_t>(parts) + 1;
   c.base = codes + first + (call.block_table == nullptr ? first_row * c.row_bytes : 0);
   const int64_t all = first | c.row_bytes | slots;
   c.alignment = all % 8 == 0 ? 8 : all % 4 == 0 ? 4 : 1;
@@ -87,23 +89,20 @@ __device__ inline Codes codes_of(const gsrq_call& call, const gsrq_codebook& boo
 }
 
 // Starts copying the codes of a warp's tokens to staged[part][thread], for a linear cache in pieces of 8 bytes. Lanes
-// stand token by token, so that what they read together lies together.
+// stand token by token, so that what they read together lies together. Unrolled: addresses wait for no copy.
 template <int Threads>
-__device__ inline void fetch_pieces(const Codes& codes, const int8_t* from, int tokens, int lane, uint32_t staged) {
-  const int parts = codes.parts, pitch = Threads * kPartSlots, all = min(tokens, 32) * parts;
-  const int step = static_cast<int>(32 * codes.inverse >> 16), rest = 32 - step * parts;
-  int token = static_cast<int>(lane * codes.inverse >> 16), part = lane - token * parts;
-#pragma unroll 1
-  for (int i = lane; i < all; i += 32) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(staged + part * pitch + token * kPartSlots),
-                 "l"(from + (token * codes.row_bytes + part * kPartSlots))
-                 : "memory");
-    token += step;
-    part += rest;
-    if (part >= parts) {
-      part -= parts;
-      ++token;
-    }
+__device__ inline void fetch_pieces(const int8_t* from, uint32_t row_bytes, int parts, uint32_t inverse, int tokens, int lane,
+                                    uint32_t staged) {
+  const int all = min(tokens, 32) * parts;
+#pragma unroll
+  for (int i = 0; i < kMostParts; ++i) {
+    if (i >= parts) break;
+    const uint32_t piece = lane + 32 * i, token = piece * inverse >> 16, part = piece - token * parts;
+    if (piece < all)
+      asm volatile(
+          "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(staged + (part * Threads + token) * kPartSlots),
+          "l"(from + (token * row_bytes + part * kPartSlots))
+          : "memory");
   }
 }
 
@@ -155,6 +154,13 @@ __device__ inline void each_slot(uint2 codes, const Fn& fn) {
   each_slot(codes, fn, std::make_integer_sequence<int, kPartSlots>());
 }
 
+// Entry i of a table or bins, [part][code][slot] in shared memory, in memory: [part][slot][code], so that what is read or written
+// for one slot lies together.
+__device__ inline int by_slot(int i) {
+  constexpr int kPart = kCodewords * kPartSlots;
+  return i / kPart * kPart + i % kPartSlots * kCodewords + i % kPart / kPartSlots;
+}
+
 // Of a warp.
 __device__ inline float largest(float x) {
 #pragma unroll
@@ -170,8 +176,9 @@ __device__ __noinline__ float4 capped(float4 x, float cap) {
 // What an item is and has gathered, in shared memory: registers are scarce.
 struct ItemState {
   Codes keys, values;
-  const float4* center;
+  const void* center;
   int64_t partial;  // of all items' in the line's order
+  float4 unit;  // of the center's scores where they are fixed
   float4 now;  // reference (log2) of the window
   float maxima[kManyThreads / 32][kLookupLanes];  // of the warps' scores in a round
   float reference[kLookupLanes], sum[kLookupLanes];  // of the windows that were flushed
@@ -198,6 +205,11 @@ __global__ void __launch_bounds__(Threads, 1)
   const uint32_t bins_at = static_cast<uint32_t>(__cvta_generic_to_shared(bins)) + value_turn * 16 + head_turn * 4;
   const uint32_t staged_at = static_cast<uint32_t>(__cvta_generic_to_shared(staged));
 
+  // Slots past the last stay 0; a flush zeroes bins again.
+  for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads)
+    reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
+  for (int i = thread; i < stage; i += Threads)
+    reinterpret_cast<uint4*>(staged)[i] = make_uint4(0, 0, 0, 0);
   const Line line = line_of(layer, call, vheads, gridDim.x, true);
   Cursor cursor{};
   cursor.start<true>(layer, call, line, blockIdx.x);
@@ -213,27 +225,26 @@ __global__ void __launch_bounds__(Threads, 1)
           codes_of(call, layer.keys, call.key_codes, kv_head, layer.head_dim, plan.key_slots, key_parts, linear_row);
       state.values =
           codes_of(call, layer.values, call.value_codes, kv_head, layer.head_dim, plan.head.slots, value_parts, linear_row);
-      state.center = memory.center + item * memory.padded + begin;
+      state.center = static_cast<const char*>(memory.center) +
+                     (item * memory.padded + begin) * static_cast<int64_t>(memory.fixed ? sizeof(uint2) : sizeof(float4));
       state.partial = item + blockIdx.x;
     }
-    for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads)
-      reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
-    for (int i = thread; i < stage; i += Threads)  // slots past the last stay 0
-      reinterpret_cast<uint4*>(staged)[i] = make_uint4(0, 0, 0, 0);
     if (thread < kLookupLanes) {
       state.reference[thread] = kNone;
       state.sum[thread] = 0;
       state.window[thread] = 0;
     }
     __syncthreads();
-    const auto fetch = [&](const Codes& codes, int round, int first_part) {
+    const auto fetch = [&](const Codes& codes, const gsrq_codebook& book, int parts, uint32_t inverse, int round,
+                           int first_part) {
       const int first = round * Threads + warp * 32, tokens = count - first;
-      if (round < 0 || tokens <= 0) return;
+      if (tokens <= 0) return;
       const int to = (round & 1) * stage + first_part * Threads + warp * 32;
-      if (Simple)
-        fetch_pieces<Threads>(codes, codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first)) * codes.row_bytes,
-                              tokens, lane, staged_at + to * kPartSlots);
-      else if (call.block_table == nullptr)
+      if (Simple) {
+        const uint32_t row_bytes = book.groups * book.stages;
+        fetch_pieces<Threads>(codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first)) * row_bytes, row_bytes, parts,
+                              inverse, tokens, lane, staged_at + to * kPartSlots);
+      } else if (call.block_table == nullptr)
         fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) {
           return codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first + i)) * codes.row_bytes;
         });
@@ -242,15 +253,52 @@ __global__ void __launch_bounds__(Threads, 1)
           return codes.base + code_row(call, row, first_row + first + i) * codes.row_bytes;
         });
     };
+    const auto fetch_keys = [&](int round) { fetch(state.keys, layer.keys, key_parts, plan.key_inverse, round, 0); };
+    const auto fetch_values = [&](int round) {
+      fetch(state.values, layer.values, value_parts, plan.value_inverse, round, key_parts);
+    };
+    fetch_keys(0);  // codes are older than the launch before
+    commit_async();
     wait_for_previous();
-    const float4* from = reinterpret_cast<const float4*>(memory.tables + item * key_parts * (kPartBytes / 4));
-#pragma unroll 4
-    for (int i = thread; i < key_parts * kPartBytes / 16; i += Threads)
-      reinterpret_cast<float4*>(tables)[i] = __ldg(from + i);
+    {
+      const char* const from = reinterpret_cast<const char*>(memory.tables) + item * key_parts * kPartBytes;
+      const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(tables));
+#pragma unroll 1
+      for (int i = thread; i < key_parts * kPartBytes / 16; i += Threads) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 16),
+                     "l"(from + by_slot(i) * 16)
+                     : "memory");
+      }
+    }
+    commit_async();
+    fetch_keys(1);
+    fetch_values(0);
+    commit_async();
+    if (thread == 0 && memory.fixed) state.unit = __ldg(reinterpret_cast<const float4*>(memory.unit) + item);
+    const auto load_center = [&](int token) {
+      if (token >= count) return make_float4(0, 0, 0, 0);
+      if (!memory.fixed) return __ldg(static_cast<const float4*>(state.center) + token);
+      const uint2 both = __ldg(static_cast<const uint2*>(state.center) + token);
+      return make_float4(__uint_as_float(both.x), __uint_as_float(both.y), 0, 0);
+    };
+    const float4 first_center = load_center(thread);
+    wait_async<1>();
     __syncthreads();
+    if (cursor.chunk + cursor.stop - cursor.first < cursor.end && item + 1 < static_cast<int64_t>(call.batch) * vheads) {
+      const char* const from = reinterpret_cast<const char*>(memory.tables) + (item + 1) * key_parts * kPartBytes;
+      for (int i = thread * 128; i < key_parts * kPartBytes; i += Threads * 128) prefetch(from + i);  // the next item's
+    }
     float score[kLookupLanes] = {};
     const auto look_up = [&](int round, float4 sum) {
       const uint2* const codes = staged + (round & 1) * stage + thread;
+      if (memory.fixed) {
+        const float4 unit = state.unit;
+        const uint32_t low = __float_as_uint(sum.x), high = __float_as_uint(sum.y), exponent = 0x4B000000;
+        sum.x = (__uint_as_float(__byte_perm(low, exponent, 0x7610)) - kCenterZero) * unit.x;
+        sum.y = (__uint_as_float(__byte_perm(low, exponent, 0x7632)) - kCenterZero) * unit.y;
+        sum.z = (__uint_as_float(__byte_perm(high, exponent, 0x7610)) - kCenterZero) * unit.z;
+        sum.w = (__uint_as_float(__byte_perm(high, exponent, 0x7632)) - kCenterZero) * unit.w;
+      }
 #pragma unroll
       for (int p = 0; p < kMostParts; ++p) {
         if (p >= key_parts) break;
@@ -271,8 +319,8 @@ __global__ void __launch_bounds__(Threads, 1)
       score[3] = real ? sum.w : kNone;
     };
 
+    constexpr uint32_t kMostOfThread = (1ull << 32) / Threads - kLookupLargest;  // then no bin overflows
     uint32_t window_sum[kLookupLanes] = {};  // of the thread's tokens
-    int window_tokens = 0;
     bool flushed = false;
     // Adds the window's bins, as floats, to those of the item's earlier windows, and zeroes them. All threads call it
     // together, their adds done. Ends with them in step.
@@ -293,15 +341,16 @@ __global__ void __launch_bounds__(Threads, 1)
 #pragma unroll 1
       for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads) {
         uint4* const bin = reinterpret_cast<uint4*>(bins) + i;
+        float4* const sum = totals + by_slot(i);
         const uint4 u = *bin;
         float4 total = make_float4(0, 0, 0, 0);
-        if (flushed) total = __ldcg(totals + i);
+        if (flushed) total = __ldcg(sum);
         total.x = total.x * kept[0] + static_cast<float>(u.x) * added[0];
         total.y = total.y * kept[1] + static_cast<float>(u.y) * added[1];
         total.z = total.z * kept[2] + static_cast<float>(u.z) * added[2];
         total.w = total.w * kept[3] + static_cast<float>(u.w) * added[3];
         *bin = make_uint4(0, 0, 0, 0);
-        __stcg(totals + i, total);
+        __stcg(sum, total);
       }
       __syncthreads();
 #pragma unroll
@@ -313,42 +362,42 @@ __global__ void __launch_bounds__(Threads, 1)
         }
       __syncthreads();
       flushed = true;
-      window_tokens = 0;
     };
 
+    look_up(0, first_center);
     // In step `round` weights of that round are added, then the next one's scores are looked up; codes come for later.
 #pragma unroll 1
-    for (int round = -2; round < rounds; ++round) {
+    for (int round = 0; round < rounds; ++round) {
       __syncwarp();  // all lanes have read what is copied over
-      fetch(state.keys, round + 2, 0);
-      fetch(state.values, round + 1, key_parts);
+      fetch_keys(round + 2);
+      fetch_values(round + 1);
       commit_async();
       wait_async<1>();
       const int token = round * Threads + thread;
-      float4 next = make_float4(0, 0, 0, 0);
-      if (round >= 0) {
+      float4 next;
+      {
         float4 now = state.now;
-        const bool exceeds = round == 0 || score[0] > now.x + kHeadroom || score[1] > now.y + kHeadroom ||
-                             score[2] > now.z + kHeadroom || score[3] > now.w + kHeadroom;
-        const bool anew = __syncthreads_or(exceeds);  // a new reference, the largest here; all earlier adds are done
-        if (anew || window_tokens + Threads > kLookupTokens) {
-          if (window_tokens > 0) flush();
-          if (anew) {
+        const bool exceeds = round == 0 || score[0] > now.x + kLookupHeadroom || score[1] > now.y + kLookupHeadroom ||
+                             score[2] > now.z + kLookupHeadroom || score[3] > now.w + kLookupHeadroom;
+        const uint32_t fullest = max(max(window_sum[0], window_sum[1]), max(window_sum[2], window_sum[3]));
+        // All earlier adds are done.
+        if (__syncthreads_or(exceeds || fullest > kMostOfThread)) {
+          if (round > 0) flush();
 #pragma unroll
-            for (int h = 0; h < kLookupLanes; ++h) {
-              const float most = largest(score[h]);
-              if (lane == h) state.maxima[warp][h] = most;
-            }
-            __syncthreads();
-            const float4 own = lane < Threads / 32 ? *reinterpret_cast<const float4*>(state.maxima[lane])
-                                                   : make_float4(kNone, kNone, kNone, kNone);
-            now = make_float4(largest(own.x), largest(own.y), largest(own.z), largest(own.w));
-            if (thread == 0) state.now = now;
-            __syncthreads();  // the next round reads it
+          for (int h = 0; h < kLookupLanes; ++h) {
+            const float most = largest(score[h]);
+            if (lane == h) state.maxima[warp][h] = most;
           }
+          __syncthreads();
+          const float4 own = lane < Threads / 32 ? *reinterpret_cast<const float4*>(state.maxima[lane])
+                                                 : make_float4(kNone, kNone, kNone, kNone);
+          const float4 most = make_float4(largest(own.x), largest(own.y), largest(own.z), largest(own.w));
+          now = round == 0 ? most
+                           : make_float4(fmaxf(now.x, most.x), fmaxf(now.y, most.y), fmaxf(now.z, most.z), fmaxf(now.w, most.w));
+          if (thread == 0) state.now = now;
+          __syncthreads();  // the next round reads it
         }
-        window_tokens += Threads;
-        if (token + Threads < count) next = __ldg(state.center + token + Threads);
+        next = load_center(token + Threads);
         if (token < count) {
           const float references[kLookupLanes] = {now.x, now.y, now.z, now.w};
           uint32_t weight[kLookupLanes];
@@ -374,11 +423,9 @@ __global__ void __launch_bounds__(Threads, 1)
             });
           }
         }
-      } else if (round == -1 && thread < count) {
-        next = __ldg(state.center + thread);
       }
       __syncwarp();
-      if (round >= -1 && round + 1 < rounds) look_up(round + 1, next);
+      if (round + 1 < rounds) look_up(round + 1, next);
     }
     __syncthreads();
     flush();
@@ -413,21 +460,20 @@ Device device() {
 LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan, int blocks,
                          Arena& workspace) {
   const int64_t vheads = static_cast<int64_t>(layer.kv_heads) * plan.head.parts, rows = vheads * call.batch;
-  const int64_t d = layer.head_dim, pairs = std::max(layer.half_rope, kCenterPairs);
+  const int64_t d = layer.head_dim;
   LookupMemory m{};
   m.parts.bins = workspace.take<float>((rows + blocks) * plan.value_parts * (kPartBytes / 4));
   m.parts.state = workspace.take<float2>((rows + blocks) * kLookupLanes);
   m.parts.combined = workspace.take<float2>(rows * kLookupLanes);
-  m.parts.values = workspace.take<float>(rows * plan.head.slots * kLookupLanes * plan.head.width);
+  m.parts.values =
+      workspace.take<float>(rows * plan.head.slots * value_splits(call, plan.head) * kLookupLanes * plan.head.width);
   m.parts.exact = workspace.take<float>(rows * exact_splits(layer) * kLookupLanes * d);
   m.parts.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
-  m.high = workspace.take<__half>(rows * kLookupLanes * d);
-  m.low = workspace.take<__half>(rows * kLookupLanes * d);
-  m.drifts = workspace.take<float2>(rows * kLookupLanes * pairs);
-  m.rest = workspace.take<float>(rows * kLookupLanes);
   m.tables = workspace.take<float>(rows * plan.key_parts * (kPartBytes / 4));
   m.padded = (gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block) + 63) / 64 * 64;
-  m.center = workspace.take<float4>(rows * m.padded);
+  m.fixed = center_is_fixed(layer);
+  m.center = workspace.take<char>(rows * m.padded * static_cast<int64_t>(m.fixed ? sizeof(uint2) : sizeof(float4)));
+  m.unit = workspace.take<float>(rows * kLookupLanes);
   return m;
 }
 
@@ -475,7 +521,8 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     launch(true, kernel, found.blocks, plan.threads, plan.shared_bytes, stream, layer, call, plan, memory, vheads);
     if (launched("lookup_kernel")) return 1;
   }
-  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, true, memory.padded > 0}, stream);
+  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, true, memory.padded > 0, true}, memory.padded == 0,
+                 stream);
 }
 
 }  // namespace gsrq::cuda

@@ -12,32 +12,37 @@ constexpr int kPartWords = kPartSlots * kLookupLanes;
 constexpr int kPartBytes = kCodewords * kPartWords * 4;    // of a table or of bins
 constexpr int kMostParts = 5;                              // of keys or values
 constexpr int kFixedShared = 2048;                         // of lookup_kernel, beside its tables
-constexpr int kLookupBits = 18;                            // weights are integers of 2^-18 of their window's reference
-constexpr int kLookupTokens = 4095;                        // of a window: 4095 * 2^(18 + 2) < 2^32
+constexpr int kLookupBits = 18;         // weights are integers of 2^-18 of their window's reference
+constexpr float kLookupHeadroom = 3.0f;  // log2 by which one may exceed it
+constexpr uint32_t kLookupLargest = (1u << (kLookupBits + 3)) + 2;  // a weight, and what rounding adds
 constexpr int kCenterSteps = 8, kCenterPairs = 8 * kCenterSteps;  // RoPE pairs that the tensor-core kernel takes
 constexpr int kCenterTiles = 8;                                   // of 16 tokens that one turn of the queries serves
-static_assert(kLookupTokens * 4LL * (1 << kLookupBits) < (1LL << 32), "bins would overflow");
+constexpr float kCenterMost = 32767, kCenterZero = 8421376;       // 2^23 + 2^15: a float with the integer in its low bits
 
 // A slot is a code byte of a head: stage r of the sub-vector, or of the part of one, that lies in the head.
 struct LookupPlan {
   DecodePlan head;  // heads, parts, value slots and bins, as combine() reads them
   int key_slots, key_parts, value_parts, key_width;
+  uint32_t key_inverse, value_inverse;  // 2^16 / parts, rounded up: exact for the pieces of a warp
   int threads;
   int shared_bytes;
 };
 
 struct LookupMemory {
   Memory parts;           // what blocks leave to combine()
-  __half *high, *low;     // [batch][vheads][4][head_dim]: turned and scaled queries = high + low
-  float2* drifts;         // [batch][vheads][pairs][4]: u and v of q . RoPE_t(m) = sum of u cos(t) + v sin(t)
-  float* rest;            // [batch][vheads][4]: of the pairs that do not turn
-  float* tables;          // [batch][vheads][key parts][256][8 slots][4 heads]: query times codeword
-  float4* center;         // [batch][vheads][padded]: query times the turned center, by coded token
+  float* tables;          // [batch][vheads][key parts * 8 slots][256][4 heads]: query times codeword
+  void* center;           // [batch][vheads][padded][4 heads]: query times the turned center, by coded token. As center_is_fixed
+                          // says uint16, integers of `unit` above 2^15, or float
+  float* unit;            // [batch][vheads][4 heads]
   int64_t padded;         // coded tokens of a row, rounded up
   const uint4* offsets;   // of prepare: [tiles][steps][32 lanes], cosines and sines of positions 0 to 127
+  bool fixed;             // center_is_fixed
 };
 
-// Launches what must be known of the queries before coded tokens are looked up.
+// Whether the tensor-core kernel scores the center.
+bool center_is_fixed(const gsrq_layer& layer);
+
+// Launches what must be known of the queries before coded tokens are looked up, and the exact tokens.
 int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan, const LookupMemory& memory,
                    cudaStream_t stream);
 
