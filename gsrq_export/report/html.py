@@ -13,9 +13,13 @@ from gsrq_export.evaluate.recall import LengthRecall, Rate
 from gsrq_export.evaluate.suite import require_finite
 from gsrq_export.report.charts import (
     codebook_figures,
+    paid_back_from,
     rate_figures,
     recall_figures,
     sequence_bits,
+    serving,
+    serving_of,
+    shared_point,
     size,
     size_figures,
     tokens,
@@ -58,9 +62,13 @@ def write_report(
         number=number,
         rate=_rate,
         interval=_interval,
+        bits=bits,
         sequence_bits=sequence_bits,
-        rate_figures=rate_figures(metrics.rates),
+        paid_back_from=paid_back_from,
+        rate_figures=rate_figures(metrics.rates, metrics.exact),
+        rate_point=shared_point(metrics.rates),
         serving=serving,
+        serving_of=serving_of,
         rate_header=(header := _rate_header(metrics.rates)),
         rate_rows=[_rate_row(point, header) for point in metrics.rates],
         recall_figures=recall_figures(metrics.exact, metrics.coded),
@@ -73,6 +81,11 @@ def write_report(
     path.write_text(page, "utf-8")
 
 
+def bits(value: float) -> str:
+    shown = number(value)
+    return f"{shown} bit{'' if shown == '1' else 's'}"
+
+
 Header = dict[str, list[str]]  # what the rows of a comparison have, by part
 
 
@@ -81,24 +94,12 @@ def _rate_header(rates: list[RatePoint]) -> Header:
         return list(dict.fromkeys(name for row in names for name in row))
 
     return {
-        "effective": sorted(seen([list(r.effective_bits) for r in rates]), key=_serving),
+        "effective": sorted(seen([list(r.effective_bits) for r in rates]), key=serving_of),
         "perplexity": seen([list(r.perplexity_ratio) for r in rates]),
         "recall": sorted(seen([[str(row.tokens) for row in r.recall] for r in rates]), key=int),
         "kl": ["KL"] if any(r.kl is not None for r in rates) else [],
         "tasks": seen([list(r.tasks or {}) for r in rates]),
     }
-
-
-def _serving(point: str) -> tuple[int, int]:
-    """Tokens and sequences of "8192x64"; "8192" is one sequence."""
-    count, _, sequences = point.partition("x")
-    return int(count), int(sequences or 1)
-
-
-def serving(point: str) -> str:
-    """To read: "8k", or "64 x 8k"."""
-    count, sequences = _serving(point)
-    return tokens(count) if sequences == 1 else f"{sequences} x {tokens(count)}"
 
 
 def _rate_row(point: RatePoint, header: Header) -> list[str]:
