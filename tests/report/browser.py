@@ -17,10 +17,18 @@ from typing import Any
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
 )
 SECONDS = 90  # for an answer
 PHONE = 700  # pixels of width below which a screen is a phone's
+
+
+def starts() -> bool:
+    """Whether the browser found is one, and not a distribution's word that it must be had elsewhere."""
+    if CHROMIUM is None:
+        return False
+    done = subprocess.run([CHROMIUM, "--version"], capture_output=True, text=True, timeout=SECONDS)
+    return done.returncode == 0 and "Chrom" in done.stdout
 
 
 @dataclass

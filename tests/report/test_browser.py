@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report.browser import CHROMIUM, PHONE, Browser
+from report.browser import CHROMIUM, PHONE, Browser, starts
 from report.built_metrics import long_metrics, metrics, rates
 
 from gsrq_export.report.html import write_report
@@ -63,6 +63,8 @@ return {text: Math.min(least("td, th, figcaption, .cap, .tile span, .tile b", "c
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not starts():
+        pytest.skip(f"{CHROMIUM} does not start")
     with Browser(tmp_path_factory.mktemp("browser")) as started:
         yield started
 
