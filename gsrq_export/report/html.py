@@ -1,4 +1,4 @@
-"""report.html: one page, no scripts, nothing fetched."""
+"""report.html and its like: one page, no scripts, nothing fetched."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ FIDELITY = {
 }
 
 
+def render(template: str, **values: object) -> str:
+    """A page of this package's templates; every value is escaped."""
+    environment = Environment(
+        loader=PackageLoader("gsrq_export.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
 def write_report(
     path: Path, metrics: BuildMetrics, built: Mapping[str, object], provenance: Mapping[str, object]
 ) -> None:
@@ -46,14 +58,8 @@ def write_report(
         GsrqError: a metric is NaN or infinite.
     """
     require_finite(asdict(metrics), "metrics")
-    environment = Environment(
-        loader=PackageLoader("gsrq_export.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("template.html.j2").render(
+    page = render(
+        "report.html.j2",
         m=metrics,
         built=built,
         provenance=provenance,

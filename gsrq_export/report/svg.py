@@ -248,7 +248,8 @@ def _y_axis(up: _Scale, axis: Axis, top: float) -> str:
 
 
 def _x_axis(ticks: Sequence[tuple[float, str]], label: str, bottom: float) -> str:
-    return "".join([*_thinned(ticks, bottom + 16), _text(MIDDLE, bottom + 33, label)])
+    x = min(MIDDLE, WIDTH - text_width(label) / 2)
+    return "".join([*_thinned(ticks, bottom + 16), _text(x, bottom + 33, label)])
 
 
 def _thinned(ticks: Sequence[tuple[float, str]], y: float) -> list[str]:

@@ -11,7 +11,9 @@ import pytest
 from report.browser import CHROMIUM, PHONE, Browser, starts
 from report.built_metrics import long_metrics, metrics, rates
 
-from gsrq_export.report.html import write_report
+from gsrq_export.report.charts import Figure
+from gsrq_export.report.html import render, write_report
+from gsrq_export.report.svg import Axis, Curve, plot
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
@@ -97,6 +99,24 @@ def test_nothing_overflows_covers_or_asks_for_more(width: int, browser: Browser,
     assert found["charts"] > 15
     assert found["font"] >= READABLE
     assert seen.requests == [page.resolve().as_uri()], "the page itself and nothing else"
+    assert seen.console == []
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_of_a_search_fits_too(width: int, browser: Browser, tmp_path: Path) -> None:
+    curves = [Curve(name, style, [(0.5, 0.4), (1, 0.1)]) for name, style in (("uniform", "exact"), ("tuned", "coded"))]
+    chart = plot("loss", Axis("effective bits", log=True), Axis("loss", log=True), curves)
+    compared = [
+        ["budget", *(f"a long heading {i}" for i in range(9))],
+        ["uniform, heads together", *["50,331,648"] * 9],
+    ]
+    page = tmp_path / "tuned.html"
+    figure = Figure("Loss against bits", "A note.", chart)
+    page.write_text(render("tuned.html.j2", name="n", target="t", figure=figure, compared=compared, budget=compared))
+    seen = browser.look(page, width, LAYOUT)
+    assert seen.value["page"] <= seen.value["window"] == width
+    assert seen.value["out"] == seen.value["cut"] == seen.value["covered"] == []
+    assert seen.value["font"] >= READABLE
     assert seen.console == []
 
 
