@@ -10,6 +10,8 @@ from typing import Literal
 FONT = 12  # pixels, of chart.css
 LONGEST = 170  # pixels of a name; the rest is cut off
 NEAR = 16  # distance from the point beyond which a line leads to the name
+FAR = 86  # the longest such distance
+MANY = 14  # names, beyond which lines to them would be a tangle: each stands beside its point or nowhere
 # Widths of letters in units of the font size, in a wide font (DejaVu Sans); others are narrower.
 WIDTHS = {
     **dict.fromkeys("iljI|'.,:; ", 0.34),
@@ -46,9 +48,10 @@ def place(
     room, no line. A name for which there is no room is left out.
     """
     taken, found = list(dots), []
+    longest = NEAR if len(names) > MANY else FAR
     for x, y, name in names:
         text = _cut(name)
-        around = [p for p in _around(x, y, text_width(text)) if _inside(p[1], frame)]
+        around = [p for p in _around(x, y, text_width(text), longest) if _inside(p[1], frame)]
         for obstacles in ([*taken, *lines], taken):
             free = next((p for p in around if not any(_overlap(p[1], box) for box in obstacles)), None)
             if free:
@@ -74,11 +77,11 @@ def _cut(name: str) -> str:
     return next(cut for end in range(len(name), 0, -1) if text_width(cut := name[:end].rstrip() + "…") <= LONGEST)
 
 
-def _around(x: float, y: float, wide: float) -> Iterator[tuple[float, Box, Anchor]]:
+def _around(x: float, y: float, wide: float, longest: float) -> Iterator[tuple[float, Box, Anchor]]:
     """Boxes for a text beside a point, nearest first, the sides before above and below; texts grow away from it:
     (distance, box, anchor).
     """
-    for reach in (8, NEAR, 26, 38, 52, 68, 86):
+    for reach in (r for r in (8, NEAR, 26, 38, 52, 68, FAR) if r <= longest):
         for turn in (math.pi * k / 6 for k in (0, 6, 3, 9, 1, 11, 5, 7, 2, 10, 4, 8)):
             px, py = x + reach * math.cos(turn), y - reach * math.sin(turn)
             anchor: Anchor = "start" if px > x + 1 else "end" if px < x - 1 else "middle"

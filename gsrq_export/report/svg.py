@@ -89,7 +89,7 @@ def plot(title: str, x_axis: Axis, y_axis: Axis, curves: Sequence[Curve]) -> Mar
         if c.low is not None and c.high is not None:
             parts += [_whisker(p[0], up(a), up(b)) for p, a, b in zip(places, c.low, c.high, strict=True)]
             drawn += [(p[0] - 3, up(b), p[0] + 3, up(a)) for p, a, b in zip(places, c.low, c.high, strict=True)]
-        if c.dots and len(places) <= 24:
+        if c.dots and (len(places) <= 24 or not c.joined):
             for i, ((x, y), (_, value)) in enumerate(zip(places, c.points, strict=True)):
                 name = c.names[i] if c.names else c.label
                 parts.append(

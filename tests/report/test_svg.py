@@ -50,6 +50,16 @@ def test_names_beside_points_cover_neither_each_other_nor_points(seed: int) -> N
             assert not (a[0] < x < a[2] and a[1] < y < a[3])
 
 
+def test_a_crowd_keeps_its_points_and_only_names_beside_them() -> None:
+    draw = random.Random(0)
+    points = [(2 ** draw.uniform(-1, 3), draw.random()) for _ in range(40)]
+    crowd = Curve("others", "value", points, joined=False, names=[f"codec {i}" for i in range(40)])
+    chart = parse(plot("t", Axis("bits", log=True), Axis("y", high=1.0), [crowd]))
+    assert len(list(chart.iter("circle"))) == 40
+    assert not [e for e in chart.iter("path") if e.attrib["class"] == "leader"]
+    assert 10 < len([e for e in texts(chart) if "name" in e.attrib["class"]]) < 40
+
+
 def test_long_names_are_cut_and_kept_as_tooltips() -> None:
     name = "a codec of an uncommonly long name, with more"
     chart = parse(
