@@ -164,7 +164,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 def standalone(chart: Markup) -> str:
     """A chart as a file of its own: with its colours, wide enough for a document."""
     css = (ROOT / "gsrq_export/report/chart.css").read_text()
-    text = str(chart).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="560" ', 1)
+    text = str(chart).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="480" ', 1)
     return text.replace("</title>", f"</title><style>{css}svg {{ background: var(--card); }}</style>", 1) + "\n"
 
 

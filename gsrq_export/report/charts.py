@@ -1,10 +1,11 @@
-"""The charts of a build's report, each with the caption that says what it shows; none without data."""
+"""The charts of a build's report, each with its title and what a reader must know of it; none without data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -21,7 +22,8 @@ Measured = tuple[RatePoint, float, tuple[float, float] | None]  # a row, its los
 
 @dataclass(frozen=True)
 class Figure:
-    caption: str
+    title: str
+    note: str
     chart: Markup
 
 
@@ -37,9 +39,33 @@ def size(count: float) -> str:
     return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
 
 
-def rate_figures(rates: Sequence[RatePoint]) -> list[Figure]:
-    """Loss by metric against bits: ours a line, the others points with their names."""
-    figures = []
+def serving_of(point: str) -> tuple[int, int]:
+    """Tokens and sequences of "8192x64"; "8192" is one sequence."""
+    count, _, sequences = point.partition("x")
+    return int(count), int(sequences or 1)
+
+
+def serving(point: str) -> str:
+    """To read: "8k", or "64 × 8k"."""
+    count, sequences = serving_of(point)
+    return tokens(count) if sequences == 1 else f"{sequences} \N{MULTIPLICATION SIGN} {tokens(count)}"
+
+
+def shared_point(rates: Sequence[RatePoint]) -> str | None:
+    """Where all rows have effective bits, the point with the most tokens; None where there is no such point."""
+    points = set.intersection(*(set(r.effective_bits) for r in rates)) if rates else set()
+    return max(points, key=lambda point: (math.prod(serving_of(point)), point), default=None)
+
+
+def rate_figures(rates: Sequence[RatePoint], exact: Evaluation | None = None) -> list[Figure]:
+    """Loss by metric against bits: ours a line, the others points with their names, the exact cache dashed.
+
+    Args:
+        exact: of the exact cache on the same cases.
+    """
+    if not rates:
+        return []
+    figures, at = [], shared_point(rates)
     for text in _names(rates, lambda r: r.perplexity_ratio):
         found = [
             (r, max(LEAST_INCREASE, 100 * (r.perplexity_ratio[text] - 1)), None)
@@ -47,37 +73,53 @@ def rate_figures(rates: Sequence[RatePoint]) -> list[Figure]:
             if text in r.perplexity_ratio
         ]
         axis = Axis("perplexity increase, %", log=True)
-        caption = f"Perplexity on {text} over that of the exact cache" + _ends_at(found, LEAST_INCREASE, "%")
-        figures.append(Figure(caption, _rate_plot(f"Perplexity, {text}", axis, found)))
+        note = f"Increase over the exact cache; lower is better{_ends_at(found, LEAST_INCREASE, ' %')}."
+        chart = _rate_plot(f"Perplexity, {text}", axis, found, at)
+        figures.append(Figure(f"Perplexity ({text}) against bits", note, chart))
+    recall = exact["recall"] if exact else None
+    known = {row["tokens"]: row["rate"] for row in recall["lengths"]} if recall else {}
     for length in sorted({row.tokens for r in rates for row in r.recall}):
         of_length = [(r, row.rate, (row.low, row.high)) for r in rates for row in r.recall if row.tokens == length]
         title = f"Recall at {tokens(length)} tokens"
-        figures.append(Figure(f"{title}, with 95 % intervals", _rate_plot(title, Axis("recall", high=1.0), of_length)))
+        chart = _rate_plot(title, Axis("recall", high=1.0), of_length, at, known.get(length))
+        figures.append(Figure(f"{title} against bits", "Higher is better; whiskers are 95 % intervals.", chart))
     if diverged := [(r, max(LEAST_KL, r.kl), None) for r in rates if r.kl is not None]:
-        caption = "KL divergence from the exact cache's next token" + _ends_at(diverged, LEAST_KL, "nats")
-        figures.append(Figure(caption, _rate_plot("KL", Axis("KL, nats a token", log=True), diverged)))
+        note = f"Of the next token from the exact cache's; lower is better{_ends_at(diverged, LEAST_KL, ' nats')}."
+        chart = _rate_plot("KL", Axis("KL, nats a token", log=True), diverged, at)
+        figures.append(Figure("KL divergence against bits", note, chart))
+    part: Mapping[str, Any] = exact or {}
+    scores = {f"{entry['task']}@{entry['tokens']}": entry["score"] for entry in part.get("tasks") or ()}
     for task in _names(rates, lambda r: r.tasks or {}):
         scored = [(r, r.tasks[task], None) for r in rates if r.tasks and task in r.tasks]
-        figures.append(Figure(f"Task {task}: mean score", _rate_plot(f"Task {task}", Axis("score", high=1.0), scored)))
+        chart = _rate_plot(f"Task {task}", Axis("score", high=1.0), scored, at, scores.get(task))
+        figures.append(Figure(f"Task {task} against bits", "Mean score; higher is better.", chart))
     return figures
 
 
 def _ends_at(found: Sequence[Measured], least: float, unit: str) -> str:
     """Says so where a loss is too small for its logarithmic axis."""
-    return f"; below {number(least)} {unit} drawn there" if any(value == least for _, value, _ in found) else ""
+    if all(value > least for _, value, _ in found):
+        return ""
+    return f"; less than {number(least)}{unit} is drawn at {number(least)}{unit}"
 
 
 def _names(rates: Sequence[RatePoint], of: Callable[[RatePoint], dict[str, float]]) -> list[str]:
     return list(dict.fromkeys(name for r in rates for name in of(r)))
 
 
-def _rate_plot(title: str, y_axis: Axis, found: Sequence[Measured]) -> Markup:
+def _rate_plot(
+    title: str, y_axis: Axis, found: Sequence[Measured], at: str | None, exact: float | None = None
+) -> Markup:
+    def bits(r: RatePoint) -> float:
+        return r.nominal_bits if at is None else r.effective_bits[at]
+
     curves = []
+    if exact is not None:
+        ends = [end(bits(r) for r, _, _ in found) for end in (min, max)]
+        curves.append(Curve("exact cache", "exact", [(x, exact) for x in ends], dots=False))
     prefills = sorted({r.prefill for r, _, _ in found})
     for ours, prefill in [(ours, prefill) for ours in (True, False) for prefill in prefills]:
-        part = sorted(
-            (f for f in found if f[0].ours is ours and f[0].prefill == prefill), key=lambda f: f[0].nominal_bits
-        )
+        part = sorted((f for f in found if f[0].ours is ours and f[0].prefill == prefill), key=lambda f: bits(f[0]))
         if not part:
             continue
         known = [interval for _, _, interval in part if interval]
@@ -87,14 +129,15 @@ def _rate_plot(title: str, y_axis: Axis, found: Sequence[Measured]) -> Markup:
                 {(True, "coded"): "coded", (True, "exact"): "third", (False, "coded"): "value"}.get(
                     (ours, prefill), "fourth"
                 ),
-                [(r.nominal_bits, value) for r, value, _ in part],
+                [(bits(r), value) for r, value, _ in part],
                 [low for low, _ in known] if len(known) == len(part) else None,
                 [high for _, high in known] if len(known) == len(part) else None,
                 joined=ours,
                 names=[r.label for r, _, _ in part],
             )
         )
-    return plot(f"{title} against bits", Axis("nominal bits an element", log=True, ticks=BIT_TICKS), y_axis, curves)
+    label = "nominal bits an element" if at is None else f"effective bits an element, {serving(at)} tokens"
+    return plot(f"{title} against bits", Axis(label, log=True, ticks=BIT_TICKS), y_axis, curves)
 
 
 def recall_figures(exact: Evaluation | None, coded: Evaluation | None) -> list[Figure]:
@@ -113,12 +156,13 @@ def recall_figures(exact: Evaluation | None, coded: Evaluation | None) -> list[F
         series.append(Series(label, label, rates, [low for low, _ in intervals], [high for _, high in intervals]))
     ticks = [tokens(row["tokens"]) for row in rows_of["coded"]]
     by_length = bars("Recall by context length", "tokens in the context", Axis("recall", high=1.0), ticks, series)
-    figures = [Figure("Recall by context length, with 95 % intervals", by_length)]
+    figures = [Figure("Recall by context length", "Higher is better; whiskers are 95 % intervals.", by_length)]
     for label, rows in rows_of.items():
         depths = list(rows[0]["by_depth"])
         cells = [(tokens(row["tokens"]), [row["by_depth"][d]["rate"] for d in depths]) for row in rows]
-        chart = heatmap(f"Recall by length and depth, {label}", "where the fact stands", depths, cells, label, full=1.0)
-        figures.append(Figure(f"Recall of the {label} cache by context length (rows) and depth of the fact", chart))
+        axes = ("tokens", "where the fact stands", "recall")
+        chart = heatmap(f"Recall by length and depth, {label}", axes, depths, cells, label, full=1.0)
+        figures.append(Figure(f"Recall by depth, {label} cache", "By context length and place of the fact.", chart))
     return figures
 
 
@@ -136,28 +180,27 @@ def size_figures(sizes: Sequence[CacheSize], nominal_bits: float) -> list[Figure
     memory = [
         curve("16 bit", "exact", lambda s: s.plain_bytes),
         curve("FP8", "third", lambda s: s.plain_bytes / 2),
-        curve("coded, one sequence", "coded", lambda s: s.code_bytes + s.exact_bytes + s.codebook_bytes),
-        curve("a sequence more", "value", lambda s: s.code_bytes + s.exact_bytes),
+        curve("coded, first sequence", "coded", lambda s: s.code_bytes + s.exact_bytes + s.codebook_bytes),
+        curve("coded, each further", "value", lambda s: s.code_bytes + s.exact_bytes),
     ]
     bits = [
-        curve("one sequence", "coded", lambda s: s.effective_bits),
-        curve("a sequence more", "value", sequence_bits),
+        curve("first sequence", "coded", lambda s: s.effective_bits),
+        curve("each further", "value", sequence_bits),
         curve("nominal", "exact", lambda s: nominal_bits),
     ]
     held = [y for c in memory for _, y in c.points]
     powers = range(math.floor(math.log2(min(held))), math.ceil(math.log2(max(held))) + 1)
     step = max(1, math.ceil(len(powers) / 6))
     byte_axis = Axis("bytes", log=True, ticks=[(2.0**k, size(2.0**k)) for k in powers if k % step == 0], text=size)
-    shared = (
-        "“One sequence” holds the codebooks, which all sequences share; “a sequence more” is what each further one adds"
-    )
     return [
         Figure(
-            f"Memory of the cache, all layers. {shared}.",
+            "Memory against context length",
+            "All layers. The first sequence brings the codebooks, which each further one shares.",
             plot("Memory against context length", x_axis, byte_axis, memory),
         ),
         Figure(
-            "Bits an element, everything counted",
+            "Bits an element against context length",
+            "Everything counted: codes, exact tokens and, of the first sequence, codebooks.",
             plot("Effective bits against context length", x_axis, Axis("bits an element", log=True), bits),
         ),
     ]
@@ -166,6 +209,14 @@ def size_figures(sizes: Sequence[CacheSize], nominal_bits: float) -> list[Figure
 def sequence_bits(entry: CacheSize) -> float:
     """Bits an element of a further sequence, which finds the codebooks there."""
     return 16 * (entry.code_bytes + entry.exact_bytes) / entry.plain_bytes
+
+
+def paid_back_from(entry: CacheSize, rival_bytes: float) -> int | None:
+    """Sequences from which the codebooks and all coded sequences take less than as many of ``rival_bytes`` each; None
+    if they never do.
+    """
+    saved = rival_bytes - entry.code_bytes - entry.exact_bytes
+    return None if saved <= 0 else math.floor(entry.codebook_bytes / saved) + 1
 
 
 def codebook_figures(metrics: BuildMetrics) -> list[Figure]:
@@ -191,19 +242,21 @@ def _common_figures(entries: Sequence[Coded]) -> list[Figure]:
     stages = {kind: [errors for _, of, errors, _ in entries if of == kind] for kind in _kinds(entries)}
     figures = [
         Figure(
-            "Error after each stage, mean over layers",
+            "Error after each stage",
+            "Mean over layers.",
             _by_stage("Error by stage", Axis("error / energy", log=True), stages, LEAST_ERROR),
         ),
         Figure(
-            "Error after the last stage, by layer",
+            "Error by layer",
+            "After the last stage.",
             bars("Error by layer", "layer", Axis("error / energy"), [str(layer) for layer in layers], by_layer),
         ),
     ]
     for kind in _kinds(entries):
         rows = [(str(layer), used) for layer, of, _, used in entries if of == kind]
         columns = [str(r + 1) for r in range(max(len(used) for _, used in rows))]
-        chart = heatmap(f"Codewords used, {kind}s", "stage", columns, rows, kind, full=1.0)
-        figures.append(Figure(f"Share of the 256 codewords in use, {kind}s: a row a layer, full colour is all", chart))
+        chart = heatmap(f"Codewords used, {kind}s", ("layer", "stage", "share"), columns, rows, kind, full=1.0)
+        figures.append(Figure(f"Codewords in use, {kind}s", "Share of a stage's 256 that any vector took.", chart))
     return figures
 
 
@@ -218,12 +271,12 @@ def _profile_figures(profiles: Sequence[LayerProfile]) -> list[Figure]:
     buckets = profiles[0].profile.by_position
     ticks = [(float(i), f"{b.start}-{b.stop - 1}") for i, b in enumerate(buckets)]
     chart = plot("Error by position", Axis("position in the sequence", ticks=ticks), Axis("error / energy"), positions)
-    figures.insert(2, Figure("Error by position of the token in its sequence, mean over layers", chart))
+    figures.insert(2, Figure("Error by position", "Of the token in its sequence, mean over layers.", chart))
     for kind in reversed(_kinds(entries)):
         rows = [(str(p.layer), p.profile.by_head) for p in profiles if p.kind == kind]
         columns = [str(h) for h in range(max(len(heads) for _, heads in rows))]
-        chart = heatmap(f"Error by KV head, {kind}s", "KV head", columns, rows, kind)
-        figures.insert(3, Figure(f"Error by KV head, {kind}s: a row a layer, full colour is the largest", chart))
+        chart = heatmap(f"Error by KV head, {kind}s", ("layer", "KV head", "error / energy"), columns, rows, kind)
+        figures.insert(3, Figure(f"Error by KV head, {kind}s", "After the last stage.", chart))
 
     def usage(of: Callable[[LayerProfile], list[float]]) -> dict[Kind, list[list[float]]]:
         return {kind: [of(p) for p in profiles if p.kind == kind] for kind in _kinds(entries)}
@@ -233,8 +286,8 @@ def _profile_figures(profiles: Sequence[LayerProfile]) -> list[Figure]:
         "Most used codeword", Axis("share of vectors", high=1.0), usage(lambda p: p.profile.top_share_by_stage)
     )
     figures += [
-        Figure("Entropy of the codes by stage, mean over layers; 8 bits is even use of all 256", entropy),
-        Figure("Share of the vectors that a stage's most used codeword takes, mean over layers", top),
+        Figure("Entropy of the codes", "Mean over layers; 8 bits is even use of all 256 codewords.", entropy),
+        Figure("Most used codeword", "Share of the vectors that it takes, mean over layers.", top),
     ]
     return figures
 

@@ -1,4 +1,4 @@
-"""report.html: one page, no scripts, nothing fetched."""
+"""report.html and its like: one page, no scripts, nothing fetched."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from gsrq_export.evaluate.recall import LengthRecall, Rate
 from gsrq_export.evaluate.suite import require_finite
 from gsrq_export.report.charts import (
     codebook_figures,
+    paid_back_from,
     rate_figures,
     recall_figures,
     sequence_bits,
+    serving,
+    serving_of,
+    shared_point,
     size,
     size_figures,
     tokens,
@@ -30,6 +34,18 @@ FIDELITY = {
 }
 
 
+def render(template: str, **values: object) -> str:
+    """A page of this package's templates; every value is escaped."""
+    environment = Environment(
+        loader=PackageLoader("gsrq_export.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
 def write_report(
     path: Path, metrics: BuildMetrics, built: Mapping[str, object], provenance: Mapping[str, object]
 ) -> None:
@@ -42,14 +58,8 @@ def write_report(
         GsrqError: a metric is NaN or infinite.
     """
     require_finite(asdict(metrics), "metrics")
-    environment = Environment(
-        loader=PackageLoader("gsrq_export.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("template.html.j2").render(
+    page = render(
+        "report.html.j2",
         m=metrics,
         built=built,
         provenance=provenance,
@@ -58,9 +68,13 @@ def write_report(
         number=number,
         rate=_rate,
         interval=_interval,
+        bits=bits,
         sequence_bits=sequence_bits,
-        rate_figures=rate_figures(metrics.rates),
+        paid_back_from=paid_back_from,
+        rate_figures=rate_figures(metrics.rates, metrics.exact),
+        rate_point=shared_point(metrics.rates),
         serving=serving,
+        serving_of=serving_of,
         rate_header=(header := _rate_header(metrics.rates)),
         rate_rows=[_rate_row(point, header) for point in metrics.rates],
         recall_figures=recall_figures(metrics.exact, metrics.coded),
@@ -73,6 +87,11 @@ def write_report(
     path.write_text(page, "utf-8")
 
 
+def bits(value: float) -> str:
+    shown = number(value)
+    return f"{shown} bit{'' if shown == '1' else 's'}"
+
+
 Header = dict[str, list[str]]  # what the rows of a comparison have, by part
 
 
@@ -81,24 +100,12 @@ def _rate_header(rates: list[RatePoint]) -> Header:
         return list(dict.fromkeys(name for row in names for name in row))
 
     return {
-        "effective": sorted(seen([list(r.effective_bits) for r in rates]), key=_serving),
+        "effective": sorted(seen([list(r.effective_bits) for r in rates]), key=serving_of),
         "perplexity": seen([list(r.perplexity_ratio) for r in rates]),
         "recall": sorted(seen([[str(row.tokens) for row in r.recall] for r in rates]), key=int),
         "kl": ["KL"] if any(r.kl is not None for r in rates) else [],
         "tasks": seen([list(r.tasks or {}) for r in rates]),
     }
-
-
-def _serving(point: str) -> tuple[int, int]:
-    """Tokens and sequences of "8192x64"; "8192" is one sequence."""
-    count, _, sequences = point.partition("x")
-    return int(count), int(sequences or 1)
-
-
-def serving(point: str) -> str:
-    """To read: "8k", or "64 x 8k"."""
-    count, sequences = _serving(point)
-    return tokens(count) if sequences == 1 else f"{sequences} x {tokens(count)}"
 
 
 def _rate_row(point: RatePoint, header: Header) -> list[str]:

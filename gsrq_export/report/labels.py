@@ -5,22 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-LETTER = 6.6  # width of a letter at the font size of chart.css, in a wide font
-LONGEST = 22  # letters of a name; the rest is cut off
+FONT = 12  # pixels, of chart.css
+LONGEST = 170  # pixels of a name; the rest is cut off
 NEAR = 16  # distance from the point beyond which a line leads to the name
+FAR = 86  # the longest such distance
+MANY = 14  # names, beyond which lines to them would be a tangle: each stands beside its point or nowhere
+# Widths of letters in units of the font size, in a wide font (DejaVu Sans); others are narrower.
+WIDTHS = {
+    **dict.fromkeys("iljI|'.,:; ", 0.34),
+    **dict.fromkeys('ftr()[]/-"', 0.46),
+    **dict.fromkeys("cszJ_", 0.55),
+    **dict.fromkeys("abdeghknopquvxyLTFS0123456789", 0.64),
+    **dict.fromkeys("ABCDEGHKNOPQRUVXYZ+=<>w", 0.82),
+}
 
+Anchor = Literal["start", "middle", "end"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Label:
-    """A text's box, and the line from its point where it is not beside it."""
+    """A text's box, where in it the text is fixed, and the line from its point where it is not beside it."""
 
     text: str
     box: Box
+    anchor: Anchor
     leader: tuple[Point, Point] | None
+
+
+def text_width(text: str) -> float:
+    """Pixels that a text of a chart takes at most."""
+    return FONT * sum(WIDTHS.get(letter, 1.0) for letter in text)
 
 
 def place(
@@ -30,16 +48,17 @@ def place(
     room, no line. A name for which there is no room is left out.
     """
     taken, found = list(dots), []
+    longest = NEAR if len(names) > MANY else FAR
     for x, y, name in names:
-        text = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
-        around = [p for p in _around(x, y, len(text) * LETTER) if _inside(p[1], frame)]
+        text = _cut(name)
+        around = [p for p in _around(x, y, text_width(text), longest) if _inside(p[1], frame)]
         for obstacles in ([*taken, *lines], taken):
             free = next((p for p in around if not any(_overlap(p[1], box) for box in obstacles)), None)
             if free:
-                reach, box = free
+                reach, box, anchor = free
                 edge = box[1] if box[1] > y else box[3] if box[3] < y else (box[1] + box[3]) / 2
                 leader = ((x, y), (min(max(x, box[0]), box[2]), edge)) if reach > NEAR else None
-                found.append(Label(text, box, leader))
+                found.append(Label(text, box, anchor, leader))
                 taken.append(box)
                 break
     return found
@@ -52,13 +71,22 @@ def along(start: Point, end: Point) -> list[Box]:
     return [(x - 2, y - 2, x + 2, y + 2) for x, y in points]
 
 
-def _around(x: float, y: float, wide: float) -> Iterator[tuple[float, Box]]:
-    """Boxes for a text beside a point, nearest first, the sides before above and below: (distance, box)."""
-    for reach in (8, NEAR, 26, 38, 52, 68, 86):
+def _cut(name: str) -> str:
+    if text_width(name) <= LONGEST:
+        return name
+    return next(cut for end in range(len(name), 0, -1) if text_width(cut := name[:end].rstrip() + "…") <= LONGEST)
+
+
+def _around(x: float, y: float, wide: float, longest: float) -> Iterator[tuple[float, Box, Anchor]]:
+    """Boxes for a text beside a point, nearest first, the sides before above and below; texts grow away from it:
+    (distance, box, anchor).
+    """
+    for reach in (r for r in (8, NEAR, 26, 38, 52, 68, FAR) if r <= longest):
         for turn in (math.pi * k / 6 for k in (0, 6, 3, 9, 1, 11, 5, 7, 2, 10, 4, 8)):
             px, py = x + reach * math.cos(turn), y - reach * math.sin(turn)
-            left = px if px > x + 1 else px - wide if px < x - 1 else px - wide / 2
-            yield reach, (left, py - 6, left + wide, py + 6)
+            anchor: Anchor = "start" if px > x + 1 else "end" if px < x - 1 else "middle"
+            left = px - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+            yield reach, (left, py - 6.5, left + wide, py + 6.5), anchor
 
 
 def _inside(box: Box, frame: Box) -> bool:

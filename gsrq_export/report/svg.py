@@ -12,12 +12,13 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-from gsrq_export.report.labels import LETTER, Box, along, place
+from gsrq_export.report.labels import Box, along, place, text_width
 
-WIDTH, PLOT, TALL = 340, 170, 250  # of a chart; height of the part inside the axes, and with names in it
-LEFT, RIGHT, BOTTOM = 52, 10, 36
+WIDTH, PLOT, TALL = 320, 170, 250  # of a chart; height of the part inside the axes, and with names in it
+LEFT, RIGHT, BOTTOM = 54, 8, 39
 MIDDLE = (LEFT + WIDTH - RIGHT) / 2
-LINE = 15  # height of a line of text
+LINE = 16  # height of a line of text
+STEPS = 6  # of a heatmap's scale
 
 
 def number(value: float) -> str:
@@ -43,7 +44,7 @@ class Axis:
 @dataclass(frozen=True)
 class Curve:
     """Points (x, y), joined or not; ``low`` and ``high`` draw intervals. ``names`` are tooltips, and stand beside
-    points that are not joined.
+    points that are not joined. Without ``dots`` it is a line alone.
     """
 
     label: str
@@ -53,6 +54,7 @@ class Curve:
     high: Sequence[float] | None = None
     joined: bool = True
     names: Sequence[str] | None = None
+    dots: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def plot(title: str, x_axis: Axis, y_axis: Axis, curves: Sequence[Curve]) -> Mar
         if c.low is not None and c.high is not None:
             parts += [_whisker(p[0], up(a), up(b)) for p, a, b in zip(places, c.low, c.high, strict=True)]
             drawn += [(p[0] - 3, up(b), p[0] + 3, up(a)) for p, a, b in zip(places, c.low, c.high, strict=True)]
-        if len(places) <= 24:
+        if c.dots and (len(places) <= 24 or not c.joined):
             for i, ((x, y), (_, value)) in enumerate(zip(places, c.points, strict=True)):
                 name = c.names[i] if c.names else c.label
                 parts.append(
@@ -96,24 +98,36 @@ def plot(title: str, x_axis: Axis, y_axis: Axis, curves: Sequence[Curve]) -> Mar
                 )
         if c.names and not c.joined:
             labels += [(x, y, name) for (x, y), name in zip(places, c.names, strict=True)]
-    dots = [(across(x) - 4, up(y) - 4, across(x) + 4, up(y) + 4) for c in curves for x, y in c.points]
+    dots = [(across(x) - 4, up(y) - 4, across(x) + 4, up(y) + 4) for c in curves if c.dots for x, y in c.points]
+    written = []  # over all leaders, whose lines would strike them through
     for label in place(labels, dots, drawn, (LEFT, top - 7, WIDTH, bottom + 7)):
-        left, _, _, base = label.box
+        left, _, right, base = label.box
         if label.leader:
             (x, y), (to_x, to_y) = label.leader
             parts.append(f'<path class="leader" d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}"/>')
-        parts.append(_text(left, base - 2.5, label.text, "start", "tick name"))
+        x = {"start": left, "middle": (left + right) / 2, "end": right}[label.anchor]
+        written.append(_text(x, base - 2.5, label.text, label.anchor, "tick name"))
+    parts += written
     return _svg(title, bottom + BOTTOM, parts)
 
 
 def bars(title: str, x_label: str, y_axis: Axis, ticks: Sequence[str], series: Sequence[Series]) -> Markup:
-    """Groups of bars, one a tick, with intervals where a series has them."""
+    """Groups of bars, one a tick, with intervals where a series has them. Names too long for their place are broken at
+    spaces; numbers that do not fit are left out evenly.
+    """
     legend, top = _legend([(s.label, s.style) for s in series])
     up = _Scale(y_axis, 0.0, max(v for s in series for v in (s.high or s.values)), top + PLOT, top)
     slot = (WIDTH - LEFT - RIGHT) / len(ticks)
     width = min(26.0, 0.8 * slot / len(series))
     centres = [LEFT + slot * (i + 0.5) for i in range(len(ticks))]
-    parts = [legend, _y_axis(up, y_axis, top), _x_axis(list(zip(centres, ticks, strict=True)), x_label, top + PLOT)]
+    under = list(zip(centres, ticks, strict=True))
+    broken = [] if _fits(under) else [(x, _broken(t, slot - 1)) for x, t in under]
+    if any(lines is None for _, lines in broken):
+        broken = []
+    bottom = top + PLOT + LINE * (max((len(lines or ()) for _, lines in broken), default=1) - 1)
+    parts = [legend, _y_axis(up, y_axis, top), _x_axis([] if broken else under, x_label, bottom)]
+    for x, lines in broken:
+        parts += [_text(x, top + PLOT + 16 + LINE * i, line) for i, line in enumerate(lines or ())]
     for k, s in enumerate(series):
         for i, value in enumerate(s.values):
             x, y = centres[i] + (k - len(series) / 2) * width, up(value)
@@ -124,25 +138,33 @@ def bars(title: str, x_label: str, y_axis: Axis, ticks: Sequence[str], series: S
             )
             if s.low is not None and s.high is not None:
                 parts.append(_whisker(x + width / 2, up(s.low[i]), up(s.high[i])))
-    return _svg(title, top + PLOT + BOTTOM, parts)
+    return _svg(title, bottom + BOTTOM, parts)
 
 
 def heatmap(
     title: str,
-    x_label: str,
+    axes: tuple[str, str, str],
     columns: Sequence[str],
     rows: Sequence[tuple[str, Sequence[float | None]]],
     style: str,
     full: float | None = None,
 ) -> Markup:
-    """A row a label; a cell's opacity is its value over ``full``, or over the largest. None leaves a hole."""
-    top, largest = 8.0, full or max((v for _, row in rows for v in row if v is not None), default=1.0) or 1.0
-    cell = max(6.0, min(22.0, 260 / len(rows)))
+    """A row a label; a cell's opacity is its value over ``full``, or over the largest. None leaves a hole.
+
+    Args:
+        axes: what rows, columns and colours are.
+    """
+    row_label, column_label, shown = axes
+    top, largest = 32.0, full or max((v for _, row in rows for v in row if v is not None), default=1.0) or 1.0
+    cell = max(6.0, min(30.0, 260 / len(rows)))
     wide = (WIDTH - LEFT - RIGHT) / len(columns)
-    parts = []
+    parts = [_text(LEFT - 6, top - 9, row_label, "end"), *_colours(shown, largest, style, top - 9)]
+    widest = max((text_width(number(v)) for _, row in rows for v in row if v is not None), default=0.0)
+    written = wide >= widest + 4 and cell >= LINE
+    every = math.ceil(len(rows) / max(1, math.floor(len(rows) * cell / LINE)))
     for r, (label, values) in enumerate(rows):
         y = top + r * cell
-        if r % math.ceil(len(rows) / 16) == 0:
+        if r % every == 0:
             parts.append(_text(LEFT - 6, y + cell / 2 + 4, label, "end"))
         for c, value in enumerate(values):
             if value is None:
@@ -153,13 +175,25 @@ def heatmap(
                 f'height="{cell - 0.6:.2f}" fill-opacity="{min(1.0, max(0.0, value / largest)):.3f}">'
                 f"<title>{escape(label)}, {escape(columns[c])}: {number(value)}</title></rect>"
             )
-            if wide >= 34 and cell >= 15:
+            if written:
                 parts.append(_text(x + wide / 2, y + cell / 2 + 4, number(value), style="tick on"))
     bottom = top + len(rows) * cell
     centres = [(LEFT + (c + 0.5) * wide, column) for c, column in enumerate(columns)]
-    parts += _thinned(centres, bottom + 14)
-    parts.append(_text(MIDDLE, bottom + 29, x_label))
-    return _svg(title, bottom + 36, parts)
+    parts += _x_axis(centres, column_label, bottom)
+    return _svg(title, bottom + BOTTOM, parts)
+
+
+def _colours(shown: str, largest: float, style: str, base: float) -> list[str]:
+    """What a heatmap's colours mean, from 0 to the largest, above its right end."""
+    x, side = WIDTH - RIGHT - text_width(number(largest)) - 4, 14
+    parts = [_text(WIDTH - RIGHT, base, number(largest), "end")]
+    for step in range(STEPS, -1, -1):
+        x -= side
+        parts.append(
+            f'<rect class="scale {escape(style)}" x="{x:.1f}" y="{base - 11:.1f}" width="{side}" height="{side}" '
+            f'fill-opacity="{step / STEPS:.2f}"/>'
+        )
+    return [*parts, _text(x - 5, base, f"{shown}: 0", "end")]
 
 
 class _Scale:
@@ -210,21 +244,38 @@ def _y_axis(up: _Scale, axis: Axis, top: float) -> str:
         f'<path class="grid" d="M{LEFT} {up(v):.1f}H{WIDTH - RIGHT}"/>' + _text(LEFT - 5, up(v) + 4, text, "end")
         for v, text in up.ticks
     ]
-    return "".join([*marks, _text(2, top - 9, axis.label, "start")])
+    return "".join([*marks, _text(2, top - 12, axis.label, "start")])
 
 
 def _x_axis(ticks: Sequence[tuple[float, str]], label: str, bottom: float) -> str:
-    return "".join([*_thinned(ticks, bottom + 15), _text(MIDDLE, bottom + 30, label)])
+    x = min(MIDDLE, WIDTH - text_width(label) / 2)
+    return "".join([*_thinned(ticks, bottom + 16), _text(x, bottom + 33, label)])
 
 
 def _thinned(ticks: Sequence[tuple[float, str]], y: float) -> list[str]:
     """Tick texts in a row: as many as fit, evenly left out."""
+    kept: list[tuple[float, str]] = []
     for step in range(1, len(ticks) + 1):
-        kept = ticks[::step]
-        spans = [(x - len(t) * LETTER / 2, x + len(t) * LETTER / 2) for x, t in kept]
-        if all(left[1] + 4 <= right[0] for left, right in pairwise(spans)):
+        kept = [(min(x, WIDTH - text_width(t) / 2), t) for x, t in ticks[::step]]
+        if _fits(kept):
             break
-    return [_text(min(x, WIDTH - len(t) * LETTER / 2), y, t) for x, t in kept]
+    return [_text(x, y, t) for x, t in kept]
+
+
+def _fits(ticks: Sequence[tuple[float, str]]) -> bool:
+    """Whether no tick text comes near the next one."""
+    return all(x + text_width(t) / 2 + 4 <= right - text_width(u) / 2 for (x, t), (right, u) in pairwise(ticks))
+
+
+def _broken(text: str, wide: float) -> list[str] | None:
+    """The text in lines that are at most so wide; None where a word is wider."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and text_width(f"{lines[-1]} {word}") <= wide:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines if all(text_width(line) <= wide for line in lines) else None
 
 
 def _whisker(x: float, low: float, high: float) -> str:
@@ -239,13 +290,13 @@ def _legend(entries: Sequence[tuple[str, str]]) -> tuple[str, float]:
     """The entries in as many rows as they need, and where the plot begins below them and the y axis's label."""
     parts, x, y = [], 2.0, 4.0
     for label, style in entries:
-        wide = 18 + LETTER * len(label)
+        wide = 16 + text_width(label)
         if x > 2 and x + wide > WIDTH:
             x, y = 2.0, y + LINE
         parts.append(f'<rect class="mark {escape(style)}" x="{x:.0f}" y="{y:.0f}" width="10" height="10" rx="2"/>')
-        parts.append(_text(x + 14, y + 9, label, "start"))
-        x += wide + 10
-    return "".join(parts), y + LINE + 24
+        parts.append(_text(x + 15, y + 9.5, label, "start"))
+        x += wide + 12
+    return "".join(parts), y + LINE + 27
 
 
 def _svg(title: str, height: float, parts: Sequence[str]) -> Markup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from markupsafe import Markup, escape
 
 from gsrq_export import __version__
 from gsrq_export.build.device import describe_device
 from gsrq_export.capture import KINDS
 from gsrq_export.recipe import Recipe, parse_recipe
+from gsrq_export.report.charts import Figure, serving
+from gsrq_export.report.html import render
 from gsrq_export.report.svg import Axis, Curve, plot
 from gsrq_export.tune.ladder import interpolated
 from gsrq_export.tune.search import Candidate, Result
@@ -25,13 +26,6 @@ from gsrq_export.tune.stages import Ladders, Split
 from gsrq_export.tune.target import Target
 
 LEAST_LOSS = 1e-9  # what a logarithmic axis can show
-STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color-scheme:light dark}"
-    "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #8884}"
-    "td:first-child,th:first-child{text-align:left}svg{width:100%;max-width:44em}"
-    ".tick{font-size:11px;fill:currentColor}.grid{stroke:#8884;fill:none}.line{fill:none;stroke-width:2}"
-    ".line.exact{stroke:#999}.dot.exact,.bar.exact{fill:#999}.line.coded{stroke:#36c}.dot.coded,.bar.coded{fill:#36c}"
-)
 
 
 @dataclass(frozen=True)
@@ -119,14 +113,17 @@ def page(report: Report) -> str:
     """tuned.html: the rate-quality curve and all that was compared. Nothing is fetched."""
     result = report.result
     target = report.target
-    what = f"effective bits, {target.sequences} sequences of {target.context} tokens"
+    what = f"effective bits an element, {serving(f'{target.context}x{target.sequences}')} tokens"
     uniform, tuned = ([pair[i] for pair in result.curve] for i in (0, 1))
     curves = [
         Curve(label, style, [(c.size.effective_bits, max(LEAST_LOSS, c.measured.loss)) for c in side])
-        for label, style, side in (("uniform", "exact", uniform), ("tuned, at most equal bytes", "coded", tuned))
+        for label, style, side in (("uniform", "exact", uniform), ("tuned", "coded", tuned))
     ]
     chart = plot("Loss against effective bits", Axis(what, log=True), Axis("loss, nats a token", log=True), curves)
-    compared = [result.best, *(c for c in (*result.uniform, *result.tuned) if c is not result.best)]
+    figure = Figure(
+        "Loss against effective bits", "Lower is better; each tuned point has at most its pair's bytes.", chart
+    )
+    compared = [result.best, *(c for c in (*result.uniform, *result.tuned) if c != result.best)]
     rows = [["budget", "sinks", "window", "bytes", "effective bits", "KL", "KL of answers", "KL added up"]]
     rows += [_row(c) for c in compared]
     budget = [["layer", "keys D", "keys R", "values D", "values R"]]
@@ -134,14 +131,8 @@ def page(report: Report) -> str:
     for layer in layers:
         sides = [result.best.recipe.codec.side(kind, layer) for kind in KINDS]
         budget.append([str(layer), *(str(n) for side in sides for n in (side.width, side.stages))])
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(report.recipe.name)}: budgets</title>'
-        f"<style>{STYLE}</style><h1>{escape(report.recipe.name)}: budgets by measurement</h1>"
-        f"<p>Target: {target.bytes:,} bytes for {target.sequences} sequences of {target.context} tokens. "
-        "Loss: KL(model || coded model) in nats a token on held-out traffic; where traffic has recall passages, "
-        f"the mean of that over all tokens and over answers.</p>{chart}"
-        f"<h2>Compared; the first is kept</h2>{_table(rows)}<h2>Its budget</h2>{_table(budget)}</html>\n"
-    )
+    goal = f"{target.bytes:,} bytes for {target.sequences} sequences of {target.context} tokens"
+    return render("tuned.html.j2", name=report.recipe.name, target=goal, figure=figure, compared=rows, budget=budget)
 
 
 def _loss(ladders: Ladders, layer: int, kind: str, side: Mapping[str, int]) -> float:
@@ -192,9 +183,3 @@ def _row(candidate: Candidate) -> list[str]:
         answers,
         f"{candidate.summed.kl:.4g}",
     ]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Markup:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return Markup(f"<table><tr>{head}</tr>{body}</table>")  # every cell was escaped

@@ -70,12 +70,16 @@ def rates(label: str = "KIVI, b=2") -> list[RatePoint]:
     def recall(hits: int) -> list[RecallPoint]:
         return [RecallPoint(2048, hits / 48, *wilson(hits, 48))]
 
-    bits = {"2048": 9.0, "131072": 1.25}
+    def bits(nominal: float) -> dict[str, float]:
+        return {"2048": 9.0, "131072": 1.25, "8192x64": 1.2 * nominal}
+
     return [
-        RatePoint("GSRQ R16", True, 0.5, bits, "coded", {"novels": 1.04}, recall(30), 0.05, {"multi-key": 0.5}),
-        RatePoint("GSRQ R32", True, 1.0, bits, "coded", {"novels": 1.01}, recall(47), 0.01, {"multi-key": 0.9}),
-        RatePoint(label, False, 2.5, bits, "coded", {"novels": 1.10}, recall(24), None, None),
-        RatePoint("FP8", False, 8.0, {"2048": 8.0}, "coded", {"novels": 0.9999, "wiki": 1.002}, [], 1e-7, None),
+        RatePoint("GSRQ R16", True, 0.5, bits(0.5), "coded", {"novels": 1.04}, recall(30), 0.05, {"multi-key": 0.5}),
+        RatePoint("GSRQ R32", True, 1.0, bits(1.0), "coded", {"novels": 1.01}, recall(47), 0.01, {"multi-key": 0.9}),
+        RatePoint(label, False, 2.5, bits(2.5), "coded", {"novels": 1.10}, recall(24), None, None),
+        RatePoint(
+            "FP8", False, 8.0, {"2048": 8.0, "8192x64": 8.2}, "coded", {"novels": 0.9999, "wiki": 1.002}, [], 1e-7, None
+        ),
     ]
 
 

@@ -13,8 +13,9 @@ from report.built_metrics import NASTY, evaluation, long_metrics, metrics, profi
 from report.page import Page, data_marks, texts, titles
 
 from gsrq_export.errors import ArtifactError, GsrqError
+from gsrq_export.report.charts import paid_back_from, shared_point
 from gsrq_export.report.html import write_report
-from gsrq_export.report.schema import BuildMetrics
+from gsrq_export.report.schema import BuildMetrics, CacheSize, RecallPoint
 
 RATE_CHARTS = 5  # two texts, one length of recall, KL, one task
 CODEBOOK_CHARTS = 9  # stages, layers, positions, heads and use of keys and of values, entropy, the most used
@@ -47,9 +48,10 @@ def test_page_shows_the_numbers(tmp_path: Path) -> None:
     words = Page(render(tmp_path / "report.html", replace(built, **long_metrics(built)))).words
     for shown in (
         *("21.500", "22.250", "+3.49 %", "0.92 (11/12)", "0.75 (9/12)", "0.47 to 0.91", "none", "f" * 64, "2k", "300"),
-        *("+4.00 %", "0.98 [0.89, 1.00]", "effective, 128k", "9.00", "1.25", "-0.01 %"),  # rates
+        *("1.0349 -", "loses +0.0343 nats a token", "1 bit nominal", "8.51 bits", "0.51 bits"),
+        *("+4.00 %", "0.98 [0.89, 1.00]", "effective, 128k", "9.00", "1.25", "8.20", "-0.01 %"),  # rates
         *("0.750 0.65 to 0.85 0.625 0.53 to 0.72 -0.125 -0.25 to 0.00", "0.937 0.91 to 0.96", "0.0123 0.01 to 0.0156"),
-        *("Of 640 calibration tokens", "with beam 2", "keys 7 0.1100 0.0550 0.1650 82 % 6.90 bit"),
+        *("Of 640 calibration tokens", "with beam 2", "keys 7 0.1100 0.0550 0.1650 82 % 6.90 bits"),
     ):
         assert shown in words, shown
 
@@ -91,12 +93,46 @@ def test_charts_place_values(tmp_path: Path) -> None:
     assert float(cells["4, 1: 0.055"].attrib["fill-opacity"]) == pytest.approx(1 / 3, abs=2e-3)
 
 
+def test_bits_of_charts_are_effective_where_all_rows_have_them(tmp_path: Path) -> None:
+    assert shared_point(rates()) == "8192x64", "of the two that all have the one with more tokens"
+    assert shared_point([]) is None
+    at_exact = replace(rates()[2], label="at the exact cache's recall", recall=[RecallPoint(2048, 11 / 12, 0.6, 1.0)])
+    built = replace(metrics(), rates=[*rates(), at_exact])
+    page = Page(render(tmp_path / "r.html", built))
+    chart = page.charts["Recall at 2k tokens against bits"]
+    assert "effective bits an element, 64 \N{MULTIPLICATION SIGN} 8k tokens" in [t.text for t in texts(chart)]
+    assert "the charts show them for 64 sequences of 8k tokens" in page.words
+    (exact,) = (e for e in data_marks(chart) if e.attrib["class"] == "line exact")
+    heights = {p.split(",")[1] for p in exact.attrib["points"].split()}
+    assert heights == {titles(chart)["at the exact cache's recall: 0.917"].attrib["cy"]}, "dashed at 11 of 12"
+
+    unlike = [replace(point, effective_bits={str(i): 1.0}) for i, point in enumerate(built.rates)]
+    page = Page(render(tmp_path / "r.html", replace(built, rates=unlike, exact=None)))
+    chart = page.charts["Recall at 2k tokens against bits"]
+    assert "nominal bits an element" in [t.text for t in texts(chart)]
+    assert not [e for e in data_marks(chart) if "exact" in e.attrib["class"]]
+    assert "the charts show" not in page.words
+
+
+def test_sequences_that_pay_the_codebooks_back(tmp_path: Path) -> None:
+    size = CacheSize(1024, 100, 50, 1000, 400, 46.0)
+    assert paid_back_from(size, 400) == 5, "4 sequences take as much"
+    assert paid_back_from(size, 401) == 4
+    assert paid_back_from(size, 150) is None
+    for entry, said in (
+        (size, "At 1k tokens the coded cache is the smaller one from 5 sequences on beside a 16-bit cache, from 21 on"),
+        (replace(size, code_bytes=200), "from 7 sequences on beside a 16-bit cache, never beside FP8"),
+        (replace(size, code_bytes=400), "no number of sequences makes the coded cache smaller than a 16-bit one"),
+    ):
+        assert said in Page(render(tmp_path / "r.html", replace(metrics(), sizes=[entry]))).words
+
+
 def test_losses_that_a_log_axis_cannot_show_are_drawn_at_its_end_and_said_so(tmp_path: Path) -> None:
     page = Page(render(tmp_path / "report.html", metrics()))
     assert "FP8: 0.1" in titles(page.charts["Perplexity, novels against bits"])
     assert "FP8: 1e-05" in titles(page.charts["KL against bits"])
-    assert page.words.count("below 0.1 % drawn there") == 1, "of the two texts one has such a loss"
-    assert page.words.count("below 1e-05 nats drawn there") == 1
+    assert page.words.count("less than 0.1 % is drawn at 0.1 %") == 1, "of the two texts one has such a loss"
+    assert page.words.count("less than 1e-05 nats is drawn at 1e-05 nats") == 1
 
 
 def test_parts_that_were_not_measured_are_left_out(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 from report.page import texts, titles
 
-from gsrq_export.report.labels import LETTER
+from gsrq_export.report.labels import text_width
 from gsrq_export.report.svg import WIDTH, Axis, Curve, bars, heatmap, number, plot
 from gsrq_export.report.svg import Series as Group
 
@@ -36,11 +36,12 @@ def test_names_beside_points_cover_neither_each_other_nor_points(seed: int) -> N
     shown = [e for e in texts(chart) if "name" in e.attrib["class"]]
     boxes = []
     for e in shown:
-        x, y = float(e.attrib["x"]), float(e.attrib["y"])
-        boxes.append((x, y - 9.5, x + LETTER * len(e.text or ""), y + 2.5))
+        wide, y = text_width(e.text or ""), float(e.attrib["y"])
+        x = float(e.attrib["x"]) - wide * {"start": 0.0, "middle": 0.5, "end": 1.0}[e.attrib["text-anchor"]]
+        boxes.append((x, y - 10.5, x + wide, y + 2.5))
     assert len(shown) >= 12, "nearly all find a place"
     for i, a in enumerate(boxes):
-        assert a[0] >= 0
+        assert a[0] >= -0.1
         assert a[2] <= WIDTH + 0.1
         for b in boxes[i + 1 :]:
             assert a[2] <= b[0] + 0.2 or b[2] <= a[0] + 0.2 or a[3] <= b[1] + 0.2 or b[3] <= a[1] + 0.2
@@ -49,13 +50,25 @@ def test_names_beside_points_cover_neither_each_other_nor_points(seed: int) -> N
             assert not (a[0] < x < a[2] and a[1] < y < a[3])
 
 
+def test_a_crowd_keeps_its_points_and_only_names_beside_them() -> None:
+    draw = random.Random(0)
+    points = [(2 ** draw.uniform(-1, 3), draw.random()) for _ in range(40)]
+    crowd = Curve("others", "value", points, joined=False, names=[f"codec {i}" for i in range(40)])
+    chart = parse(plot("t", Axis("bits", log=True), Axis("y", high=1.0), [crowd]))
+    assert len(list(chart.iter("circle"))) == 40
+    assert not [e for e in chart.iter("path") if e.attrib["class"] == "leader"]
+    assert 10 < len([e for e in texts(chart) if "name" in e.attrib["class"]]) < 40
+
+
 def test_long_names_are_cut_and_kept_as_tooltips() -> None:
-    name = "a codec of an uncommonly long name"
+    name = "a codec of an uncommonly long name, with more"
     chart = parse(
         plot("t", Axis("x"), Axis("y"), [Curve("o", "value", [(1, 1), (2, 2)], joined=False, names=["a", name])])
     )
     assert f"{name}: 2" in titles(chart)
-    assert "a codec of an uncommo…" in [e.text for e in texts(chart)]
+    (shown,) = (e.text for e in texts(chart) if (e.text or "").endswith("…"))
+    assert name.startswith(shown[:-1])
+    assert 15 < len(shown) < 30
 
 
 @pytest.mark.parametrize(
@@ -91,11 +104,25 @@ def test_ticks_that_do_not_fit_are_left_out_evenly() -> None:
     assert len({b - a for a, b in pairwise(shown)}) == 1
 
 
+def test_names_of_bars_are_broken_not_left_out() -> None:
+    ticks = ["assign", "encode, exact", "encode, float32", "GSKM training", "whole"]
+    chart = parse(bars("t", "step", Axis("y"), ticks, [Group("keys", "key", [1.0] * 5)]))
+    height = float(chart.attrib["viewBox"].split()[3])
+    under: dict[float, list[tuple[float, str]]] = {}
+    for e in texts(chart):
+        if e.attrib["text-anchor"] == "middle":
+            under.setdefault(float(e.attrib["x"]), []).append((float(e.attrib["y"]), e.text or ""))
+    names = [" ".join(text for _, text in sorted(lines)) for _, lines in sorted(under.items())]
+    assert [n for n in names if n not in ("step", *ticks)] in ([], ["encode, float32 step"])
+    assert set(ticks) <= {n.removesuffix(" step") for n in names}
+    assert max(y for lines in under.values() for y, _ in lines) < height
+
+
 def test_heatmap_leaves_holes_and_scales() -> None:
-    chart = parse(heatmap("t", "depth", ["a", "b"], [("r", [0.5, None]), ("s", [2.0, 0.0])], "key"))
+    chart = parse(heatmap("t", ("row", "depth", "v"), ["a", "b"], [("r", [0.5, None]), ("s", [2.0, 0.0])], "key"))
     opacity = {name: float(e.attrib["fill-opacity"]) for name, e in titles(chart).items()}
     assert opacity == {"r, a: 0.5": 0.25, "s, a: 2": 1.0, "s, b: 0": 0.0}
-    half = parse(heatmap("t", "depth", ["a"], [("r", [0.5])], "key", full=1.0))
+    half = parse(heatmap("t", ("row", "depth", "v"), ["a"], [("r", [0.5])], "key", full=1.0))
     assert float(titles(half)["r, a: 0.5"].attrib["fill-opacity"]) == 0.5
 
 

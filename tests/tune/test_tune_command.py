@@ -64,7 +64,9 @@ def test_a_tuned_recipe_meets_the_target_and_is_not_worse_than_uniform(
     split = data["split"]
     assert sorted(split["train"] + split["sensed"] + split["compared"]) == list(range(8))
     assert len({(c["sinks"], c["window"]) for c in data["tuned"]}) > 3
-    assert "<svg" in out.with_suffix(".html").read_text()
+    page = out.with_suffix(".html").read_text()
+    assert "<svg" in page
+    assert page.count(f"<td>{data['best']['bytes']['total']:,}</td>") == 1, "the budget kept is listed once"
 
     shown = run("build", "--recipe", out, "--out", tmp_path / "artifact", "--dry-run")
     assert shown.exit_code == 0, shown.exception
