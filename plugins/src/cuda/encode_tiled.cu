@@ -65,17 +65,13 @@ __device__ inline void keep_best(const float (&sum)[8][4], const float* half_nor
 
 __device__ inline unsigned of_quad(unsigned ballot) { return ballot >> (threadIdx.x & 28) & 15; }
 
-// Of one row: the codewords of the lanes and sets that have one near the best, in float32, 8 at once; then the close ones
-// exactly. near: of each set, the row's lanes. r: the row's elements of this lane.
+// Of one row, the scores in float32 of the codewords of those lanes and sets that have one near the best, 8 at once; from
+// which score on they are close. near: of each set, the row's lanes. r: the row's elements of this lane.
 template <int Steps>
-__device__ inline int among_near(const Exact& exact, int stage, const Words<Steps>& words, const float (&r)[2 * Steps][2],
-                                 const float* half_norms, const StageBounds& bounds, float error, float norm, unsigned near0,
-                                 unsigned near1, float* scores) {
+__device__ inline float score_near(const Words<Steps>& words, const float (&r)[2 * Steps][2], const float* half_norms,
+                                   const StageBounds& bounds, float error, float norm, unsigned near0, unsigned near1,
+                                   float* scores) {
   const int lane = threadIdx.x % 32, quad = lane / 4;
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < 8; ++i) scores[lane + 32 * i] = -INFINITY;
-  __syncwarp();
 #pragma unroll 1
   for (unsigned left = near0 | near1 << 4; left != 0; left &= left - 1) {
     const int at = __ffs(static_cast<int>(left)) - 1;  // lane + 4 set
@@ -87,22 +83,27 @@ __device__ inline int among_near(const Exact& exact, int stage, const Words<Step
     }
   }
   __syncwarp();
-  float score[8], best = -INFINITY;
+  float best = -INFINITY;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) best = fmaxf(best, score[i] = scores[lane + 32 * i]);
+  for (int i = 0; i < 8; ++i) best = fmaxf(best, scores[lane + 32 * i]);
   best = warp_max(best);
   // A close candidate's half norm is its product less its score.
   const float reach = norm * bounds.largest;
   const float bound = 1.02f * (error * bounds.largest + norm * bounds.low_off + (4 * Steps + 12) * 0x1p-23f * reach +
                                0x1p-22f * (fabsf(best) + reach));
+  return best - 2 * bound;
+}
+
+// The best, in float64, of the codewords whose scores are not below `least`.
+__device__ inline int best_of(const Exact& exact, int stage, const float* scores, float least) {
   int chosen = -1;
 #pragma unroll 1
   for (int i = 0; i < 8; ++i) {
-    unsigned close = __ballot_sync(kAll, !(scores[lane + 32 * i] < best - 2 * bound));
+    unsigned close = __ballot_sync(kAll, !(scores[threadIdx.x % 32 + 32 * i] < least));
+#pragma unroll 1
     for (; close != 0; close &= close - 1) {
       const int code = 32 * i + __ffs(static_cast<int>(close)) - 1;
-      if (chosen < 0) chosen = code;
-      else if (exact.beats(stage, chosen, code)) chosen = code;
+      if (chosen < 0 || exact.beats(stage, chosen, code)) chosen = code;
     }
   }
   return chosen;
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
   if (active == 0 && thread == 0) barrier_wait(shared_address(memory.full), 0);  // nothing may come after the block's end
   if (!(active >> warp / 4 & 1)) return;
 
-  const bool real[2] = {origins[quad].from != nullptr, origins[quad + 8].from != nullptr};
+  const int real = (origins[quad].from != nullptr ? 1 : 0) | (origins[quad + 8].from != nullptr ? 2 : 0);  // a bit a row
   int8_t* target = q < 2 ? origins[quad + 8 * q].target : nullptr;  // the first two lanes write a row's code each
 #pragma unroll
   for (int h = 0; h < 2; ++h) norm[h] = root_above(quad_sum(squares[h])), error[h] = norm[h] * 0x1.1p-24f;
@@ -170,20 +171,20 @@ __global__ void __launch_bounds__(128 * Groups, 1)
     __syncwarp();
     const StageBounds bounds = memory.bounds[at];
     const float* half_norms = memory.half_norms[at];
-    float scale[2], inverse[2], off[2], high_norm[2];  // high_norm: of float16(r / scale), at most; off: what it leaves
+    float slack[2];  // the scores' error but for what the last bits add
     Two best[2][2];  // of set, of row
     {
       uint32_t a[Steps][4];
+      float inverse[2], off[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scale[h] = power_of_two_above(fmaxf(fmaxf(norm[h], bounds.scale * 0x1p-20f), 0x1p-100f));
-        inverse[h] = reciprocal(scale[h]);
-      }
+      for (int h = 0; h < 2; ++h)
+        inverse[h] = reciprocal(power_of_two_above(fmaxf(fmaxf(norm[h], bounds.scale * 0x1p-20f), 0x1p-100f)));
       split<Steps>(r, inverse, a, off);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        off[h] = root_above(quad_sum(off[h]));
-        high_norm[h] = norm[h] * inverse[h] + off[h];
+        const float rest = root_above(quad_sum(off[h])), most = norm[h] * inverse[h] + rest;  // of float16(r / scale)
+        slack[h] = bounds.largest * (error[h] * inverse[h] + rest + (Steps * 24 * 0x1p-23f + 0x1p-16f) * most) +
+                   most * bounds.high_off;
       }
 #pragma unroll
       for (int set = 0; set < 2; ++set) {
@@ -208,14 +209,11 @@ __global__ void __launch_bounds__(128 * Groups, 1)
       const float mine = fmaxf(x.first, y.first), most = quad_max(mine);
       const int leader = (lane & 28) + __ffs(static_cast<int>(of_quad(__ballot_sync(kAll, mine == most)))) - 1;
       code[h] = __shfl_sync(kAll, x.first >= y.first ? code_of(x.first, 0, q) : code_of(y.first, 1, q), leader);
-      const float reach = high_norm[h] * bounds.largest;
-      const float bound =
-          1.02f * (bounds.largest * (error[h] * inverse[h] + off[h] + Steps * 24 * 0x1p-23f * high_norm[h]) +
-                   high_norm[h] * bounds.high_off + 0x1p-17f * (fabsf(most) + 2 * reach));
-      const float least = most - 2 * bound;
-      near0[h] = __ballot_sync(kAll, real[h] && !(x.first < least));
-      near1[h] = __ballot_sync(kAll, real[h] && !(y.first < least));
-      deep[h] = __ballot_sync(kAll, real[h] && !(fmaxf(x.second, y.second) < least));
+      const float least = most - 2.04f * (slack[h] + 0x1p-17f * fabsf(most));
+      const bool counts = (real >> h & 1) != 0;
+      near0[h] = __ballot_sync(kAll, counts && !(x.first < least));
+      near1[h] = __ballot_sync(kAll, counts && !(y.first < least));
+      deep[h] = __ballot_sync(kAll, counts && !(fmaxf(x.second, y.second) < least));
       close = close || __popc(of_quad(near0[h])) + __popc(of_quad(near1[h])) > 1 || of_quad(deep[h]) != 0;
     }
     const Words<Steps> words{memory.words[at], book.low + (g * stages + stage) * 256 * F::kPadded, q};
@@ -232,7 +230,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
         for (int n = 0; n < F::kCores; ++n)
 #pragma unroll
           for (int b = 0; b < 2; ++b) row[n][b] = h == 0 ? r[0][n][b] : r[1][n][b];
-        const float its_error = of(error), its_norm = of(scale) * of(high_norm);  // of r, at most
+        const float its_error = of(error), its_norm = of(norm);
         int chosen = of(code), rival = -1;  // rival: the higher of two codes that only float64 can tell apart
         if (__any_sync(kAll, pair)) {
           const int code0 = code_of(h == 0 ? best[0][0].first : best[0][1].first, 0, q);
@@ -257,26 +255,37 @@ __global__ void __launch_bounds__(128 * Groups, 1)
 #pragma unroll 1
         for (; open != 0; open &= open - 1) {
           const int leader = __ffs(static_cast<int>(open)) - 1, index = leader / 4 + 8 * h;
-          const int a = __shfl_sync(kAll, chosen, leader), b = __shfl_sync(kAll, rival, leader);
-          const int64_t flat = first_row + warp * kWarpRows + index, at_batch = flat / side.most;
-          int64_t start;
-          side.source.rows(layer, call, at_batch, &start);
-          __syncwarp();  // the stages before were written by another lane
-          const Exact exact{layer, call, book, side.source, at_batch, start + flat % side.most, g, origins[index].target};
-          int better;
-          if (b < 0) {
+          float* scores = memory.scores[warp];
+          __syncwarp();  // the codes of the stages before, too, were written by other lanes
+#pragma unroll
+          for (int i = 0; i < 8; ++i) scores[lane + 32 * i] = -INFINITY;
+          __syncwarp();
+          const int other = __shfl_sync(kAll, rival, leader);
+          float least = 0;
+          if (other < 0) {
             float its[F::kCores][2];
 #pragma unroll
             for (int n = 0; n < F::kCores; ++n)
 #pragma unroll
-              for (int e = 0; e < 2; ++e) its[n][e] = __shfl_sync(kAll, row[n][e], leader + q);
-            better = among_near<Steps>(exact, stage, words, its, half_norms, bounds, __shfl_sync(kAll, its_error, leader),
-                                       __shfl_sync(kAll, its_norm, leader), set0 >> leader & 15, set1 >> leader & 15,
-                                       memory.scores[warp]);
+              for (int b = 0; b < 2; ++b) its[n][b] = __shfl_sync(kAll, h == 0 ? r[0][n][b] : r[1][n][b], leader + q);
+            least = score_near<Steps>(words, its, half_norms, bounds, __shfl_sync(kAll, its_error, leader),
+                                      __shfl_sync(kAll, its_norm, leader), set0 >> leader & 15, set1 >> leader & 15, scores);
           } else {
-            better = exact.beats(stage, a, b) ? b : a;
+            if (lane == leader) scores[chosen] = scores[rival] = 0;
+            __syncwarp();
           }
+          // Registers are short: the vectors step aside where a function is called, which is rare.
+          volatile float aside[2][F::kCores][2];
+#pragma unroll
+          for (int n = 0; n < 4 * F::kCores; ++n) aside[n % 2][n / 4][n / 2 % 2] = r[n % 2][n / 4][n / 2 % 2];
+          const int64_t flat = first_row + warp * kWarpRows + index, at_batch = flat / side.most;
+          int64_t start;
+          side.source.rows(layer, call, at_batch, &start);
+          const Exact exact{layer, call, book, side.source, at_batch, start + flat % side.most, g, origins[index].target};
+          const int better = best_of(exact, stage, scores, least);
           if (quad == leader / 4) chosen = better;
+#pragma unroll
+          for (int n = 0; n < 4 * F::kCores; ++n) r[n % 2][n / 4][n / 2 % 2] = aside[n % 2][n / 4][n / 2 % 2];
         }
         if (h == 0) code[0] = chosen;
         else code[1] = chosen;

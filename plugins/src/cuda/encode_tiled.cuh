@@ -145,7 +145,7 @@ __device__ inline void stage_rows(const gsrq_layer& layer, const EncodeSource& s
     return static_cast<int64_t>(place.head) * origin.head_stride + element;
   };
   if (!framed) {
-#pragma unroll 4
+#pragma unroll
     for (int r = 0; r < 8; ++r) {
       const Origin origin = origins[r];
 #pragma unroll
@@ -157,7 +157,7 @@ __device__ inline void stage_rows(const gsrq_layer& layer, const EncodeSource& s
     }
     return;
   }
-#pragma unroll 2
+#pragma unroll 4
   for (int r = 0; r < 8; ++r) {  // as EncodeSource::framed
     const Origin origin = origins[r];
 #pragma unroll
