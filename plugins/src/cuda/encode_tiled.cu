@@ -15,13 +15,6 @@ using namespace tiled;
 
 constexpr unsigned kScored = ~31u;  // bits of a score that are not its candidate's number
 
-struct Side {
-  EncodeBook book;
-  EncodeSource source;
-  int64_t batch, most;  // rows of the source: batch * most, of which some may not be
-  unsigned tiles;       // blocks a group
-};
-
 struct Sides {
   Side of[2];
   unsigned first;  // blocks of the first
@@ -151,7 +144,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
   const Origin* origins = memory.origins + warp * kWarpRows;
   float r[2][F::kCores][2], squares[2], error[2], norm[2];
   if (active >> warp / 4 & 1)
-    load_rows<Steps>(layer, side.source, book, g, origins,
+    load_rows<Steps>(layer, call, side, first_row + warp * kWarpRows, g, origins,
                      reinterpret_cast<float*>(memory.words[1]) + warp * 8 * F::kStride, r, squares);
   fence_bulk();  // the staged vectors before stage 1
   __syncthreads();
@@ -397,6 +390,7 @@ int encode_tiled(const gsrq_layer& layer, const gsrq_call& call, const EncodeBoo
     Side& side = sides.of[swap ? 1 - i : i];
     side.book = *books[i], side.source = *sources[i];
     side.batch = encode_batch(call, *sources[i]), side.most = ::gsrq::cuda::encode_rows(layer, call, *sources[i]);
+    side.loads = loads_of(layer, call, side.source, side.book.book.width);
     small += (side.batch * side.most + 63) / 64 * side.book.book.groups;
   }
   const bool few = small <= processors(padded);
