@@ -59,16 +59,15 @@ __device__ inline void keep_best(const float (&sum)[8][4], const float* half_nor
 __device__ inline unsigned of_quad(unsigned ballot) { return ballot >> (threadIdx.x & 28) & 15; }
 
 // Of one row, the scores in float32 of the codewords of those lanes and sets that have one near the best, 8 at once; from
-// which score on they are close. near: of each set, the row's lanes. r: the row's elements of this lane.
+// which score on they are close. near: the row's lanes of set 0, then of set 1. r: the row's elements of this lane.
 template <int Steps>
 __device__ inline float score_near(const Words<Steps>& words, const float (&r)[2 * Steps][2], const float* half_norms,
-                                   const StageBounds& bounds, float error, float norm, unsigned near0, unsigned near1,
-                                   float* scores) {
+                                   const StageBounds& bounds, float error, float norm, unsigned near, float* scores) {
   const int lane = threadIdx.x % 32, quad = lane / 4;
 #pragma unroll 1
-  for (unsigned left = near0 | near1 << 4; left != 0; left &= left - 1) {
+  for (unsigned left = near; left != 0; left &= left - 1) {
     const int at = __ffs(static_cast<int>(left)) - 1;  // lane + 4 set
-#pragma unroll 1
+#pragma unroll 2
     for (int t = 0; t < 16; t += 4) {
       const int word = at / 4 * 128 + (t + quad / 2) * 8 + at % 4 * 2 + quad % 2;
       const float product = quad_sum(words.dot(r, word));
@@ -165,7 +164,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
     const StageBounds bounds = memory.bounds[at];
     const float* half_norms = memory.half_norms[at];
     float slack[2];  // the scores' error but for what the last bits add
-    Two best[2][2];  // of set, of row
+    Two best[2][2] = {};  // of set, of row
     {
       uint32_t a[Steps][4];
       float inverse[2], off[2];
@@ -179,55 +178,69 @@ __global__ void __launch_bounds__(128 * Groups, 1)
         slack[h] = bounds.largest * (error[h] * inverse[h] + rest + (Steps * 24 * 0x1p-23f + 0x1p-16f) * most) +
                    most * bounds.high_off;
       }
-#pragma unroll
-      for (int set = 0; set < 2; ++set) {
-        best[set][0] = best[set][1] = {-3e38f, -3e38f};
+#pragma unroll 1
+      for (int set = 0; set < 2; ++set) {  // a loop: a stage's instructions fill the instruction cache as it is
+        best[0][0] = best[1][0], best[0][1] = best[1][1];
+        best[1][0] = best[1][1] = {-3e38f, -3e38f};
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
           const int chunk = 2 * set + part;
           float sum[8][4];
           products<Steps>(sum, a, memory.words[at] + chunk * (F::kChunkBytes / 2));
-          keep_best(sum, half_norms + chunk * kTiledWords + 2 * q, inverse, part, scored, best[set]);
+          keep_best(sum, half_norms + chunk * kTiledWords + 2 * q, inverse, part, scored, best[1]);
         }
       }
     }
 
-    // The best of the row's lanes, and whose other candidates are near it.
+    // The best of the row's lanes. Its low halves are on their way while the others are looked at.
+    const Words<Steps> words{memory.words[at], book.low + (g * stages + stage) * 256 * F::kPadded, q};
     int code[2];
-    unsigned near0[2], near1[2], deep[2];  // of the warp's lanes: the best of either set; a second one
-    bool close = false;
+    float top[2];
+    uint4 low[2][Steps / 2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const Two x = best[0][h], y = best[1][h];
-      const float mine = fmaxf(x.first, y.first), most = quad_max(mine);
-      const int leader = (lane & 28) + __ffs(static_cast<int>(of_quad(__ballot_sync(kAll, mine == most)))) - 1;
+      const float mine = fmaxf(x.first, y.first);
+      top[h] = quad_max(mine);
+      const int leader = (lane & 28) + __ffs(static_cast<int>(of_quad(__ballot_sync(kAll, mine == top[h])))) - 1;
       code[h] = __shfl_sync(kAll, x.first >= y.first ? code_of(x.first, 0, q) : code_of(y.first, 1, q), leader);
-      const float least = most - 2.04f * (slack[h] + 0x1p-17f * fabsf(most));
-      const bool counts = (real >> h & 1) != 0;
-      near0[h] = __ballot_sync(kAll, counts && !(x.first < least));
-      near1[h] = __ballot_sync(kAll, counts && !(y.first < least));
-      deep[h] = __ballot_sync(kAll, counts && !(fmaxf(x.second, y.second) < least));
-      close = close || __popc(of_quad(near0[h])) + __popc(of_quad(near1[h])) > 1 || of_quad(deep[h]) != 0;
+#pragma unroll
+      for (int j = 0; j < Steps / 2; ++j) low[h][j] = words.low_of(code[h], j);
     }
-    const Words<Steps> words{memory.words[at], book.low + (g * stages + stage) * 256 * F::kPadded, q};
-    if (__any_sync(kAll, close)) {
+    unsigned near = 0, todo = 0;  // near: of the quad, for row 0 and 1; todo: the lane's rows that are not decided, a bit each
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Two x = best[0][h], y = best[1][h];
+      const float least = top[h] - 2.04f * (slack[h] + 0x1p-17f * fabsf(top[h]));
+      const bool counts = (real >> h & 1) != 0;
+      // Lanes whose best of either set is near the row's best, and those with a second one that is.
+      const unsigned set0 = of_quad(__ballot_sync(kAll, counts && !(x.first < least)));
+      const unsigned set1 = of_quad(__ballot_sync(kAll, counts && !(y.first < least)));
+      const unsigned deep = of_quad(__ballot_sync(kAll, counts && !(fmaxf(x.second, y.second) < least)));
+      near |= (set0 | set1 << 4 | deep << 8) << (12 * h);
+      todo |= __popc(set0 | set1 << 4) > 1 || deep != 0 ? 1u << h : 0;
+    }
+    if (__any_sync(kAll, todo != 0)) {
+      unsigned codes = 0;  // the lane's best of each set and row
+#pragma unroll
+      for (int i = 0; i < 4; ++i) codes |= static_cast<unsigned>(code_of(best[i % 2][i / 2].first, i % 2, q)) << (8 * i);
 #pragma unroll 1
-      for (int h = 0; h < 2; ++h) {
-        const auto of = [&](const auto& both) { return h == 0 ? both[0] : both[1]; };
-        const unsigned set0 = of(near0), set1 = of(near1), mine0 = of_quad(set0), mine1 = of_quad(set1);
-        const int count = __popc(mine0) + __popc(mine1);
-        const bool many = count > 2 || of_quad(of(deep)) != 0, pair = count == 2 && !many;
-        if (!__any_sync(kAll, pair || many)) continue;
-        float row[F::kCores][2];
-#pragma unroll
-        for (int n = 0; n < F::kCores; ++n)
-#pragma unroll
-          for (int b = 0; b < 2; ++b) row[n][b] = h == 0 ? r[0][n][b] : r[1][n][b];
-        const float its_error = of(error), its_norm = of(norm);
+      while (__any_sync(kAll, todo != 0)) {
+        const bool h = todo == 2;  // the row that is looked at
+        const auto of = [&](const auto& both) { return h ? both[1] : both[0]; };
+        const unsigned its_near = h ? near >> 12 : near, mine0 = its_near & 15, mine1 = its_near >> 4 & 15;
+        const int count = __popc(its_near & 255);
+        const bool many = todo != 0 && (count > 2 || (its_near >> 8 & 15) != 0), pair = todo != 0 && !many;
+        const float its_error = of(error), its_norm = of(norm);  // of r, at most
         int chosen = of(code), rival = -1;  // rival: the higher of two codes that only float64 can tell apart
         if (__any_sync(kAll, pair)) {
-          const int code0 = code_of(h == 0 ? best[0][0].first : best[0][1].first, 0, q);
-          const int code1 = code_of(h == 0 ? best[1][0].first : best[1][1].first, 1, q);
+          float row[F::kCores][2];
+#pragma unroll
+          for (int n = 0; n < F::kCores; ++n)
+#pragma unroll
+            for (int b = 0; b < 2; ++b) row[n][b] = h ? r[1][n][b] : r[0][n][b];
+          const unsigned its_codes = h ? codes >> 16 : codes;
+          const int code0 = its_codes & 255, code1 = its_codes >> 8 & 255;
           const bool front0 = mine0 != 0, back0 = __popc(mine0) == 2;
           const int front = (__ffs(static_cast<int>(front0 ? mine0 : mine1)) - 1) & 3;
           const int back = (31 - __clz(static_cast<int>(back0 ? mine0 : mine1))) & 3, base = lane & 28;
@@ -247,7 +260,9 @@ __global__ void __launch_bounds__(128 * Groups, 1)
         unsigned open = __ballot_sync(kAll, q == 0 && (many || rival >= 0));
 #pragma unroll 1
         for (; open != 0; open &= open - 1) {
-          const int leader = __ffs(static_cast<int>(open)) - 1, index = leader / 4 + 8 * h;
+          const int leader = __ffs(static_cast<int>(open)) - 1;
+          const bool its_h = __shfl_sync(kAll, h ? 1 : 0, leader) != 0;
+          const int index = leader / 4 + (its_h ? 8 : 0);
           float* scores = memory.scores[warp];
           __syncwarp();  // the codes of the stages before, too, were written by other lanes
 #pragma unroll
@@ -260,9 +275,9 @@ __global__ void __launch_bounds__(128 * Groups, 1)
 #pragma unroll
             for (int n = 0; n < F::kCores; ++n)
 #pragma unroll
-              for (int b = 0; b < 2; ++b) its[n][b] = __shfl_sync(kAll, h == 0 ? r[0][n][b] : r[1][n][b], leader + q);
+              for (int b = 0; b < 2; ++b) its[n][b] = __shfl_sync(kAll, its_h ? r[1][n][b] : r[0][n][b], leader + q);
             least = score_near<Steps>(words, its, half_norms, bounds, __shfl_sync(kAll, its_error, leader),
-                                      __shfl_sync(kAll, its_norm, leader), set0 >> leader & 15, set1 >> leader & 15, scores);
+                                      __shfl_sync(kAll, its_norm, leader), __shfl_sync(kAll, its_near, leader) & 255, scores);
           } else {
             if (lane == leader) scores[chosen] = scores[rival] = 0;
             __syncwarp();
@@ -280,19 +295,19 @@ __global__ void __launch_bounds__(128 * Groups, 1)
 #pragma unroll
           for (int n = 0; n < 4 * F::kCores; ++n) r[n % 2][n / 4][n / 2 % 2] = aside[n % 2][n / 4][n / 2 % 2];
         }
-        if (h == 0) code[0] = chosen;
-        else code[1] = chosen;
+        if (todo != 0 && !h) code[0] = chosen;
+        if (todo != 0 && h) code[1] = chosen;
+        todo &= todo - 1;
       }
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int j = 0; j < Steps / 2; ++j) low[h][j] = words.low_of(code[h], j);
     }
     if (target != nullptr) target[stage] = static_cast<int8_t>(q == 0 ? code[0] : code[1]);
     if (stage + 1 == stages) break;
 
     // The next residuals.
-    uint4 low[2][Steps / 2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int j = 0; j < Steps / 2; ++j) low[h][j] = words.low_of(code[h], j);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const char* high = words.high_of(code[h]);
@@ -311,7 +326,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
     __syncwarp();
     if (lane == 0 && stage + 2 < stages) {  // whoever is last to read a stage's codewords fetches those of the next but one
       unsigned before;
-      asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
+      asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], 1;"
                    : "=r"(before)
                    : "r"(shared_address(memory.done + at))
                    : "memory");

@@ -138,7 +138,11 @@ struct Words {
            word % kTiledWords * 16 + q * 4;
   }
   __device__ uint4 low_of(int word, int piece) const {
-    return __ldg(reinterpret_cast<const uint4*>(low + word * Form<Steps>::kPadded + piece * 32 + q * 8));
+    uint4 out;  // in an order of its own: many are under way at once
+    asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+                 : "l"(low + word * Form<Steps>::kPadded + piece * 32 + q * 8));
+    return out;
   }
   __device__ static float2 high_pair(const char* of, int n) {
     return __half22float2(*reinterpret_cast<const __half2*>(of + n * (kTiledWords * 16)));
@@ -150,13 +154,15 @@ struct Words {
   // This lane's share of <r, word>.
   __device__ float dot(const float (&r)[2 * Steps][2], int word) const {
     const char* front = high_of(word);
+    uint4 back[Steps / 2];
+#pragma unroll
+    for (int j = 0; j < Steps / 2; ++j) back[j] = low_of(word, j);
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < Steps / 2; ++j) {
-      const uint4 back = low_of(word, j);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float2 x = high_pair(front, 4 * j + k), y = low_pair(back, k);
+        const float2 x = high_pair(front, 4 * j + k), y = low_pair(back[j], k);
         sum += r[4 * j + k][0] * (x.x + y.x) + r[4 * j + k][1] * (x.y + y.y);
       }
     }
@@ -165,14 +171,16 @@ struct Words {
   // The same of <r, a - b>.
   __device__ float dot_difference(const float (&r)[2 * Steps][2], int a, int b) const {
     const char *front_a = high_of(a), *front_b = high_of(b);
+    uint4 back_a[Steps / 2], back_b[Steps / 2];
+#pragma unroll
+    for (int j = 0; j < Steps / 2; ++j) back_a[j] = low_of(a, j), back_b[j] = low_of(b, j);
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < Steps / 2; ++j) {
-      const uint4 back_a = low_of(a, j), back_b = low_of(b, j);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float2 x = high_pair(front_a, 4 * j + k), y = low_pair(back_a, k);
-        const float2 u = high_pair(front_b, 4 * j + k), v = low_pair(back_b, k);
+        const float2 x = high_pair(front_a, 4 * j + k), y = low_pair(back_a[j], k);
+        const float2 u = high_pair(front_b, 4 * j + k), v = low_pair(back_b[j], k);
         sum += r[4 * j + k][0] * (x.x + y.x - (u.x + v.x)) + r[4 * j + k][1] * (x.y + y.y - (u.y + v.y));
       }
     }

@@ -38,7 +38,7 @@ __device__ inline float exact_element(const gsrq_layer& layer, const gsrq_call& 
   const int64_t at = b * layer.kv_heads + head, d = layer.head_dim;
   if (token < past) {
     const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
-    const int64_t slot = gsrq_slot(token, layer.sinks, layer.window, layer.block);
+    const int64_t slot = gsrq_slot32(static_cast<int32_t>(token), layer.sinks, layer.window, layer.block);
     return load(values ? call.value_exact : call.key_exact, (at * slots + slot) * d + element, call.exact_dtype);
   }
   const float x = load(values ? call.value : call.key, (at * call.steps + token - past) * d + element, call.dtype);
