@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
         float(&mine)[2] = r[h][n];
         mine[0] -= bounds.scale * x.x, mine[1] -= bounds.scale * x.y;
         mine[0] -= bounds.scale * y.x, mine[1] -= bounds.scale * y.y;
-        squares[h] += mine[0] * mine[0] + mine[1] * mine[1];
+        squares[h] = fmaf(mine[1], mine[1], fmaf(mine[0], mine[0], squares[h]));
       }
       norm[h] = root_above(quad_sum(squares[h]));
       error[h] = 1.0001f * (error[h] + bounds.scale * (bounds.low_off + 0x1p-23f * bounds.largest) + 0x1p-23f * norm[h]);

@@ -44,7 +44,7 @@ __device__ inline void split(const Residual<Steps>& r, const float (&inverse)[2]
       const __half2 both = __floats2half2_rn(x, y);
       const float2 back = __half22float2(both);
       const float dx = x - back.x, dy = y - back.y;
-      off[h] += dx * dx + dy * dy;
+      off[h] = fmaf(dy, dy, fmaf(dx, dx, off[h]));
       a[n / 2][n % 2 * 2 + h] = *reinterpret_cast<const uint32_t*>(&both);
     }
 }
@@ -76,8 +76,9 @@ template <int Steps>
 __device__ inline void products(float (&sum)[8][4], const uint32_t (&a)[Steps][4], const __half* chunk) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
   // The chunk as it lies: 8 x 8 matrices of 128 bytes, those of the next 8 codewords beside, of the next 8 elements after.
-  constexpr uint64_t kNextElements = kTiledWords * 16, kNextWords = 128;
-  const uint64_t words = (shared_address(chunk) & 0x3ffff) >> 4 | kNextElements >> 4 << 16 | kNextWords >> 4 << 32;
+  constexpr uint32_t kNextElements = kTiledWords * 16, kNextWords = 128;
+  // The same in all lanes; as the result of a reduction it lies in a uniform register, where the instruction wants it.
+  const uint32_t words = __reduce_or_sync(kAll, (shared_address(chunk) & 0x3ffff) >> 4 | kNextElements >> 4 << 16);
 #pragma unroll
   for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -86,17 +87,18 @@ __device__ inline void products(float (&sum)[8][4], const uint32_t (&a)[Steps][4
 #pragma unroll
   for (int s = 0; s < Steps; ++s)
     asm volatile(
-        "{\n\t.reg .pred more;\n\tsetp.ne.s32 more, %37, 0;\n\t"
+        "{\n\t.reg .pred more;\n\t.reg .b64 words;\n\tmov.b64 words, {%36, %38};\n\tsetp.ne.s32 more, %37, 0;\n\t"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
         "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, more, 1, 1, 0;\n\t}"
+        "{%32, %33, %34, %35}, words, more, 1, 1, 0;\n\t}"
         : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
           "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
           "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3]), "+f"(sum[4][0]), "+f"(sum[4][1]),
           "+f"(sum[4][2]), "+f"(sum[4][3]), "+f"(sum[5][0]), "+f"(sum[5][1]), "+f"(sum[5][2]), "+f"(sum[5][3]),
           "+f"(sum[6][0]), "+f"(sum[6][1]), "+f"(sum[6][2]), "+f"(sum[6][3]), "+f"(sum[7][0]), "+f"(sum[7][1]),
           "+f"(sum[7][2]), "+f"(sum[7][3])
-        : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "l"(words + s * (2 * kNextElements >> 4)), "r"(s != 0 ? 1 : 0)
+        : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "r"(words + s * (2 * kNextElements >> 4)), "r"(s != 0 ? 1 : 0),
+          "r"(kNextWords >> 4)
         : "memory");
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
