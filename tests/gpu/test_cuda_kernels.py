@@ -317,6 +317,8 @@ def test_torch_compile_keeps_the_operator_in_one_graph() -> None:
         (6, 3, 3),
         (64, 64, 9),
         (128, 128, 16),
+        (240, 120, 4),
+        (256, 128, 1),
         (256, 16, 4),
         (96, 48, 33),
         (1024, 256, 5),
@@ -337,6 +339,21 @@ def test_codes_of_vectors(total: int, width: int, stages: int, beam: int) -> Non
             for side in ("keys", "values"):
                 codes = layer.encode(x, side)
                 assert torch.equal(codes, keys.encode(x, beam)), (seed, dtype, side)
+
+
+@pytest.mark.parametrize(("total", "width", "stages"), [(1024, 128, 5), (512, 64, 7), (240, 120, 3)])
+@pytest.mark.parametrize("transform", [False, True])
+def test_codes_of_many_vectors(total: int, width: int, stages: int, transform: bool) -> None:
+    """More than one block a multiprocessor, the last of them partly filled."""
+    book = random_codebook(total, width, stages, 3, transform).to(DEVICE)
+    head_dim = next(d for d in (128, 64, 6) if total % d == 0)
+    tables = torch.ones(2, 4, 0)
+    layer = CudaLayer(total // head_dim, head_dim, book, book, *tables, AttentionConfig(1.0), DEVICE)
+    x = torch.randn(9001, total, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE)
+    for side in ("keys", "values"):
+        codes = layer.encode(x, side)
+        assert torch.equal(codes, book.encode(x))
+        assert torch.equal(codes, layer.encode(x, side))
 
 
 @pytest.mark.parametrize("beam", [1, 3])

@@ -89,25 +89,25 @@ struct EncodeSource {
   }
 
   __device__ float element(const gsrq_layer& layer, const gsrq_call& call, int64_t b, int64_t row, int64_t i) const {
-    const int64_t d = layer.head_dim;
+    const int32_t d = layer.head_dim, at = static_cast<int32_t>(i);
     if (vectors != nullptr) return load(vectors, row * layer.kv_heads * d + i, dtype);
-    if (!values && layer.key_center != nullptr) return framed(layer, call, b, layer.sinks + row, i / d, i % d);
-    return exact_element(layer, call, values, b, layer.sinks + row, call.past_lengths[b], i / d, i % d);
+    if (!values && layer.key_center != nullptr) return framed(layer, call, b, layer.sinks + row, at / d, at % d);
+    return exact_element(layer, call, values, b, layer.sinks + row, call.past_lengths[b], at / d, at % d);
   }
 
   // Element of a key less its head's center, turned to its token's position: float64, rounded once.
-  __device__ float framed(const gsrq_layer& layer, const gsrq_call& call, int64_t b, int64_t token, int64_t head,
-                          int64_t i) const {
+  __device__ float framed(const gsrq_layer& layer, const gsrq_call& call, int64_t b, int64_t token, int32_t head,
+                          int32_t i) const {
     const auto centerd = [&](int64_t e) {
       return static_cast<double>(exact_element(layer, call, false, b, token, call.past_lengths[b], head, e)) -
              static_cast<double>(layer.key_center[head * layer.head_dim + e]);
     };
-    const int64_t half = layer.half_rope;
+    const int32_t half = layer.half_rope;
     if (i >= 2 * half) return static_cast<float>(centerd(i));
-    const int64_t p = layer.rope_interleaved ? i / 2 : i % half;
+    const int32_t p = layer.rope_interleaved ? i / 2 : i % half;
     const bool second = layer.rope_interleaved ? i % 2 == 1 : i >= half;
     int32_t e0, e1;
-    pair_elements(layer, static_cast<int32_t>(p), &e0, &e1);
+    pair_elements(layer, p, &e0, &e1);
     const double c = layer.cos[token * half + p], s = layer.sin[token * half + p], x = centerd(e0), y = centerd(e1);
     return static_cast<float>(second ? y * c + x * s : x * c - y * s);
   }

@@ -43,18 +43,39 @@ struct Exact {
     const auto difference = [&](int64_t j) {
       return static_cast<double>(__half2float(of_b[j])) - static_cast<double>(__half2float(of_a[j]));
     };
+    constexpr int kAhead = 4;  // elements of a lane at once: their loads are under way together
+    const int lane = threadIdx.x % 32;
     double sum = 0;
-    for (int64_t i = threadIdx.x % 32; i < width; i += 32) {
-      double r = source.element(layer, call, batch, row, group * width + i);
-      for (int s = 0; s < stage; ++s) {
-        const int64_t code = static_cast<uint8_t>(codes[s]);
-        r -= static_cast<double>(__half2float(words[((first + s) * 256 + code) * width + i]));
+    for (int64_t from = lane; from < width + lane; from += 32 * kAhead) {
+      double r[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int64_t i = from + 32 * k;
+        r[k] = i < width ? static_cast<double>(source.element(layer, call, batch, row, group * width + i)) : 0.0;
       }
-      double turned = 0;
-      if (diagonal) turned = metric[i * width + i] * difference(i);
-      else
-        for (int64_t j = 0; j < width; ++j) turned += metric[j * width + i] * difference(j);
-      sum += r * turned;
+      for (int s0 = 0; s0 < stage; s0 += 32) {
+        const int mine = s0 + lane < stage ? static_cast<uint8_t>(codes[s0 + lane]) : 0, count = min(stage - s0, 32);
+#pragma unroll 4
+        for (int s = 0; s < count; ++s) {
+          const __half* word = words + ((first + s0 + s) * 256 + __shfl_sync(0xffffffffu, mine, s)) * width;
+#pragma unroll
+          for (int k = 0; k < kAhead; ++k)
+            if (const int64_t i = from + 32 * k; i < width) r[k] -= static_cast<double>(__half2float(word[i]));
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int64_t i = from + 32 * k;
+        if (i >= width) break;
+        double turned = 0;
+        if (diagonal) {
+          turned = metric[i * width + i] * difference(i);
+        } else {
+#pragma unroll 8
+          for (int64_t j = 0; j < width; ++j) turned += metric[j * width + i] * difference(j);
+        }
+        sum += r[k] * turned;
+      }
     }
     const double* norms = book.norms + (first + stage) * 256;
     return 2 * warp_sum(sum) - (norms[b] - norms[a]) > 0;

@@ -15,13 +15,6 @@ using namespace tiled;
 
 constexpr unsigned kScored = ~31u;  // bits of a score that are not its candidate's number
 
-struct Side {
-  EncodeBook book;
-  EncodeSource source;
-  int64_t batch, most;  // rows of the source: batch * most, of which some may not be
-  unsigned tiles;       // blocks a group
-};
-
 struct Sides {
   Side of[2];
   unsigned first;  // blocks of the first
@@ -65,21 +58,16 @@ __device__ inline void keep_best(const float (&sum)[8][4], const float* half_nor
 
 __device__ inline unsigned of_quad(unsigned ballot) { return ballot >> (threadIdx.x & 28) & 15; }
 
-// Of one row: the codewords of the lanes and sets that have one near the best, in float32, 8 at once; then the close ones
-// exactly. near: of each set, the row's lanes. r: the row's elements of this lane.
+// Of one row, the scores in float32 of the codewords of those lanes and sets that have one near the best, 8 at once; from
+// which score on they are close. near: the row's lanes of set 0, then of set 1. r: the row's elements of this lane.
 template <int Steps>
-__device__ inline int among_near(const Exact& exact, int stage, const Words<Steps>& words, const float (&r)[2 * Steps][2],
-                                 const float* half_norms, const StageBounds& bounds, float error, float norm, unsigned near0,
-                                 unsigned near1, float* scores) {
+__device__ inline float score_near(const Words<Steps>& words, const float (&r)[2 * Steps][2], const float* half_norms,
+                                   const StageBounds& bounds, float error, float norm, unsigned near, float* scores) {
   const int lane = threadIdx.x % 32, quad = lane / 4;
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < 8; ++i) scores[lane + 32 * i] = -INFINITY;
-  __syncwarp();
 #pragma unroll 1
-  for (unsigned left = near0 | near1 << 4; left != 0; left &= left - 1) {
+  for (unsigned left = near; left != 0; left &= left - 1) {
     const int at = __ffs(static_cast<int>(left)) - 1;  // lane + 4 set
-#pragma unroll 1
+#pragma unroll 2
     for (int t = 0; t < 16; t += 4) {
       const int word = at / 4 * 128 + (t + quad / 2) * 8 + at % 4 * 2 + quad % 2;
       const float product = quad_sum(words.dot(r, word));
@@ -87,22 +75,27 @@ __device__ inline int among_near(const Exact& exact, int stage, const Words<Step
     }
   }
   __syncwarp();
-  float score[8], best = -INFINITY;
+  float best = -INFINITY;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) best = fmaxf(best, score[i] = scores[lane + 32 * i]);
+  for (int i = 0; i < 8; ++i) best = fmaxf(best, scores[lane + 32 * i]);
   best = warp_max(best);
   // A close candidate's half norm is its product less its score.
   const float reach = norm * bounds.largest;
   const float bound = 1.02f * (error * bounds.largest + norm * bounds.low_off + (4 * Steps + 12) * 0x1p-23f * reach +
                                0x1p-22f * (fabsf(best) + reach));
+  return best - 2 * bound;
+}
+
+// The best, in float64, of the codewords whose scores are not below `least`.
+__device__ inline int best_of(const Exact& exact, int stage, const float* scores, float least) {
   int chosen = -1;
 #pragma unroll 1
   for (int i = 0; i < 8; ++i) {
-    unsigned close = __ballot_sync(kAll, !(scores[lane + 32 * i] < best - 2 * bound));
+    unsigned close = __ballot_sync(kAll, !(scores[threadIdx.x % 32 + 32 * i] < least));
+#pragma unroll 1
     for (; close != 0; close &= close - 1) {
       const int code = 32 * i + __ffs(static_cast<int>(close)) - 1;
-      if (chosen < 0) chosen = code;
-      else if (exact.beats(stage, chosen, code)) chosen = code;
+      if (chosen < 0 || exact.beats(stage, chosen, code)) chosen = code;
     }
   }
   return chosen;
@@ -150,7 +143,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
   const Origin* origins = memory.origins + warp * kWarpRows;
   float r[2][F::kCores][2], squares[2], error[2], norm[2];
   if (active >> warp / 4 & 1)
-    load_rows<Steps>(layer, side.source, book, g, origins,
+    load_rows<Steps>(layer, call, side, first_row + warp * kWarpRows, g, origins,
                      reinterpret_cast<float*>(memory.words[1]) + warp * 8 * F::kStride, r, squares);
   fence_bulk();  // the staged vectors before stage 1
   __syncthreads();
@@ -158,7 +151,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
   if (active == 0 && thread == 0) barrier_wait(shared_address(memory.full), 0);  // nothing may come after the block's end
   if (!(active >> warp / 4 & 1)) return;
 
-  const bool real[2] = {origins[quad].from != nullptr, origins[quad + 8].from != nullptr};
+  const int real = (origins[quad].from != nullptr ? 1 : 0) | (origins[quad + 8].from != nullptr ? 2 : 0);  // a bit a row
   int8_t* target = q < 2 ? origins[quad + 8 * q].target : nullptr;  // the first two lanes write a row's code each
 #pragma unroll
   for (int h = 0; h < 2; ++h) norm[h] = root_above(quad_sum(squares[h])), error[h] = norm[h] * 0x1.1p-24f;
@@ -170,73 +163,84 @@ __global__ void __launch_bounds__(128 * Groups, 1)
     __syncwarp();
     const StageBounds bounds = memory.bounds[at];
     const float* half_norms = memory.half_norms[at];
-    float scale[2], inverse[2], off[2], high_norm[2];  // high_norm: of float16(r / scale), at most; off: what it leaves
-    Two best[2][2];  // of set, of row
+    float slack[2];  // the scores' error but for what the last bits add
+    Two best[2][2] = {};  // of set, of row
     {
       uint32_t a[Steps][4];
+      float inverse[2], off[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scale[h] = power_of_two_above(fmaxf(fmaxf(norm[h], bounds.scale * 0x1p-20f), 0x1p-100f));
-        inverse[h] = reciprocal(scale[h]);
-      }
+      for (int h = 0; h < 2; ++h)
+        inverse[h] = reciprocal(power_of_two_above(fmaxf(fmaxf(norm[h], bounds.scale * 0x1p-20f), 0x1p-100f)));
       split<Steps>(r, inverse, a, off);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        off[h] = root_above(quad_sum(off[h]));
-        high_norm[h] = norm[h] * inverse[h] + off[h];
+        const float rest = root_above(quad_sum(off[h])), most = norm[h] * inverse[h] + rest;  // of float16(r / scale)
+        slack[h] = bounds.largest * (error[h] * inverse[h] + rest + (Steps * 24 * 0x1p-23f + 0x1p-16f) * most) +
+                   most * bounds.high_off;
       }
-#pragma unroll
-      for (int set = 0; set < 2; ++set) {
-        best[set][0] = best[set][1] = {-3e38f, -3e38f};
+#pragma unroll 1
+      for (int set = 0; set < 2; ++set) {  // a loop: a stage's instructions fill the instruction cache as it is
+        best[0][0] = best[1][0], best[0][1] = best[1][1];
+        best[1][0] = best[1][1] = {-3e38f, -3e38f};
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
           const int chunk = 2 * set + part;
           float sum[8][4];
           products<Steps>(sum, a, memory.words[at] + chunk * (F::kChunkBytes / 2));
-          keep_best(sum, half_norms + chunk * kTiledWords + 2 * q, inverse, part, scored, best[set]);
+          keep_best(sum, half_norms + chunk * kTiledWords + 2 * q, inverse, part, scored, best[1]);
         }
       }
     }
 
-    // The best of the row's lanes, and whose other candidates are near it.
+    // The best of the row's lanes. Its low halves are on their way while the others are looked at.
+    const Words<Steps> words{memory.words[at], book.low + (g * stages + stage) * 256 * F::kPadded, q};
     int code[2];
-    unsigned near0[2], near1[2], deep[2];  // of the warp's lanes: the best of either set; a second one
-    bool close = false;
+    float top[2];
+    uint4 low[2][Steps / 2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const Two x = best[0][h], y = best[1][h];
-      const float mine = fmaxf(x.first, y.first), most = quad_max(mine);
-      const int leader = (lane & 28) + __ffs(static_cast<int>(of_quad(__ballot_sync(kAll, mine == most)))) - 1;
+      const float mine = fmaxf(x.first, y.first);
+      top[h] = quad_max(mine);
+      const int leader = (lane & 28) + __ffs(static_cast<int>(of_quad(__ballot_sync(kAll, mine == top[h])))) - 1;
       code[h] = __shfl_sync(kAll, x.first >= y.first ? code_of(x.first, 0, q) : code_of(y.first, 1, q), leader);
-      const float reach = high_norm[h] * bounds.largest;
-      const float bound =
-          1.02f * (bounds.largest * (error[h] * inverse[h] + off[h] + Steps * 24 * 0x1p-23f * high_norm[h]) +
-                   high_norm[h] * bounds.high_off + 0x1p-17f * (fabsf(most) + 2 * reach));
-      const float least = most - 2 * bound;
-      near0[h] = __ballot_sync(kAll, real[h] && !(x.first < least));
-      near1[h] = __ballot_sync(kAll, real[h] && !(y.first < least));
-      deep[h] = __ballot_sync(kAll, real[h] && !(fmaxf(x.second, y.second) < least));
-      close = close || __popc(of_quad(near0[h])) + __popc(of_quad(near1[h])) > 1 || of_quad(deep[h]) != 0;
+#pragma unroll
+      for (int j = 0; j < Steps / 2; ++j) low[h][j] = words.low_of(code[h], j);
     }
-    const Words<Steps> words{memory.words[at], book.low + (g * stages + stage) * 256 * F::kPadded, q};
-    if (__any_sync(kAll, close)) {
+    unsigned near = 0, todo = 0;  // near: of the quad, for row 0 and 1; todo: the lane's rows that are not decided, a bit each
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Two x = best[0][h], y = best[1][h];
+      const float least = top[h] - 2.04f * (slack[h] + 0x1p-17f * fabsf(top[h]));
+      const bool counts = (real >> h & 1) != 0;
+      // Lanes whose best of either set is near the row's best, and those with a second one that is.
+      const unsigned set0 = of_quad(__ballot_sync(kAll, counts && !(x.first < least)));
+      const unsigned set1 = of_quad(__ballot_sync(kAll, counts && !(y.first < least)));
+      const unsigned deep = of_quad(__ballot_sync(kAll, counts && !(fmaxf(x.second, y.second) < least)));
+      near |= (set0 | set1 << 4 | deep << 8) << (12 * h);
+      todo |= __popc(set0 | set1 << 4) > 1 || deep != 0 ? 1u << h : 0;
+    }
+    if (__any_sync(kAll, todo != 0)) {
+      unsigned codes = 0;  // the lane's best of each set and row
+#pragma unroll
+      for (int i = 0; i < 4; ++i) codes |= static_cast<unsigned>(code_of(best[i % 2][i / 2].first, i % 2, q)) << (8 * i);
 #pragma unroll 1
-      for (int h = 0; h < 2; ++h) {
-        const auto of = [&](const auto& both) { return h == 0 ? both[0] : both[1]; };
-        const unsigned set0 = of(near0), set1 = of(near1), mine0 = of_quad(set0), mine1 = of_quad(set1);
-        const int count = __popc(mine0) + __popc(mine1);
-        const bool many = count > 2 || of_quad(of(deep)) != 0, pair = count == 2 && !many;
-        if (!__any_sync(kAll, pair || many)) continue;
-        float row[F::kCores][2];
-#pragma unroll
-        for (int n = 0; n < F::kCores; ++n)
-#pragma unroll
-          for (int b = 0; b < 2; ++b) row[n][b] = h == 0 ? r[0][n][b] : r[1][n][b];
-        const float its_error = of(error), its_norm = of(scale) * of(high_norm);  // of r, at most
+      while (__any_sync(kAll, todo != 0)) {
+        const bool h = todo == 2;  // the row that is looked at
+        const auto of = [&](const auto& both) { return h ? both[1] : both[0]; };
+        const unsigned its_near = h ? near >> 12 : near, mine0 = its_near & 15, mine1 = its_near >> 4 & 15;
+        const int count = __popc(its_near & 255);
+        const bool many = todo != 0 && (count > 2 || (its_near >> 8 & 15) != 0), pair = todo != 0 && !many;
+        const float its_error = of(error), its_norm = of(norm);  // of r, at most
         int chosen = of(code), rival = -1;  // rival: the higher of two codes that only float64 can tell apart
         if (__any_sync(kAll, pair)) {
-          const int code0 = code_of(h == 0 ? best[0][0].first : best[0][1].first, 0, q);
-          const int code1 = code_of(h == 0 ? best[1][0].first : best[1][1].first, 1, q);
+          float row[F::kCores][2];
+#pragma unroll
+          for (int n = 0; n < F::kCores; ++n)
+#pragma unroll
+            for (int b = 0; b < 2; ++b) row[n][b] = h ? r[1][n][b] : r[0][n][b];
+          const unsigned its_codes = h ? codes >> 16 : codes;
+          const int code0 = its_codes & 255, code1 = its_codes >> 8 & 255;
           const bool front0 = mine0 != 0, back0 = __popc(mine0) == 2;
           const int front = (__ffs(static_cast<int>(front0 ? mine0 : mine1)) - 1) & 3;
           const int back = (31 - __clz(static_cast<int>(back0 ? mine0 : mine1))) & 3, base = lane & 28;
@@ -256,41 +260,54 @@ __global__ void __launch_bounds__(128 * Groups, 1)
         unsigned open = __ballot_sync(kAll, q == 0 && (many || rival >= 0));
 #pragma unroll 1
         for (; open != 0; open &= open - 1) {
-          const int leader = __ffs(static_cast<int>(open)) - 1, index = leader / 4 + 8 * h;
-          const int a = __shfl_sync(kAll, chosen, leader), b = __shfl_sync(kAll, rival, leader);
-          const int64_t flat = first_row + warp * kWarpRows + index, at_batch = flat / side.most;
-          int64_t start;
-          side.source.rows(layer, call, at_batch, &start);
-          __syncwarp();  // the stages before were written by another lane
-          const Exact exact{layer, call, book, side.source, at_batch, start + flat % side.most, g, origins[index].target};
-          int better;
-          if (b < 0) {
+          const int leader = __ffs(static_cast<int>(open)) - 1;
+          const bool its_h = __shfl_sync(kAll, h ? 1 : 0, leader) != 0;
+          const int index = leader / 4 + (its_h ? 8 : 0);
+          float* scores = memory.scores[warp];
+          __syncwarp();  // the codes of the stages before, too, were written by other lanes
+#pragma unroll
+          for (int i = 0; i < 8; ++i) scores[lane + 32 * i] = -INFINITY;
+          __syncwarp();
+          const int other = __shfl_sync(kAll, rival, leader);
+          float least = 0;
+          if (other < 0) {
             float its[F::kCores][2];
 #pragma unroll
             for (int n = 0; n < F::kCores; ++n)
 #pragma unroll
-              for (int e = 0; e < 2; ++e) its[n][e] = __shfl_sync(kAll, row[n][e], leader + q);
-            better = among_near<Steps>(exact, stage, words, its, half_norms, bounds, __shfl_sync(kAll, its_error, leader),
-                                       __shfl_sync(kAll, its_norm, leader), set0 >> leader & 15, set1 >> leader & 15,
-                                       memory.scores[warp]);
+              for (int b = 0; b < 2; ++b) its[n][b] = __shfl_sync(kAll, its_h ? r[1][n][b] : r[0][n][b], leader + q);
+            least = score_near<Steps>(words, its, half_norms, bounds, __shfl_sync(kAll, its_error, leader),
+                                      __shfl_sync(kAll, its_norm, leader), __shfl_sync(kAll, its_near, leader) & 255, scores);
           } else {
-            better = exact.beats(stage, a, b) ? b : a;
+            if (lane == leader) scores[chosen] = scores[rival] = 0;
+            __syncwarp();
           }
+          // Registers are short: the vectors step aside where a function is called, which is rare.
+          volatile float aside[2][F::kCores][2];
+#pragma unroll
+          for (int n = 0; n < 4 * F::kCores; ++n) aside[n % 2][n / 4][n / 2 % 2] = r[n % 2][n / 4][n / 2 % 2];
+          const int64_t flat = first_row + warp * kWarpRows + index, at_batch = flat / side.most;
+          int64_t start;
+          side.source.rows(layer, call, at_batch, &start);
+          const Exact exact{layer, call, book, side.source, at_batch, start + flat % side.most, g, origins[index].target};
+          const int better = best_of(exact, stage, scores, least);
           if (quad == leader / 4) chosen = better;
+#pragma unroll
+          for (int n = 0; n < 4 * F::kCores; ++n) r[n % 2][n / 4][n / 2 % 2] = aside[n % 2][n / 4][n / 2 % 2];
         }
-        if (h == 0) code[0] = chosen;
-        else code[1] = chosen;
+        if (todo != 0 && !h) code[0] = chosen;
+        if (todo != 0 && h) code[1] = chosen;
+        todo &= todo - 1;
       }
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int j = 0; j < Steps / 2; ++j) low[h][j] = words.low_of(code[h], j);
     }
     if (target != nullptr) target[stage] = static_cast<int8_t>(q == 0 ? code[0] : code[1]);
     if (stage + 1 == stages) break;
 
     // The next residuals.
-    uint4 low[2][Steps / 2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int j = 0; j < Steps / 2; ++j) low[h][j] = words.low_of(code[h], j);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const char* high = words.high_of(code[h]);
@@ -301,17 +318,20 @@ __global__ void __launch_bounds__(128 * Groups, 1)
         float(&mine)[2] = r[h][n];
         mine[0] -= bounds.scale * x.x, mine[1] -= bounds.scale * x.y;
         mine[0] -= bounds.scale * y.x, mine[1] -= bounds.scale * y.y;
-        squares[h] += mine[0] * mine[0] + mine[1] * mine[1];
+        squares[h] = fmaf(mine[1], mine[1], fmaf(mine[0], mine[0], squares[h]));
       }
       norm[h] = root_above(quad_sum(squares[h]));
       error[h] = 1.0001f * (error[h] + bounds.scale * (bounds.low_off + 0x1p-23f * bounds.largest) + 0x1p-23f * norm[h]);
     }
     __syncwarp();
     if (lane == 0 && stage + 2 < stages) {  // whoever is last to read a stage's codewords fetches those of the next but one
-      __threadfence_block();
-      if (atomicAdd(memory.done + at, 1) + 1 == 4 * static_cast<unsigned>(__popc(active))) {
+      unsigned before;
+      asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], 1;"
+                   : "=r"(before)
+                   : "r"(shared_address(memory.done + at))
+                   : "memory");
+      if (before + 1 == 4 * static_cast<unsigned>(__popc(active))) {
         memory.done[at] = 0;
-        __threadfence_block();
         fence_bulk();
         start_load(stage + 2);
       }
@@ -388,6 +408,7 @@ int encode_tiled(const gsrq_layer& layer, const gsrq_call& call, const EncodeBoo
     Side& side = sides.of[swap ? 1 - i : i];
     side.book = *books[i], side.source = *sources[i];
     side.batch = encode_batch(call, *sources[i]), side.most = ::gsrq::cuda::encode_rows(layer, call, *sources[i]);
+    side.loads = loads_of(layer, call, side.source, side.book.book.width);
     small += (side.batch * side.most + 63) / 64 * side.book.book.groups;
   }
   const bool few = small <= processors(padded);

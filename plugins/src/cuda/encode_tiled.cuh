@@ -1,4 +1,4 @@
-// Greedy encoding of sub-vectors of 64 or 128 elements: a block's memory, its vectors, products and float32 scores.
+// Greedy encoding of sub-vectors of 64 or 128 elements: a block's memory, products and float32 scores.
 //
 // A warp has 16 rows. Lane l keeps of rows l / 4 and l / 4 + 8 the elements 8 n + 2 (l % 4) + b, float32, in registers: the
 // lanes that hold a row's elements in the tensor cores' operand are those that hold its scores in their result, so that
@@ -6,32 +6,10 @@
 #pragma once
 
 #include "encode_choice.cuh"
+#include "encode_tiled_rows.cuh"
 #include "mma.cuh"
 
 namespace gsrq::cuda::tiled {
-
-constexpr int kWarpRows = 16;
-constexpr unsigned kAll = 0xffffffffu;
-
-template <int Steps>
-struct Form {  // Steps: of 16 elements
-  static constexpr int kPadded = 16 * Steps, kCores = 2 * Steps;
-  static constexpr int kChunkBytes = kTiledWords * kPadded * 2, kStageBytes = 256 * kPadded * 2;
-  static constexpr int kStride = kPadded + 8;  // of staged vectors: four rows' pairs of elements in different banks
-  static_assert(Steps % 2 == 0, "a lane's eight elements of two steps lie together");
-};
-
-template <int Steps>
-using Residual = float[2][2 * Steps][2];
-
-// Where a row's vector and codes are.
-struct Origin {
-  const char* from;     // of its head 0, element 0; null: no row
-  int8_t* target;
-  int32_t head_stride;  // elements
-  int32_t token;
-  int32_t dtype, round_to;
-};
 
 template <int Steps, int Groups>
 struct Memory {
@@ -54,173 +32,6 @@ __device__ inline float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
 }
 
-// Row `flat` of batch rows of `most` each, or no row.
-__device__ inline Origin origin_of(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book,
-                                   const EncodeSource& source, int64_t batch, int64_t most, int64_t flat, int64_t g) {
-  Origin out{};
-  const int64_t b = flat / most, i = flat % most, d = layer.head_dim;
-  int64_t start;
-  if (b >= batch || i >= source.rows(layer, call, b, &start)) return out;
-  const int64_t row = start + i, token = layer.sinks + row;
-  int64_t element;  // of head 0
-  out.round_to = -1;
-  out.token = static_cast<int32_t>(token);
-  if (source.vectors != nullptr) {
-    out.from = static_cast<const char*>(source.vectors);
-    out.dtype = source.dtype, out.head_stride = layer.head_dim;
-    element = row * layer.kv_heads * d;
-  } else if (const int64_t past = call.past_lengths[b]; token < past) {
-    const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
-    out.from = static_cast<const char*>(source.values ? call.value_exact : call.key_exact);
-    out.dtype = call.exact_dtype, out.head_stride = static_cast<int32_t>(slots * d);
-    element = (b * layer.kv_heads * slots + gsrq_slot(token, layer.sinks, layer.window, layer.block)) * d;
-  } else {
-    out.from = static_cast<const char*>(source.values ? call.value : call.key);
-    out.dtype = call.dtype, out.head_stride = static_cast<int32_t>(call.steps * d);
-    out.round_to = call.exact_dtype;
-    element = (b * layer.kv_heads * call.steps + token - past) * d;
-  }
-  out.from += element * (out.dtype == GSRQ_F32 ? 4 : 2);
-  out.target = source.target(book.book, call, b, row, g);
-  return out;
-}
-
-// An element as the cache stores it. Without branches, so that many loads are under way at once; `other` is any address.
-__device__ inline float stored_element(const Origin& origin, bool real, int64_t at, const void* other) {
-  const int wide = origin.dtype == GSRQ_F32;
-  const void* from = real ? origin.from + (at << (1 + wide)) : static_cast<const char*>(other);
-  uint32_t bits;
-  asm("{\n\t.reg .pred wide;\n\tsetp.ne.s32 wide, %2, 0;\n\t"
-      "@wide ld.global.nc.b32 %0, [%1];\n\t@!wide ld.global.nc.u16 %0, [%1];\n\t}"
-      : "=r"(bits)
-      : "l"(from), "r"(wide));
-  const float narrow = origin.dtype == GSRQ_BF16 ? __uint_as_float(bits << 16)
-                                                 : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-  const float x = wide ? __uint_as_float(bits) : narrow;
-  return real ? rounded(x, origin.round_to) : 0.0f;
-}
-
-// An element's place, the same in all rows. Elements of a turned pair: x c - y s, or y c + x s of the second.
-struct Place {
-  int head, element, partner, pair;
-  bool real, turned, second;
-  float center, partner_center;
-};
-
-__device__ inline Place place_of(const gsrq_layer& layer, int64_t i, bool real, bool framed) {
-  Place out{};
-  const int d = layer.head_dim, half = layer.half_rope;
-  out.real = real;
-  out.head = real ? static_cast<int>(i) / d : 0;
-  out.element = out.partner = real ? static_cast<int>(i) % d : 0;
-  if (!framed || !real) return out;
-  const int e = out.element;
-  out.turned = e < 2 * half;
-  if (out.turned) {
-    out.pair = layer.rope_interleaved ? e / 2 : e % half;
-    int32_t first, second;
-    pair_elements(layer, out.pair, &first, &second);
-    out.second = e == second;
-    out.partner = out.second ? first : second;
-  }
-  out.center = layer.key_center[out.head * d + e];
-  out.partner_center = layer.key_center[out.head * d + out.partner];
-  return out;
-}
-
-// Eight rows of a warp, staged as the source has them, elements past the width as zeros.
-template <int Steps>
-__device__ inline void stage_rows(const gsrq_layer& layer, const EncodeSource& source, const EncodeBook& book, int64_t g,
-                                  const Origin* origins, float* staged) {
-  constexpr int kPlaces = Form<Steps>::kPadded / 32;
-  const int lane = threadIdx.x % 32, width = book.book.width;
-  const bool framed = source.vectors == nullptr && !source.values && layer.key_center != nullptr;
-  Place places[kPlaces];
-#pragma unroll
-  for (int k = 0; k < kPlaces; ++k) {
-    const int e = lane + 32 * k;
-    places[k] = place_of(layer, g * width + e, e < width, framed);
-  }
-  const auto at = [](const Origin& origin, const Place& place, int element) {
-    return static_cast<int64_t>(place.head) * origin.head_stride + element;
-  };
-  if (!framed) {
-#pragma unroll 4
-    for (int r = 0; r < 8; ++r) {
-      const Origin origin = origins[r];
-#pragma unroll
-      for (int k = 0; k < kPlaces; ++k) {
-        const Place& place = places[k];
-        staged[r * Form<Steps>::kStride + lane + 32 * k] =
-            stored_element(origin, place.real && origin.from != nullptr, at(origin, place, place.element), book.half_norms);
-      }
-    }
-    return;
-  }
-#pragma unroll 2
-  for (int r = 0; r < 8; ++r) {  // as EncodeSource::framed
-    const Origin origin = origins[r];
-#pragma unroll
-    for (int k = 0; k < kPlaces; ++k) {
-      const Place& place = places[k];
-      const bool real = place.real && origin.from != nullptr, turned = real && place.turned;
-      const float own = stored_element(origin, real, at(origin, place, place.element), book.half_norms);
-      const float other = stored_element(origin, turned, at(origin, place, place.partner), book.half_norms);
-      const int64_t angle = turned ? static_cast<int64_t>(origin.token) * layer.half_rope + place.pair : 0;
-      const double c = __ldg(turned ? layer.cos + angle : book.half_norms);
-      const double s = __ldg(turned ? layer.sin + angle : book.half_norms);
-      const double mine = static_cast<double>(own) - static_cast<double>(place.center);
-      const double partner = static_cast<double>(other) - static_cast<double>(place.partner_center);
-      const double x = place.second ? partner : mine, y = place.second ? mine : partner;
-      const float rotated = static_cast<float>(place.second ? y * c + x * s : x * c - y * s);
-      staged[r * Form<Steps>::kStride + lane + 32 * k] = !real ? 0.0f : turned ? rotated : static_cast<float>(mine);
-    }
-  }
-}
-
-// The transformed vectors of a warp, and this lane's shares of their squares. staged: float[8][kStride] of the warp.
-template <int Steps>
-__device__ inline void load_rows(const gsrq_layer& layer, const EncodeSource& source, const EncodeBook& book, int64_t g,
-                                 const Origin* origins, float* staged, Residual<Steps>& r, float (&squares)[2]) {
-  using F = Form<Steps>;
-  const int lane = threadIdx.x % 32, quad = lane / 4, q = lane % 4, width = book.book.width;
-  const bool diagonal = book.diagonal[g] != 0;
-  const float* transform = book.book.transform + g * width * width;
-  const double* turned = book.turned + g * width * width;
-  const float* mine = staged + quad * F::kStride;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    __syncwarp();
-    stage_rows<Steps>(layer, source, book, g, origins + 8 * h, staged);
-    __syncwarp();
-    if (diagonal) {  // a product of two float32 rounded once: float64 would give the same
-#pragma unroll
-      for (int n = 0; n < F::kCores; ++n)
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const int e = 8 * n + 2 * q + b;
-          r[h][n][b] = e < width ? transform[e * width + e] * mine[e] : 0.0f;
-        }
-    } else {
-      double sum[F::kCores][2] = {};
-      for (int k = 0; k < width; k += 4) {
-        const int j = k + q;
-        const double x = mine[j];
-#pragma unroll
-        for (int n = 0; n < F::kCores; ++n) {
-          const int e = 8 * n + quad;
-          multiply(sum[n], x, j < width && e < width ? turned[static_cast<int64_t>(j) * width + e] : 0.0);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < F::kCores; ++n) r[h][n][0] = static_cast<float>(sum[n][0]), r[h][n][1] = static_cast<float>(sum[n][1]);
-    }
-    squares[h] = 0;
-#pragma unroll
-    for (int n = 0; n < F::kCores; ++n) squares[h] += r[h][n][0] * r[h][n][0] + r[h][n][1] * r[h][n][1];
-  }
-}
-
 // float16(r / scale) as the tensor cores' left operand; off: this lane's share of the squares of what rounding leaves.
 template <int Steps>
 __device__ inline void split(const Residual<Steps>& r, const float (&inverse)[2], uint32_t (&a)[Steps][4], float (&off)[2]) {
@@ -233,7 +44,7 @@ __device__ inline void split(const Residual<Steps>& r, const float (&inverse)[2]
       const __half2 both = __floats2half2_rn(x, y);
       const float2 back = __half22float2(both);
       const float dx = x - back.x, dy = y - back.y;
-      off[h] += dx * dx + dy * dy;
+      off[h] = fmaf(dy, dy, fmaf(dx, dx, off[h]));
       a[n / 2][n % 2 * 2 + h] = *reinterpret_cast<const uint32_t*>(&both);
     }
 }
@@ -265,8 +76,9 @@ template <int Steps>
 __device__ inline void products(float (&sum)[8][4], const uint32_t (&a)[Steps][4], const __half* chunk) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
   // The chunk as it lies: 8 x 8 matrices of 128 bytes, those of the next 8 codewords beside, of the next 8 elements after.
-  constexpr uint64_t kNextElements = kTiledWords * 16, kNextWords = 128;
-  const uint64_t words = (shared_address(chunk) & 0x3ffff) >> 4 | kNextElements >> 4 << 16 | kNextWords >> 4 << 32;
+  constexpr uint32_t kNextElements = kTiledWords * 16, kNextWords = 128;
+  // The same in all lanes; as the result of a reduction it lies in a uniform register, where the instruction wants it.
+  const uint32_t words = __reduce_or_sync(kAll, (shared_address(chunk) & 0x3ffff) >> 4 | kNextElements >> 4 << 16);
 #pragma unroll
   for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -275,17 +87,18 @@ __device__ inline void products(float (&sum)[8][4], const uint32_t (&a)[Steps][4
 #pragma unroll
   for (int s = 0; s < Steps; ++s)
     asm volatile(
-        "{\n\t.reg .pred more;\n\tsetp.ne.s32 more, %37, 0;\n\t"
+        "{\n\t.reg .pred more;\n\t.reg .b64 words;\n\tmov.b64 words, {%36, %38};\n\tsetp.ne.s32 more, %37, 0;\n\t"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
         "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, more, 1, 1, 0;\n\t}"
+        "{%32, %33, %34, %35}, words, more, 1, 1, 0;\n\t}"
         : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
           "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
           "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3]), "+f"(sum[4][0]), "+f"(sum[4][1]),
           "+f"(sum[4][2]), "+f"(sum[4][3]), "+f"(sum[5][0]), "+f"(sum[5][1]), "+f"(sum[5][2]), "+f"(sum[5][3]),
           "+f"(sum[6][0]), "+f"(sum[6][1]), "+f"(sum[6][2]), "+f"(sum[6][3]), "+f"(sum[7][0]), "+f"(sum[7][1]),
           "+f"(sum[7][2]), "+f"(sum[7][3])
-        : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "l"(words + s * (2 * kNextElements >> 4)), "r"(s != 0 ? 1 : 0)
+        : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "r"(words + s * (2 * kNextElements >> 4)), "r"(s != 0 ? 1 : 0),
+          "r"(kNextWords >> 4)
         : "memory");
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -327,7 +140,11 @@ struct Words {
            word % kTiledWords * 16 + q * 4;
   }
   __device__ uint4 low_of(int word, int piece) const {
-    return __ldg(reinterpret_cast<const uint4*>(low + word * Form<Steps>::kPadded + piece * 32 + q * 8));
+    uint4 out;  // in an order of its own: many are under way at once
+    asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+                 : "l"(low + word * Form<Steps>::kPadded + piece * 32 + q * 8));
+    return out;
   }
   __device__ static float2 high_pair(const char* of, int n) {
     return __half22float2(*reinterpret_cast<const __half2*>(of + n * (kTiledWords * 16)));
@@ -339,13 +156,15 @@ struct Words {
   // This lane's share of <r, word>.
   __device__ float dot(const float (&r)[2 * Steps][2], int word) const {
     const char* front = high_of(word);
+    uint4 back[Steps / 2];
+#pragma unroll
+    for (int j = 0; j < Steps / 2; ++j) back[j] = low_of(word, j);
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < Steps / 2; ++j) {
-      const uint4 back = low_of(word, j);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float2 x = high_pair(front, 4 * j + k), y = low_pair(back, k);
+        const float2 x = high_pair(front, 4 * j + k), y = low_pair(back[j], k);
         sum += r[4 * j + k][0] * (x.x + y.x) + r[4 * j + k][1] * (x.y + y.y);
       }
     }
@@ -354,14 +173,16 @@ struct Words {
   // The same of <r, a - b>.
   __device__ float dot_difference(const float (&r)[2 * Steps][2], int a, int b) const {
     const char *front_a = high_of(a), *front_b = high_of(b);
+    uint4 back_a[Steps / 2], back_b[Steps / 2];
+#pragma unroll
+    for (int j = 0; j < Steps / 2; ++j) back_a[j] = low_of(a, j), back_b[j] = low_of(b, j);
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < Steps / 2; ++j) {
-      const uint4 back_a = low_of(a, j), back_b = low_of(b, j);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float2 x = high_pair(front_a, 4 * j + k), y = low_pair(back_a, k);
-        const float2 u = high_pair(front_b, 4 * j + k), v = low_pair(back_b, k);
+        const float2 x = high_pair(front_a, 4 * j + k), y = low_pair(back_a[j], k);
+        const float2 u = high_pair(front_b, 4 * j + k), v = low_pair(back_b[j], k);
         sum += r[4 * j + k][0] * (x.x + y.x - (u.x + v.x)) + r[4 * j + k][1] * (x.y + y.y - (u.y + v.y));
       }
     }

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <utility>
 
 namespace gsrq::cuda {
@@ -22,14 +23,24 @@ __device__ inline void let_next_begin() {
 #endif
 }
 
+// Major compute capability of the current device, 0 with an error set where there is none; the driver is asked once a device.
+inline int compute_major() {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int id = 0, major = 0;
+  if (cudaGetDevice(&id) != cudaSuccess) return 0;
+  if (id < kDevices && (major = known[id].load(std::memory_order_relaxed)) != 0) return major;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id) != cudaSuccess) return 0;
+  if (id < kDevices) known[id].store(major, std::memory_order_relaxed);
+  return major;
+}
+
 // early: before the kernel launched last on the stream has ended.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
-  int id = 0, major = 0;
-  if (early && (cudaGetDevice(&id) != cudaSuccess ||
-                cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id) != cudaSuccess))
-    return cudaGetLastError();
+  const int major = early ? compute_major() : 0;
+  if (early && major == 0) return cudaGetLastError();
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -11,10 +11,11 @@ struct RowLengths {
   int64_t past, total, before, after;
 };
 
+// Lengths fit 32 bits: none exceeds the rotary table's positions.
 __host__ __device__ inline RowLengths row_lengths(const gsrq_layer& layer, int64_t past, int64_t fresh) {
   const int64_t total = past + fresh;
-  return {past, total, gsrq_coded(past, layer.sinks, layer.window, layer.block),
-          gsrq_coded(total, layer.sinks, layer.window, layer.block)};
+  return {past, total, gsrq_coded32(static_cast<int32_t>(past), layer.sinks, layer.window, layer.block),
+          gsrq_coded32(static_cast<int32_t>(total), layer.sinks, layer.window, layer.block)};
 }
 
 // A row whose lengths cannot be is left alone: hosts check them, but no length may lead out of the caller's memory.
@@ -37,7 +38,7 @@ __device__ inline float exact_element(const gsrq_layer& layer, const gsrq_call& 
   const int64_t at = b * layer.kv_heads + head, d = layer.head_dim;
   if (token < past) {
     const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
-    const int64_t slot = gsrq_slot(token, layer.sinks, layer.window, layer.block);
+    const int64_t slot = gsrq_slot32(static_cast<int32_t>(token), layer.sinks, layer.window, layer.block);
     return load(values ? call.value_exact : call.key_exact, (at * slots + slot) * d + element, call.exact_dtype);
   }
   const float x = load(values ? call.value : call.key, (at * call.steps + token - past) * d + element, call.dtype);

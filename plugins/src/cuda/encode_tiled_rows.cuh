@@ -1,0 +1,259 @@
+// Where the vectors of encode_tiled.cu come from: from the call's tokens or a matrix, by way of shared memory, into registers.
+#pragma once
+
+#include "encode_choice.cuh"
+#include "mma.cuh"
+
+namespace gsrq::cuda::tiled {
+
+constexpr int kWarpRows = 16;
+constexpr unsigned kAll = 0xffffffffu;
+
+template <int Steps>
+struct Form {  // Steps: of 16 elements
+  static constexpr int kPadded = 16 * Steps, kCores = 2 * Steps;
+  static constexpr int kChunkBytes = kTiledWords * kPadded * 2, kStageBytes = 256 * kPadded * 2;
+  static constexpr int kStride = kPadded + 8;  // of staged vectors: four rows' pairs of elements in different banks
+  static_assert(Steps % 2 == 0, "a lane's eight elements of two steps lie together");
+};
+
+template <int Steps>
+using Residual = float[2][2 * Steps][2];
+
+// Where a row's vector and codes are.
+struct Origin {
+  const char* from;     // of its head 0, element 0; null: no row
+  int8_t* target;
+  int32_t head_stride;  // elements
+  int32_t token;
+  int32_t dtype, round_to;
+};
+
+// How a group's vectors can be read: several elements at once, or one by one.
+enum class Loads { kAny, kPlain, kFramed };
+
+struct Side {
+  EncodeBook book;
+  EncodeSource source;
+  int64_t batch, most;  // rows of the source: batch * most, of which some may not be
+  unsigned tiles;       // blocks a group
+  Loads loads;
+};
+
+inline Loads loads_of(const gsrq_layer& layer, const gsrq_call& call, const EncodeSource& source, int width) {
+  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  if (layer.head_dim % 4 != 0 || width % 4 != 0) return Loads::kAny;
+  if (source.vectors != nullptr) return aligned(source.vectors) ? Loads::kPlain : Loads::kAny;
+  const bool fine = source.values ? aligned(call.value) && aligned(call.value_exact) : aligned(call.key) && aligned(call.key_exact);
+  if (!fine) return Loads::kAny;
+  if (source.values || layer.key_center == nullptr) return Loads::kPlain;
+  const bool whole = width % layer.head_dim == 0 && layer.half_rope % 2 == 0 && aligned(layer.cos) && aligned(layer.sin);
+  return whole ? Loads::kFramed : Loads::kAny;
+}
+
+// Row `flat` of batch rows of `most` each, or no row.
+__device__ inline Origin origin_of(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book,
+                                   const EncodeSource& source, int64_t batch, int64_t most, int64_t flat, int64_t g) {
+  Origin out{};
+  const int64_t b = batch == 1 ? 0 : flat / most, i = batch == 1 ? flat : flat % most, d = layer.head_dim;
+  int64_t start;
+  if (b >= batch || i >= source.rows(layer, call, b, &start)) return out;
+  const int64_t row = start + i, token = layer.sinks + row;
+  int64_t element;  // of head 0
+  out.round_to = -1;
+  out.token = static_cast<int32_t>(token);
+  if (source.vectors != nullptr) {
+    out.from = static_cast<const char*>(source.vectors);
+    out.dtype = source.dtype, out.head_stride = layer.head_dim;
+    element = row * layer.kv_heads * d;
+  } else if (const int64_t past = call.past_lengths[b]; token < past) {
+    const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
+    out.from = static_cast<const char*>(source.values ? call.value_exact : call.key_exact);
+    out.dtype = call.exact_dtype, out.head_stride = static_cast<int32_t>(slots * d);
+    element = (b * layer.kv_heads * slots + gsrq_slot32(out.token, layer.sinks, layer.window, layer.block)) * d;
+  } else {
+    out.from = static_cast<const char*>(source.values ? call.value : call.key);
+    out.dtype = call.dtype, out.head_stride = static_cast<int32_t>(call.steps * d);
+    if (call.dtype != call.exact_dtype && call.exact_dtype != GSRQ_F32) out.round_to = call.exact_dtype;
+    element = (b * layer.kv_heads * call.steps + token - past) * d;
+  }
+  out.from += element * (out.dtype == GSRQ_F32 ? 4 : 2);
+  out.target = source.target(book.book, call, b, row, g);
+  return out;
+}
+
+// Neighbouring elements as they lie in memory, two or four of 2 or 4 bytes. In an order of their own, so that many are under
+// way at once.
+__device__ inline void load_raw(uint32_t (&to)[2], const void* from, int wide) {
+  asm volatile("{\n\t.reg .pred wide;\n\tsetp.ne.s32 wide, %3, 0;\n\t"
+               "@wide ld.global.nc.v2.b32 {%0, %1}, [%2];\n\t@!wide ld.global.nc.b32 %0, [%2];\n\t}"
+               : "=r"(to[0]), "=r"(to[1])
+               : "l"(from), "r"(wide));
+}
+
+__device__ inline void load_raw(uint32_t (&to)[4], const void* from, int wide) {
+  asm volatile("{\n\t.reg .pred wide;\n\tsetp.ne.s32 wide, %5, 0;\n\t"
+               "@wide ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n\t@!wide ld.global.nc.v2.b32 {%0, %1}, [%4];\n\t}"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "l"(from), "r"(wide));
+}
+
+__device__ inline void load_raw(uint32_t (&to)[2], const float* from) {
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+}
+
+// What the cache stores of them; zeros where there is no row.
+template <int Count>
+__device__ inline void elements_of(float (&to)[Count], const uint32_t (&raw)[Count], const Origin& origin) {
+#pragma unroll
+  for (int i = 0; i < Count; i += 2) {
+    float2 two;
+    if (origin.dtype == GSRQ_F32) two = make_float2(__uint_as_float(raw[i]), __uint_as_float(raw[i + 1]));
+    else if (origin.dtype == GSRQ_BF16)
+      two = make_float2(__uint_as_float(raw[i / 2] << 16), __uint_as_float(raw[i / 2] & 0xffff0000));
+    else two = __half22float2(*reinterpret_cast<const __half2*>(&raw[i / 2]));
+    if (origin.round_to >= 0) two = make_float2(rounded(two.x, origin.round_to), rounded(two.y, origin.round_to));
+    to[i] = origin.from == nullptr ? 0 : two.x;
+    to[i + 1] = origin.from == nullptr ? 0 : two.y;
+  }
+}
+
+// Eight rows of a warp as the source has them, four elements a lane. other: any aligned address.
+template <int Steps>
+__device__ inline void stage_plain(const gsrq_layer& layer, int width, int64_t first, const Origin* origins, const void* other,
+                                   float* staged) {
+  const int lane = threadIdx.x % 32, d = layer.head_dim, element = static_cast<int>(first) + 4 * lane;
+  if (4 * lane >= width) return;
+  uint32_t raw[8][4];
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+    const char* from = origins[r].from;
+    const int wide = origins[r].dtype == GSRQ_F32;
+    const int64_t at = static_cast<int64_t>(element / d) * origins[r].head_stride + element % d;
+    load_raw(raw[r], from == nullptr ? other : from + (at << (1 + wide)), wide);
+  }
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+    float x[4];
+    elements_of(x, raw[r], origins[r]);
+    *reinterpret_cast<float4*>(staged + r * Form<Steps>::kStride + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
+  }
+}
+
+// The same less the heads' centers and turned to their positions, two pairs a lane: groups of whole heads. As
+// EncodeSource::framed.
+template <int Steps>
+__device__ inline void stage_framed(const gsrq_layer& layer, int width, int64_t first, const Origin* origins,
+                                    const float* other, float* staged) {
+  const int lane = threadIdx.x % 32, d = layer.head_dim, half = layer.half_rope;
+  if (4 * lane >= width) return;
+  const int head = 2 * lane / (d / 2), pair = 2 * lane % (d / 2), real_head = static_cast<int>(first) / d + head;
+  const bool turned = pair < half, apart = turned && !layer.rope_interleaved;  // apart: firsts and seconds lie together
+  const int one = apart ? pair : 2 * pair, two = apart ? pair + half : 2 * pair + 2;
+  const float* center = layer.key_center + real_head * d;
+  const double at_one[2] = {center[one], center[one + 1]}, at_two[2] = {center[two], center[two + 1]};
+  uint32_t raw_one[8][2], raw_two[8][2], raw_cos[8][2], raw_sin[8][2];
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+    const char* from = origins[r].from;
+    const int wide = origins[r].dtype == GSRQ_F32;
+    const int64_t at = static_cast<int64_t>(real_head) * origins[r].head_stride;
+    load_raw(raw_one[r], from == nullptr ? other : static_cast<const void*>(from + ((at + one) << (1 + wide))), wide);
+    load_raw(raw_two[r], from == nullptr ? other : static_cast<const void*>(from + ((at + two) << (1 + wide))), wide);
+    const bool angle = turned && from != nullptr;
+    const int64_t angle_at = static_cast<int64_t>(origins[r].token) * half + pair;
+    load_raw(raw_cos[r], angle ? layer.cos + angle_at : other);
+    load_raw(raw_sin[r], angle ? layer.sin + angle_at : other);
+  }
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+    float a[2], b[2], out_a[2], out_b[2];
+    elements_of(a, raw_one[r], origins[r]);
+    elements_of(b, raw_two[r], origins[r]);
+    const double da[2] = {a[0] - at_one[0], a[1] - at_one[1]}, db[2] = {b[0] - at_two[0], b[1] - at_two[1]};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const double x = apart ? da[i] : i == 0 ? da[0] : db[0], y = apart ? db[i] : i == 0 ? da[1] : db[1];
+      const double c = __uint_as_float(raw_cos[r][i]), s = __uint_as_float(raw_sin[r][i]);
+      const float front = static_cast<float>(turned ? x * c - y * s : x), back = static_cast<float>(turned ? y * c + x * s : y);
+      if (apart) out_a[i] = front, out_b[i] = back;
+      else if (i == 0) out_a[0] = front, out_a[1] = back;
+      else out_b[0] = front, out_b[1] = back;
+    }
+    const bool real = origins[r].from != nullptr;
+    float* to = staged + r * Form<Steps>::kStride + head * d;
+    *reinterpret_cast<float2*>(to + one) = real ? make_float2(out_a[0], out_a[1]) : float2{};
+    *reinterpret_cast<float2*>(to + two) = real ? make_float2(out_b[0], out_b[1]) : float2{};
+  }
+}
+
+// Element by element, for heads and groups of any size.
+template <int Steps>
+__device__ __noinline__ void stage_any(const gsrq_layer& layer, const gsrq_call& call, const EncodeSource& source,
+                                       const EncodeBook& book, int64_t batch, int64_t most, int64_t flat, int64_t g,
+                                       const Origin* origins, float* staged) {
+  const int width = book.book.width;
+#pragma unroll 1
+  for (int r = 0; r < 8; ++r) {
+    if (origins[r].from == nullptr) {
+      for (int e = threadIdx.x % 32; e < width; e += 32) staged[r * Form<Steps>::kStride + e] = 0;
+      continue;
+    }
+    const int64_t b = (flat + r) / most;
+    int64_t start;
+    source.rows(layer, call, b, &start);
+    for (int e = threadIdx.x % 32; e < width; e += 32)
+      staged[r * Form<Steps>::kStride + e] = source.element(layer, call, b, start + (flat + r) % most, g * width + e);
+  }
+}
+
+// The transformed vectors of a warp, and this lane's shares of their squares. staged: float[8][kStride] of the warp.
+template <int Steps>
+__device__ inline void load_rows(const gsrq_layer& layer, const gsrq_call& call, const Side& side, int64_t flat, int64_t g,
+                                 const Origin* origins, float* staged, Residual<Steps>& r, float (&squares)[2]) {
+  using F = Form<Steps>;
+  const EncodeBook& book = side.book;
+  const int lane = threadIdx.x % 32, quad = lane / 4, q = lane % 4, width = book.book.width;
+  const bool diagonal = book.diagonal[g] != 0;
+  const float* transform = book.book.transform + g * width * width;
+  const double* turned = book.turned + g * width * width;
+  const float* mine = staged + quad * F::kStride;
+  const int64_t first = g * width;
+  for (int i = lane; width < F::kPadded && i < 8 * F::kStride; i += 32) staged[i] = 0;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    __syncwarp();
+    const Origin* rows = origins + 8 * h;
+    if (side.loads == Loads::kPlain) stage_plain<Steps>(layer, width, first, rows, book.half_norms, staged);
+    else if (side.loads == Loads::kFramed) stage_framed<Steps>(layer, width, first, rows, book.half_norms, staged);
+    else stage_any<Steps>(layer, call, side.source, book, side.batch, side.most, flat + 8 * h, g, rows, staged);
+    __syncwarp();
+    if (diagonal) {  // a product of two float32 rounded once: float64 would give the same
+#pragma unroll
+      for (int n = 0; n < F::kCores; ++n)
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const int e = 8 * n + 2 * q + b;
+          r[h][n][b] = e < width ? transform[e * width + e] * mine[e] : 0.0f;
+        }
+    } else {
+      double sum[F::kCores][2] = {};
+      for (int k = 0; k < width; k += 4) {
+        const int j = k + q;
+        const double x = mine[j];
+#pragma unroll
+        for (int n = 0; n < F::kCores; ++n) {
+          const int e = 8 * n + quad;
+          multiply(sum[n], x, j < width && e < width ? turned[static_cast<int64_t>(j) * width + e] : 0.0);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < F::kCores; ++n) r[h][n][0] = static_cast<float>(sum[n][0]), r[h][n][1] = static_cast<float>(sum[n][1]);
+    }
+    squares[h] = 0;
+#pragma unroll
+    for (int n = 0; n < F::kCores; ++n) squares[h] += r[h][n][0] * r[h][n][0] + r[h][n][1] * r[h][n][1];
+  }
+}
+
+}  // namespace gsrq::cuda::tiled
