@@ -63,8 +63,9 @@ __device__ inline int64_t query_at(const gsrq_layer& layer, const LookupPlan& pl
 
 __device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
-// Block: some codewords of the eight slots of a part, a warp a slot, times the queries of up to 16 rows.
-template <int Steps>
+// Block: some codewords of the eight slots of a part, a warp a slot, times the queries of up to 16 rows. Exact: a codeword has
+// Steps times 16 elements, else at most that.
+template <int Steps, bool Exact>
 __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan,
                             const LookupMemory& memory, const Work& work, int block) {
   const int groups = kCodewords / work.table_codes, vheads = work.vheads;
@@ -129,7 +130,7 @@ __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, cons
 #pragma unroll
     for (int k = 0; k < Steps; ++k) {
       const __half* word = words + code * width + k * 16;
-      const bool here = real && k * 16 < plan.key_width;
+      const bool here = real && (Exact || k * 16 < plan.key_width);
       a[k][0] = here ? __ldg(reinterpret_cast<const uint32_t*>(word)) : 0;
       a[k][1] = here ? __ldg(reinterpret_cast<const uint32_t*>(word + below)) : 0;
       a[k][2] = here ? __ldg(reinterpret_cast<const uint32_t*>(word + 8)) : 0;
@@ -139,16 +140,19 @@ __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, cons
     for (int tile = 0; tile < tiles; tile += 2) {  // two at a time
       float sums[2][2][4] = {};
       const __half* const at[2] = {from + tile * 8 * pitch, from + min(tile + 1, tiles - 1) * 8 * pitch};
+      uint32_t b[2][2][4];  // of this step and the next
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_matrices(b[0][i], at[i]);
 #pragma unroll
       for (int k = 0; k < Steps; ++k) {
-        if (k * 16 >= plan.key_width) break;
+        if (!Exact && k * 16 >= plan.key_width) break;
+        if (k + 1 < Steps && (Exact || (k + 1) * 16 < plan.key_width))
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint32_t b[4];
-          load_matrices(b, at[i] + k * 16);
-          multiply(sums[i][0], a[k], b[0], b[1]);
-          multiply(sums[i][1], a[k], b[2], b[3]);
-        }
+          for (int i = 0; i < 2; ++i) load_matrices(b[(k + 1) % 2][i], at[i] + (k + 1) * 16);
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) multiply(sums[i][j], a[k], b[k % 2][i][2 * j], b[k % 2][i][2 * j + 1]);
       }
       // Column 2 t of a tile: row of two, head.
 #pragma unroll
@@ -367,13 +371,13 @@ __device__ void score_center_plain(const gsrq_layer& layer, const gsrq_call& cal
   }
 }
 
-template <int Steps>
+template <int Steps, bool Exact>
 __global__ void __launch_bounds__(kThreads, 3)
     prepare_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                    const __grid_constant__ LookupPlan plan, LookupMemory memory, const __grid_constant__ Work work) {
   int block = blockIdx.x;
   let_next_begin();
-  if (block < work.tables) return fill_tables<Steps>(layer, call, plan, memory, work, block);
+  if (block < work.tables) return fill_tables<Steps, Exact>(layer, call, plan, memory, work, block);
   block -= work.tables;
   if (block >= work.centers && work.wide_exact)
     attend_exact_wide(layer, call, plan.head, memory.parts, work.vheads, work.splits, block - work.centers);
@@ -435,7 +439,9 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   const int center_bytes = static_cast<int>(work.center_heads * pairs * kLookupLanes * sizeof(float2)) +
                            (work.with_offsets ? kCenterTiles * kCenterSteps * 32 * static_cast<int>(sizeof(uint4)) : 0);
   const int bytes = std::max({4 * kTablePairs * (d + kPad), center_bytes, exact_bytes(d)});
-  const auto kernel = plan.key_width <= 128 ? prepare_kernel<8> : prepare_kernel<16>;
+  const auto kernel = plan.key_width == 128   ? prepare_kernel<8, true>
+                      : plan.key_width < 128 ? prepare_kernel<8, false>
+                                             : prepare_kernel<16, false>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("prepare_lookup");
   launch(false, kernel, static_cast<unsigned>(centers + tables + exact), kThreads, bytes, stream, layer, call, plan, memory,
