@@ -72,7 +72,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   };
   load_words(split * Codes);
 
-  const Line line = line_of(layer, call, vheads, coded.owners, coded.by_row);
+  const Line line = line_of(layer, call, vheads, coded.owners, coded.by_row, coded.even);
   if (warp == 0) {
     int64_t before = chunks_before(layer, call, first_row);
     int factors_before = 0;

@@ -12,9 +12,9 @@ int exact_splits(const gsrq_layer& layer);
 int value_splits(const gsrq_call& call, const DecodePlan& plan);
 
 // How the coded tokens were cut: into a Line (by_row as there) of stretches for `owners` clusters or blocks; any: false where no
-// call of this size has coded tokens; by_slot: a way's bins lie [slot][codeword][lane], not [codeword][slot][lane].
+// call of this size has coded tokens; even: line_of's; by_slot: a way's bins lie [slot][codeword][lane], not [codeword][slot][lane].
 struct Stretches {
-  int vheads, owners;
+  int vheads, owners, even;
   bool by_row, any, by_slot;
 };
 

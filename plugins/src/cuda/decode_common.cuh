@@ -94,8 +94,16 @@ __device__ inline int64_t chunks_before(const gsrq_layer& layer, const gsrq_call
   return sum;
 }
 
-__device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int vheads, int clusters, bool by_row) {
+// even: clusters to use where all rows have as many chunks, so that no stretch ends inside of a row needlessly; 0: as others.
+__device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int vheads, int clusters, bool by_row,
+                               int even = 0) {
   const int64_t per_head = chunks_before(layer, call, call.batch), total = per_head * vheads;
+  if (even > 0) {
+    bool same = true;
+    for (int b = threadIdx.x % 32; b < call.batch; b += 32)
+      same = same && static_cast<int64_t>(chunks_of(layer, call, b)) * call.batch == per_head;
+    if (__all_sync(~0u, same)) clusters = even;
+  }
   // No cluster between two that have some of a row may have nothing.
   return {per_head, total, static_cast<int>(total < clusters ? (total > 0 ? total : 1) : clusters), vheads, by_row};
 }

@@ -189,7 +189,7 @@ struct ItemState {
 template <bool Simple, int Threads>
 __global__ void __launch_bounds__(Threads, 1)
     lookup_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
-                  const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads) {
+                  const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int even) {
   __shared__ ItemState state;
   let_next_begin();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(Threads, 1)
     reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
   for (int i = thread; i < stage; i += Threads)
     reinterpret_cast<uint4*>(staged)[i] = make_uint4(0, 0, 0, 0);
-  const Line line = line_of(layer, call, vheads, gridDim.x, true);
+  const Line line = line_of(layer, call, vheads, gridDim.x, true, even);
   Cursor cursor{};
   cursor.start<true>(layer, call, line, blockIdx.x);
   for (; !cursor.done(); cursor.next<true>(layer, call, vheads)) {
@@ -457,6 +457,14 @@ Device device() {
   return found;
 }
 
+// Blocks, not many fewer than there are, that share items, or of which some share each, evenly; 0: there is no such number.
+// A stretch that ends inside of an item costs both blocks a start and a last round.
+int even_blocks(int64_t items, int blocks) {
+  for (int k = blocks; k * 16 >= blocks * 15; --k)
+    if (items % k == 0 || k % items == 0) return k;
+  return 0;
+}
+
 LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan, int blocks,
                          Arena& workspace) {
   const int64_t vheads = static_cast<int64_t>(layer.kv_heads) * plan.head.parts, rows = vheads * call.batch;
@@ -506,6 +514,7 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
   LookupMemory memory = take_memory(layer, call, plan, found.blocks, workspace);
   memory.offsets = prepared.take<uint4>(kCenterTiles * kCenterSteps * 32);
   const int vheads = layer.kv_heads * plan.head.parts;
+  const int even = even_blocks(static_cast<int64_t>(vheads) * call.batch, found.blocks);
   if (memory.padded > 0) {
     if (prepare_lookup(layer, call, plan, memory, stream)) return 1;
     const auto in_pieces = [](const gsrq_codebook& book, int slots) {
@@ -518,10 +527,11 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
                                                       : lookup_of<kManyThreads / 2>(simple);
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) != cudaSuccess)
       return launched("lookup_kernel");
-    launch(true, kernel, found.blocks, plan.threads, plan.shared_bytes, stream, layer, call, plan, memory, vheads);
+    launch(true, kernel, found.blocks, plan.threads, plan.shared_bytes, stream, layer, call, plan, memory, vheads,
+           even);
     if (launched("lookup_kernel")) return 1;
   }
-  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, true, memory.padded > 0, true}, memory.padded == 0,
+  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, even, true, memory.padded > 0, true}, memory.padded == 0,
                  stream);
 }
 
