@@ -435,6 +435,7 @@ __global__ void __launch_bounds__(Threads, 1)
     flush();
     if (thread < kLookupLanes)
       memory.parts.state[state.partial * kLookupLanes + thread] = make_float2(state.reference[thread], state.sum[thread]);
+    __syncwarp();  // before the next item's
   }
   wait_for_previous();  // also where there was nothing to do
 }
