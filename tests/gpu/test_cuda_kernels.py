@@ -177,6 +177,7 @@ def test_the_form_of_the_codebooks_is_seen() -> None:
         {"rotated": True},
         {"rotated": True, "page": 64},
         {"rotated": True, "rope": "random"},
+        {"rotated": True, "rope": "scaled"},
         {"rotated": True, "rope": "float32", "grid": False},
     ],
     ids=str,
@@ -187,6 +188,13 @@ def test_long_caches(traits: dict[str, object], dtype: torch.dtype) -> None:
     stage = Stage(replace(scene, **traits), DEVICE)  # type: ignore[arg-type]
     check(stage)
     check(stage, 20012)
+
+
+@pytest.mark.parametrize("past", [(300,) * 100, tuple(range(150, 350, 2))], ids=["equal", "ragged"])
+def test_more_rows_than_blocks(past: tuple[int, ...]) -> None:
+    """A block goes through several rows, whole ones or with a stretch of one."""
+    scene = replace(WIDE, keys=(128, 24), values=(128, 8), past=past, new=(1,) * len(past), rotated=True)
+    check(Stage(scene, DEVICE))
 
 
 @pytest.mark.parametrize("rotated", [False, True])

@@ -53,27 +53,31 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   float* const factors = reinterpret_cast<float*>(low + Rows * kBinPitch);  // [owners of the rows][Lanes]
   float* const of_groups = factors + (kRowsAtOnce + coded.owners) * Lanes;  // [threads][Lanes], where rows are few
   __shared__ int owners[Rows], first_factor[Rows];
-  __shared__ int64_t first_partial[Rows];
+  __shared__ int64_t first_partial[Rows], first_bins[Rows];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
   // The codewords: sub-vector, column and stage of the slot.
-  const int64_t element = static_cast<int64_t>(kv_head) * layer.head_dim + (slot / layer.values.stages) * width;
-  const int64_t group = element / layer.values.width, column = element % layer.values.width;
-  const __half* from = static_cast<const __half*>(layer.values.codewords) +
-                       (group * layer.values.stages + slot % layer.values.stages) * kCodewords * layer.values.width + column;
-  const int vectors = width / 8;
+  const int element = kv_head * layer.head_dim + slot / layer.values.stages * width, of_group = layer.values.width;
+  const __half* const from =
+      static_cast<const __half*>(layer.values.codewords) +
+      static_cast<int64_t>(element / of_group * layer.values.stages + slot % layer.values.stages) * kCodewords * of_group +
+      element % of_group;
+  const int vectors = width / 8, step_codes = kCombineThreads / vectors, step_at = kCombineThreads % vectors;
+  const int thread_code = thread / vectors, thread_at = thread % vectors;
   const auto load_words = [&](int first_code) {
-#pragma unroll 4
-    for (int i = thread; i < Codes * vectors; i += kCombineThreads) {
-      const int code = i / vectors, at = i % vectors * 8;
-      copy_async(words + code * pitch + at, from + static_cast<int64_t>(first_code + code) * layer.values.width + at, true);
+    for (int code = thread_code, at = thread_at; code < Codes;) {
+      copy_async(words + code * pitch + at * 8, from + (first_code + code) * of_group + at * 8, true);
+      code += step_codes;
+      at += step_at;
+      if (at >= vectors) at -= vectors, ++code;
     }
     commit_async();
   };
   load_words(split * Codes);
 
-  const Line line = line_of(layer, call, vheads, coded.owners, coded.by_row);
+  const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
   if (warp == 0) {
+    const Line line = line_of(layer, call, vheads, coded.owners, coded.even);
     int64_t before = chunks_before(layer, call, first_row);
     int factors_before = 0;
     for (int at = 0; at < rows; at += 32) {
@@ -86,7 +90,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
       }
       int first = 0, used = 0;
       if (own > 0) {
-        const int64_t begin = line.first_chunk(vhead, before + sum - own, own);
+        const int64_t begin = line.first_chunk(vhead, before + sum - own);
         first = line.owner(begin);
         used = line.owner(begin + own - 1) - first + 1;
       }
@@ -99,7 +103,8 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
         const int64_t row = first_row + r;
         owners[r] = used;
         first_factor[r] = factors_before + total - used;
-        first_partial[r] = (coded.by_row ? row * vheads + vhead : static_cast<int64_t>(vhead) * call.batch + row) + first;
+        first_partial[r] = static_cast<int64_t>(vhead) * call.batch + row + first;
+        first_bins[r] = first_partial[r] * partial_bins;
       }
       before += __shfl_sync(~0u, sum, 31);
       factors_before += __shfl_sync(~0u, total, 31);
@@ -111,7 +116,6 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   // A thread has all heads of some (row, codeword); where rows are few, every Groups-th owner's of one.
   constexpr int kItems = Rows * Codes / Lanes / kCombineThreads > 0 ? Rows * Codes / Lanes / kCombineThreads : 1;
   const int way = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
-  const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
   const int code_stride = coded.by_slot ? Lanes : plan.stride, place_stride = coded.by_slot ? kCodewords * Lanes : Lanes;
   const float* const own_bins = memory.bins + static_cast<int64_t>(way) * plan.bins() + place * place_stride;
   const int groups = kFew ? max(kCombineThreads / (rows * Codes), 1) : 1;
@@ -124,7 +128,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
 #pragma unroll
       for (int h = 0; h < Lanes; ++h) totals[j][h] = 0;
       if (i < groups * rows * Codes && k < owners[r])
-        load_lanes<Lanes>(totals[j], own_bins + (first_partial[r] + k) * partial_bins + (first_code + i % Codes) * code_stride);
+        load_lanes<Lanes>(totals[j], own_bins + first_bins[r] + k * partial_bins + (first_code + i % Codes) * code_stride);
     }
   };
   load_first(split * Codes);
@@ -177,7 +181,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
       const int n = here ? owners[r] : 0;
       if (first < n) {
         const float* const factor = factors + first_factor[r] * Lanes;
-        const float* const bins = own_bins + first_partial[r] * partial_bins + (first_code + code) * code_stride;
+        const float* const bins = own_bins + first_bins[r] + (first_code + code) * code_stride;
 #pragma unroll
         for (int h = 0; h < Lanes; ++h) totals[j][h] *= factor[first * Lanes + h];
 #pragma unroll 4
@@ -213,28 +217,22 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
 
 #pragma unroll 1
     for (int k = 0; k < Codes; k += 16) {
-      uint32_t b[Pieces][2];  // codewords k .. k + 15 of 8 dims, as the product wants them
+      uint32_t b[Pieces / 2][4];  // codewords k .. k + 15 of 8 dims, two pieces, as the product wants them
 #pragma unroll
-      for (int j = 0; j < Pieces; ++j) {
-        const int piece = warp + j * kWarps;
-        if (piece * 8 >= width) break;
-        const uint32_t address =
-            static_cast<uint32_t>(__cvta_generic_to_shared(words + (k + lane % 16) * pitch + piece * 8));
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                     : "=r"(b[j][0]), "=r"(b[j][1]) : "r"(address));
+      for (int j = 0; j < Pieces / 2; ++j) {
+        const int piece = warp + (2 * j + lane / 16) * kWarps;
+        load_transposed(b[j], words + (k + lane % 16) * pitch + (piece * 8 < width ? piece * 8 : 0));
       }
 #pragma unroll
       for (int i = 0; i < Rows / 16; ++i) {
         if (i >= tiles) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const __half* at = (half ? low : high) + (i * 16 + g) * kBinPitch + k + 2 * t;
-          const uint32_t a[4] = {*reinterpret_cast<const uint32_t*>(at), *reinterpret_cast<const uint32_t*>(at + 8 * kBinPitch),
-                                 *reinterpret_cast<const uint32_t*>(at + 8),
-                                 *reinterpret_cast<const uint32_t*>(at + 8 * kBinPitch + 8)};
+          uint32_t a[4];
+          load_matrices(a, (half ? low : high) + (i * 16 + lane % 16) * kBinPitch + k + lane / 16 * 8);
 #pragma unroll
           for (int j = 0; j < Pieces; ++j)
-            if ((warp + j * kWarps) * 8 < width) multiply(sums[i][j], a, b[j][0], b[j][1]);
+            if ((warp + j * kWarps) * 8 < width) multiply(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
         }
       }
     }
@@ -258,7 +256,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
 }
 
 template <int Rows, int Codes, int Lanes, int Pieces>
-__global__ void __launch_bounds__(kCombineThreads, 3)
+__global__ void __launch_bounds__(kCombineThreads, Lanes == 4 && Pieces == 2 ? 4 : 3)
     combine_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                    const __grid_constant__ DecodePlan plan, Memory memory, const __grid_constant__ Stretches coded,
                    int value_blocks, int splits) {
@@ -271,49 +269,68 @@ __global__ void __launch_bounds__(kCombineThreads, 3)
 
 constexpr int kFinishThreads = 128;
 
-// The sum of the coded and exact parts of one (row, query head).
+__device__ inline void add_scaled(float4& sum, float4 x, float by) {
+  sum = make_float4(sum.x + x.x * by, sum.y + x.y * by, sum.z + x.z * by, sum.w + x.w * by);
+}
+
+// The sum of the coded and exact parts of one (row, vhead); a thread has four dims of a head.
 __global__ void __launch_bounds__(kFinishThreads)
     finish(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
            const __grid_constant__ DecodePlan plan, Memory memory, int has_coded, int splits, int code_splits) {
-  const int vhead = blockIdx.x / plan.part_heads, h = blockIdx.x % plan.part_heads, row = blockIdx.y;
-  const int kv_head = vhead / plan.parts, part = vhead % plan.parts, vheads = gridDim.x / plan.part_heads;
-  const int d = layer.head_dim;
-  wait_for_previous();
-  if (part * plan.part_heads + h >= plan.group) return;
-  const int64_t head = static_cast<int64_t>(kv_head) * plan.group + part * plan.part_heads + h;
-  const int64_t base = (static_cast<int64_t>(row) * layer.heads + head) * d;
-  if (call.new_lengths[row] <= 0) {
-    for (int i = threadIdx.x; i < d; i += kFinishThreads) store(call.output, base + i, 0, call.dtype);
-    return;
-  }
-  const int used = (ExactTokens(layer, call, row).count + kExactTokens - 1) / kExactTokens;
+  const int vhead = blockIdx.x, vheads = gridDim.x, row = blockIdx.y, kv_head = vhead / plan.parts, part = vhead % plan.parts;
+  const int d = layer.head_dim, heads = min(plan.part_heads, plan.group - part * plan.part_heads), width = plan.width;
+  const int64_t first_head = static_cast<int64_t>(row) * layer.heads + kv_head * plan.group + part * plan.part_heads;
+  const bool live = call.new_lengths[row] > 0, aligned = reinterpret_cast<uintptr_t>(call.output) % 16 == 0;
+  const int used = live ? (ExactTokens(layer, call, row).count + kExactTokens - 1) / kExactTokens : 0;
   const int64_t first = (static_cast<int64_t>(row) * vheads + vhead) * splits;
-  float2 coded = make_float2(kNone, 0);
-  if (has_coded) coded = memory.combined[(static_cast<int64_t>(vhead) * call.batch + row) * plan.lanes + h];
-  float most = coded.y > 0 ? coded.x : kNone;
-#pragma unroll 8
-  for (int k = 0; k < used; ++k) most = fmaxf(most, memory.exact_state[(first + k) * plan.lanes + h].x);
-  for (int e = threadIdx.x; e < d; e += kFinishThreads) {
-    float value = 0, sum = 0;
-    if (coded.y > 0) {
-      const int64_t slot_stride = static_cast<int64_t>(call.batch) * plan.lanes * plan.width;
-      const float* from =
-          memory.values +
-          (static_cast<int64_t>(vhead) * plan.slots + e / plan.width * layer.values.stages) * code_splits * slot_stride +
-          (static_cast<int64_t>(row) * plan.lanes + h) * plan.width + e % plan.width;
+  const int64_t slot_stride = static_cast<int64_t>(call.batch) * plan.lanes * width;
+  wait_for_previous();
+  for (int i = threadIdx.x; i < heads * (d / 4); i += kFinishThreads) {
+    const int h = i / (d / 4), e = i % (d / 4) * 4;
+    float4 value = make_float4(0, 0, 0, 0);
+    if (live) {
+      float2 coded = make_float2(kNone, 0);
+      if (has_coded) coded = memory.combined[(static_cast<int64_t>(vhead) * call.batch + row) * plan.lanes + h];
+      const float2* const states = memory.exact_state + first * plan.lanes + h;
+      const float4* const exact = reinterpret_cast<const float4*>(memory.exact + (first * plan.lanes + h) * d + e);
+      const float4* from = reinterpret_cast<const float4*>(
+          memory.values + (static_cast<int64_t>(vhead) * plan.slots + e / width * layer.values.stages) * code_splits * slot_stride +
+          (static_cast<int64_t>(row) * plan.lanes + h) * width + e % width);
+      float4 all = value;
+      if (has_coded)
 #pragma unroll 16
-      for (int r = 0; r < layer.values.stages * code_splits; ++r) value += from[r * slot_stride];
-      sum = coded.y * exp2f(coded.x - most);
-      value *= sum;
-    }
+        for (int r = 0; r < layer.values.stages * code_splits; ++r) add_scaled(all, __ldcg(from + r * (slot_stride / 4)), 1.0f);
+      float most = coded.y > 0 ? coded.x : kNone, sum = 0;
 #pragma unroll 8
-    for (int k = 0; k < used; ++k) {
-      const float2 state = memory.exact_state[(first + k) * plan.lanes + h];
-      const float factor = state.x == kNone ? 0.0f : exp2f(state.x - most);
-      sum += state.y * factor;
-      value += memory.exact[((first + k) * plan.lanes + h) * d + e] * factor;
+      for (int k = 0; k < used; ++k) most = fmaxf(most, states[k * plan.lanes].x);
+      if (coded.y > 0) {
+        sum = coded.y * exp2f(coded.x - most);
+        add_scaled(value, all, sum);
+      }
+#pragma unroll 8
+      for (int k = 0; k < used; ++k) {
+        const float2 state = states[k * plan.lanes];
+        const float factor = state.x == kNone ? 0.0f : exp2f(state.x - most);
+        sum += state.y * factor;
+        add_scaled(value, __ldcg(exact + k * plan.lanes * (d / 4)), factor);
+      }
+      value = make_float4(value.x / sum, value.y / sum, value.z / sum, value.w / sum);
     }
-    store(call.output, base + e, value / sum, call.dtype);
+    const int64_t to = (first_head + h) * d + e;
+    if (aligned && call.dtype != GSRQ_F32) {
+      __align__(8) uint16_t words[4];
+      store(words, 0, value.x, call.dtype);
+      store(words, 1, value.y, call.dtype);
+      store(words, 2, value.z, call.dtype);
+      store(words, 3, value.w, call.dtype);
+      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(call.output) + to) =
+          make_uint2(words[0] | static_cast<uint32_t>(words[1]) << 16, words[2] | static_cast<uint32_t>(words[3]) << 16);
+    } else {
+      store(call.output, to, value.x, call.dtype);
+      store(call.output, to + 1, value.y, call.dtype);
+      store(call.output, to + 2, value.z, call.dtype);
+      store(call.output, to + 3, value.w, call.dtype);
+    }
   }
 }
 
@@ -367,7 +384,7 @@ int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& pl
     launch(coded.any, kernel, static_cast<unsigned>(blocks), kCombineThreads, bytes, stream, layer, call, plan, memory, coded,
            static_cast<int>(value_blocks), splits);
   if (launched("combine")) return 1;
-  const dim3 heads(static_cast<unsigned>(coded.vheads * plan.part_heads), static_cast<unsigned>(call.batch));
+  const dim3 heads(static_cast<unsigned>(coded.vheads), static_cast<unsigned>(call.batch));
   launch(true, finish, heads, kFinishThreads, 0, stream, layer, call, plan, memory, static_cast<int>(coded.any), splits,
          code_splits);
   return launched("finish");

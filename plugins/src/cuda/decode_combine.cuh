@@ -11,11 +11,11 @@ int exact_splits(const gsrq_layer& layer);
 // Products of a value slot with parts of its codebook, which finish() adds: a factor of Memory::values.
 int value_splits(const gsrq_call& call, const DecodePlan& plan);
 
-// How the coded tokens were cut: into a Line (by_row as there) of stretches for `owners` clusters or blocks; any: false where no
-// call of this size has coded tokens; by_slot: a way's bins lie [slot][codeword][lane], not [codeword][slot][lane].
+// How the coded tokens were cut: into a Line of stretches for `owners` clusters or blocks; any: false where no
+// call of this size has coded tokens; even: line_of's; by_slot: a way's bins lie [slot][codeword][lane], not [codeword][slot][lane].
 struct Stretches {
-  int vheads, owners;
-  bool by_row, any, by_slot;
+  int vheads, owners, even;
+  bool any, by_slot;
 };
 
 // Launches both kernels, behind the one that filled bins and state. with_exact: exact tokens are still to be attended to.

@@ -60,12 +60,11 @@ __device__ inline Range coded_range(const gsrq_layer& layer, const gsrq_call& ca
   return {first, count > 0 ? count : 0};
 }
 
-// Chunks of all heads and rows stand in one line, of which cluster k takes an equal stretch: head by head, so that a
-// cluster keeps a head's codebook, or row by row, so that neighbours read the codes of the same tokens at the same time.
+// Chunks of all heads and rows stand in one line, head by head, of which cluster k takes an equal stretch: it keeps a head's
+// codebook, and clusters of several heads go through the codes of the same rows at the same time.
 struct Line {
   int64_t per_head, total;
-  int clusters, vheads;
-  bool by_row;
+  int clusters;
   __device__ int64_t divide(int64_t a, int64_t b) const {
     return a >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
   }
@@ -76,10 +75,8 @@ struct Line {
     while (begin(k) > chunk) --k;
     return static_cast<int>(k);
   }
-  // First chunk of a row of `chunks` chunks, with `before` chunks in the rows before it.
-  __device__ int64_t first_chunk(int vhead, int64_t before, int64_t chunks) const {
-    return by_row ? before * vheads + vhead * chunks : vhead * per_head + before;
-  }
+  // First chunk of a row with `before` chunks in the rows before it.
+  __device__ int64_t first_chunk(int vhead, int64_t before) const { return vhead * per_head + before; }
 };
 
 __device__ inline int chunks_of(const gsrq_layer& layer, const gsrq_call& call, int b) {
@@ -94,29 +91,33 @@ __device__ inline int64_t chunks_before(const gsrq_layer& layer, const gsrq_call
   return sum;
 }
 
-__device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int vheads, int clusters, bool by_row) {
+// even: clusters to use where all rows have as many chunks, so that no stretch ends inside of a row needlessly; 0: as others.
+__device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int vheads, int clusters, int even = 0) {
   const int64_t per_head = chunks_before(layer, call, call.batch), total = per_head * vheads;
+  if (even > 0) {
+    bool same = true;
+    for (int b = threadIdx.x % 32; b < call.batch; b += 32)
+      same = same && static_cast<int64_t>(chunks_of(layer, call, b)) * call.batch == per_head;
+    if (__all_sync(~0u, same)) clusters = even;
+  }
   // No cluster between two that have some of a row may have nothing.
-  return {per_head, total, static_cast<int>(total < clusters ? (total > 0 ? total : 1) : clusters), vheads, by_row};
+  return {per_head, total, static_cast<int>(total < clusters ? (total > 0 ? total : 1) : clusters)};
 }
 
 // Walks a cluster's stretch item by item; an item is what it has of one (head, row).
 struct Cursor {
   int64_t chunk, end;  // in the line
   int vhead, row, first, stop;  // chunks first .. stop - 1 of the row
-  // ByRow: as the line is.
-  template <bool ByRow>
   __device__ void start(const gsrq_layer& layer, const gsrq_call& call, const Line& line, int cluster) {
     chunk = cluster < line.clusters ? line.begin(cluster) : line.total;
     end = cluster < line.clusters ? line.begin(cluster + 1) : line.total;
     if (chunk >= end) return;
-    vhead = ByRow ? 0 : static_cast<int>(line.divide(chunk, line.per_head));
-    const int times = ByRow ? line.vheads : 1;  // that a row's chunks stand together
+    vhead = static_cast<int>(line.divide(chunk, line.per_head));
     int64_t rest = chunk - vhead * line.per_head;
     row = 0;
     for (int at = 0; at < call.batch; at += 32) {  // 32 rows at a time
       const int b = at + threadIdx.x % 32;
-      int64_t sum = b < call.batch ? static_cast<int64_t>(chunks_of(layer, call, b)) * times : 0;
+      int64_t sum = b < call.batch ? chunks_of(layer, call, b) : 0;
       const int64_t own = sum;
       for (int o = 1; o < 32; o *= 2) {
         const int64_t up = __shfl_up_sync(~0u, sum, o);
@@ -131,11 +132,6 @@ struct Cursor {
       }
       rest -= __shfl_sync(~0u, sum, 31);
     }
-    if (ByRow) {
-      const int64_t chunks = chunks_of(layer, call, row);
-      vhead = static_cast<int>(line.divide(rest, chunks));
-      rest -= vhead * chunks;
-    }
     first = static_cast<int>(rest);
     settle(layer, call);
   }
@@ -144,16 +140,10 @@ struct Cursor {
     stop = static_cast<int>(all < first + left ? all : first + left);
   }
   __device__ bool done() const { return chunk >= end; }
-  template <bool ByRow>
-  __device__ void next(const gsrq_layer& layer, const gsrq_call& call, int vheads = 0) {
+  __device__ void next(const gsrq_layer& layer, const gsrq_call& call) {
     chunk += stop - first;
     if (done()) return;
     first = 0;
-    if (ByRow && ++vhead < vheads) {
-      settle(layer, call);
-      return;
-    }
-    if (ByRow) vhead = 0;
     do {
       if (++row == call.batch) {
         row = 0;

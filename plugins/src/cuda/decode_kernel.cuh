@@ -17,9 +17,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const Shared shared = shared_of(plan);
   const uint32_t rank = cluster_rank();
   const int cluster = blockIdx.x / plan.cluster, clusters = gridDim.x / plan.cluster;
-  const Line line = line_of(layer, call, vheads, clusters, false);
+  const Line line = line_of(layer, call, vheads, clusters);
   Cursor cursor{};
-  cursor.start<false>(layer, call, line, cluster);
+  cursor.start(layer, call, line, cluster);
   if (threadIdx.x == 0) {
     for (int b = 0; b < kBuffers; ++b) {
       barrier_init(shared.full + 8 * b, 1);

@@ -82,7 +82,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
   int loaded = -1;
   uint32_t chunk_index = 0;
 
-  for (; !cursor.done(); cursor.next<false>(layer, call)) {
+  for (; !cursor.done(); cursor.next(layer, call)) {
     const int kv_head = cursor.vhead / plan.parts, part = cursor.vhead % plan.parts;
     const Range range = coded_range(layer, call, cursor.row);
     if (kv_head != loaded) {

@@ -178,7 +178,7 @@ struct ItemState {
   Codes keys, values;
   const void* center;
   int64_t partial;  // of all items' in the line's order
-  float4 unit;  // of the center's scores where they are fixed
+  float4 unit, rest;  // of the center's scores where they are fixed
   float4 now;  // reference (log2) of the window
   float maxima[kManyThreads / 32][kLookupLanes];  // of the warps' scores in a round
   float reference[kLookupLanes], sum[kLookupLanes];  // of the windows that were flushed
@@ -189,7 +189,7 @@ struct ItemState {
 template <bool Simple, int Threads>
 __global__ void __launch_bounds__(Threads, 1)
     lookup_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
-                  const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads) {
+                  const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int even) {
   __shared__ ItemState state;
   let_next_begin();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -210,10 +210,10 @@ __global__ void __launch_bounds__(Threads, 1)
     reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
   for (int i = thread; i < stage; i += Threads)
     reinterpret_cast<uint4*>(staged)[i] = make_uint4(0, 0, 0, 0);
-  const Line line = line_of(layer, call, vheads, gridDim.x, true);
+  const Line line = line_of(layer, call, vheads, gridDim.x, even);
   Cursor cursor{};
-  cursor.start<true>(layer, call, line, blockIdx.x);
-  for (; !cursor.done(); cursor.next<true>(layer, call, vheads)) {
+  cursor.start(layer, call, line, blockIdx.x);
+  for (; !cursor.done(); cursor.next(layer, call)) {
     const int kv_head = cursor.vhead / plan.head.parts, row = cursor.row;
     const int64_t item = static_cast<int64_t>(row) * vheads + cursor.vhead;
     const Range range = coded_range(layer, call, row);
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Threads, 1)
           codes_of(call, layer.values, call.value_codes, kv_head, layer.head_dim, plan.head.slots, value_parts, linear_row);
       state.center = static_cast<const char*>(memory.center) +
                      (item * memory.padded + begin) * static_cast<int64_t>(memory.fixed ? sizeof(uint2) : sizeof(float4));
-      state.partial = item + blockIdx.x;
+      state.partial = static_cast<int64_t>(cursor.vhead) * call.batch + row + blockIdx.x;
     }
     if (thread < kLookupLanes) {
       state.reference[thread] = kNone;
@@ -274,7 +274,10 @@ __global__ void __launch_bounds__(Threads, 1)
     fetch_keys(1);
     fetch_values(0);
     commit_async();
-    if (thread == 0 && memory.fixed) state.unit = __ldg(reinterpret_cast<const float4*>(memory.unit) + item);
+    if (thread == 0) {
+      state.unit = __ldg(reinterpret_cast<const float4*>(memory.unit) + item);
+      state.rest = __ldg(reinterpret_cast<const float4*>(memory.rest) + item);
+    }
     const auto load_center = [&](int token) {
       if (token >= count) return make_float4(0, 0, 0, 0);
       if (!memory.fixed) return __ldg(static_cast<const float4*>(state.center) + token);
@@ -284,20 +287,21 @@ __global__ void __launch_bounds__(Threads, 1)
     const float4 first_center = load_center(thread);
     wait_async<1>();
     __syncthreads();
-    if (cursor.chunk + cursor.stop - cursor.first < cursor.end && item + 1 < static_cast<int64_t>(call.batch) * vheads) {
-      const char* const from = reinterpret_cast<const char*>(memory.tables) + (item + 1) * key_parts * kPartBytes;
+    if (cursor.chunk + cursor.stop - cursor.first < cursor.end && row + 1 < call.batch) {
+      const char* const from = reinterpret_cast<const char*>(memory.tables) + (item + vheads) * key_parts * kPartBytes;
       for (int i = thread * 128; i < key_parts * kPartBytes; i += Threads * 128) prefetch(from + i);  // the next item's
     }
     float score[kLookupLanes] = {};
     const auto look_up = [&](int round, float4 sum) {
       const uint2* const codes = staged + (round & 1) * stage + thread;
       if (memory.fixed) {
-        const float4 unit = state.unit;
-        const uint32_t low = __float_as_uint(sum.x), high = __float_as_uint(sum.y), exponent = 0x4B000000;
-        sum.x = (__uint_as_float(__byte_perm(low, exponent, 0x7610)) - kCenterZero) * unit.x;
-        sum.y = (__uint_as_float(__byte_perm(low, exponent, 0x7632)) - kCenterZero) * unit.y;
-        sum.z = (__uint_as_float(__byte_perm(high, exponent, 0x7610)) - kCenterZero) * unit.z;
-        sum.w = (__uint_as_float(__byte_perm(high, exponent, 0x7632)) - kCenterZero) * unit.w;
+        const float4 unit = state.unit, rest = state.rest;
+        const uint32_t low = __float_as_uint(sum.x), high = __float_as_uint(sum.y);
+        const auto one = [](uint32_t word, uint32_t halves, float by, float beside) {  // above 2^23 + 2^15
+          return fmaf(__uint_as_float(__byte_perm(word, 0x4B000000, halves)) - kCenterZero, by, beside);
+        };
+        sum = make_float4(one(low, 0x7610, unit.x, rest.x), one(low, 0x7632, unit.y, rest.y),
+                          one(high, 0x7610, unit.z, rest.z), one(high, 0x7632, unit.w, rest.w));
       }
 #pragma unroll
       for (int p = 0; p < kMostParts; ++p) {
@@ -431,6 +435,7 @@ __global__ void __launch_bounds__(Threads, 1)
     flush();
     if (thread < kLookupLanes)
       memory.parts.state[state.partial * kLookupLanes + thread] = make_float2(state.reference[thread], state.sum[thread]);
+    __syncwarp();  // before the next item's
   }
   wait_for_previous();  // also where there was nothing to do
 }
@@ -457,6 +462,14 @@ Device device() {
   return found;
 }
 
+// Blocks, not many fewer than there are, that share items, or of which some share each, evenly; 0: there is no such number.
+// A stretch that ends inside of an item costs both blocks a start and a last round.
+int even_blocks(int64_t items, int blocks) {
+  for (int k = blocks; k * 16 >= blocks * 15; --k)
+    if (items % k == 0 || k % items == 0) return k;
+  return 0;
+}
+
 LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan, int blocks,
                          Arena& workspace) {
   const int64_t vheads = static_cast<int64_t>(layer.kv_heads) * plan.head.parts, rows = vheads * call.batch;
@@ -469,11 +482,15 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
       workspace.take<float>(rows * plan.head.slots * value_splits(call, plan.head) * kLookupLanes * plan.head.width);
   m.parts.exact = workspace.take<float>(rows * exact_splits(layer) * kLookupLanes * d);
   m.parts.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
+  m.high = workspace.take<__half>(rows * kLookupLanes * d);
+  m.low = workspace.take<__half>(rows * kLookupLanes * d);
+  m.drifts = workspace.take<float2>(rows * kLookupLanes * std::max(layer.half_rope, kCenterPairs));
   m.tables = workspace.take<float>(rows * plan.key_parts * (kPartBytes / 4));
   m.padded = (gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block) + 63) / 64 * 64;
   m.fixed = center_is_fixed(layer);
   m.center = workspace.take<char>(rows * m.padded * static_cast<int64_t>(m.fixed ? sizeof(uint2) : sizeof(float4)));
   m.unit = workspace.take<float>(rows * kLookupLanes);
+  m.rest = workspace.take<float>(rows * kLookupLanes);
   return m;
 }
 
@@ -506,6 +523,7 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
   LookupMemory memory = take_memory(layer, call, plan, found.blocks, workspace);
   memory.offsets = prepared.take<uint4>(kCenterTiles * kCenterSteps * 32);
   const int vheads = layer.kv_heads * plan.head.parts;
+  const int even = even_blocks(static_cast<int64_t>(vheads) * call.batch, found.blocks);
   if (memory.padded > 0) {
     if (prepare_lookup(layer, call, plan, memory, stream)) return 1;
     const auto in_pieces = [](const gsrq_codebook& book, int slots) {
@@ -518,10 +536,11 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
                                                       : lookup_of<kManyThreads / 2>(simple);
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) != cudaSuccess)
       return launched("lookup_kernel");
-    launch(true, kernel, found.blocks, plan.threads, plan.shared_bytes, stream, layer, call, plan, memory, vheads);
+    launch(true, kernel, found.blocks, plan.threads, plan.shared_bytes, stream, layer, call, plan, memory, vheads,
+           even);
     if (launched("lookup_kernel")) return 1;
   }
-  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, true, memory.padded > 0, true}, memory.padded == 0,
+  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, even, memory.padded > 0, true}, memory.padded == 0,
                  stream);
 }
 

@@ -30,10 +30,12 @@ struct LookupPlan {
 
 struct LookupMemory {
   Memory parts;           // what blocks leave to combine()
+  __half *high, *low;     // [batch][vheads][4 heads][head_dim]: turned and scaled queries = high + low
+  float2* drifts;         // [batch][vheads][pairs][4]: u and v of q . RoPE_t(m) = sum of u cos(t) + v sin(t)
   float* tables;          // [batch][vheads][key parts * 8 slots][256][4 heads]: query times codeword
   void* center;           // [batch][vheads][padded][4 heads]: query times the turned center, by coded token. As center_is_fixed
-                          // says uint16, integers of `unit` above 2^15, or float
-  float* unit;            // [batch][vheads][4 heads]
+                          // says uint16, integers of `unit` above 2^15 beside `rest`, or float
+  float *unit, *rest;     // [batch][vheads][4 heads]; rest: of the pairs that do not turn
   int64_t padded;         // coded tokens of a row, rounded up
   const uint4* offsets;   // of prepare: [tiles][steps][32 lanes], cosines and sines of positions 0 to 127
   bool fixed;             // center_is_fixed

@@ -57,7 +57,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   for (int i = thread; i < plan.bins(); i += kValueThreads) shared.bins[i] = 0;
   sync_warps<kValueThreads>(2);
 
-  for (; !cursor.done(); cursor.next<false>(layer, call), ++item) {
+  for (; !cursor.done(); cursor.next(layer, call), ++item) {
     const int kv_head = cursor.vhead / plan.parts;
     const Range range = coded_range(layer, call, cursor.row);
     const int group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.values.width) *
