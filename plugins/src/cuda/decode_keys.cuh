@@ -205,19 +205,20 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       }
     };
     fetch(cursor.first);
-    pack();
-    if (cursor.first + 1 < cursor.stop) fetch(cursor.first + 1);
     uint4 gathered[Blocks + kAhead][2][2];  // [block][octet][half, in the thread's order]: of a tile, then of the next
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) gather(gathered[i], 0, i);
-
     int until_anchor = 0;
     for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index, --until_anchor) {
       if (until_anchor == 0) {  // rounding errors of the turns must not add up
         anchor(chunk);
         until_anchor = kAnchorChunks;
+        if (chunk == cursor.first) {
+          pack();
+          if (chunk + 1 < cursor.stop) fetch(chunk + 1);
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) gather(gathered[i], 0, i);
+        }
       }
-      const uint32_t buffer = chunk_index % kBuffers;
+      const uint32_t buffer = chunk_index & (plan.buffers - 1);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         int sums[2][2][4];  // [octet][half]
@@ -251,7 +252,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
             for (int u = 0; u < 2; ++u) gathered[i][o][u] = gathered[Blocks + i][o][u];
 
-        barrier_wait(shared.empty + 8 * buffer, (chunk_index / kBuffers & 1) ^ 1);
+        barrier_wait(shared.empty + 8 * buffer, (chunk_index & plan.buffers) == 0);
         uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
 #pragma unroll
         for (int o = 0; o < 2; ++o)

@@ -163,14 +163,14 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     };
 
     for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
-      const uint32_t buffer = chunk_index % kBuffers;
+      const uint32_t buffer = chunk_index & (plan.buffers - 1);
       for (int round = 0; round < rounds; ++round) {
         uint32_t codes[kWords];
 #pragma unroll
         for (int w = 0; w < kWords; ++w) codes[w] = coming[w];
         if (round + 1 < rounds) fetch(chunk, round + 1);
         else if (chunk + 1 < cursor.stop) fetch(chunk + 1, 0);
-        if (round == 0) barrier_wait(shared.full + 8 * buffer, chunk_index / kBuffers & 1);
+        if (round == 0) barrier_wait(shared.full + 8 * buffer, (chunk_index & plan.buffers) != 0);
 
         const int unit = round * kValueWarps + warp, offset = rounds == 1 ? first_offset : offset_of(round);
         const bool valid = chunk * kChunk + offset <= last_token;
