@@ -163,14 +163,14 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     };
 
     constexpr int kPacked = (Blocks + 3) / 4, kAhead = Blocks < 2 ? Blocks : 2;
-    uint32_t codes[2][2][kPacked], coming[2][2][Blocks];  // [tile][octet]: the thread's bytes; the whole words
+    uint32_t codes[2][2][kPacked], coming[2][2][Blocks];  // [tile][octet]: the thread's bytes; the next chunk's words
     const int first_row = range.first - layer.sinks;
     const int8_t* linear = call.key_codes + (cursor.row * call.capacity + first_row) * bytes;
     if constexpr (Fast) linear += first_byte;
     int last_token = range.count - 1;
     keep(linear);
     keep(last_token);
-    const auto fetch = [&](int chunk) {
+    const auto fetch = [&](uint32_t (&out)[2][2][Blocks], int chunk) {  // past the row: its last token
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -178,46 +178,51 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
           const int i = min(chunk * kChunk + token_in_chunk + m * kStride + 8 * o, last_token);
           if constexpr (Fast) {
             const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
-            load_codes<Blocks, true>(coming[m][o], linear + at, 0, 0);
+            load_codes<Blocks, true>(out[m][o], linear + at, 0, 0);
           } else {
             const int8_t* row = call.key_codes + row_of(call, cursor.row, first_row + i) * bytes;
-            load_codes<Blocks, false>(coming[m][o], row, first_byte, last_byte);
+            load_codes<Blocks, false>(out[m][o], row, first_byte, last_byte);
           }
         }
     };
-    const auto pack = [&]() {  // byte t of each word
-      const auto word = [&](int m, int o, int i) { return i < Blocks ? coming[m][o][i < Blocks ? i : 0] : 0u; };
+    const auto pack = [&](uint32_t (&out)[2][2][kPacked], const uint32_t (&from)[2][2][Blocks]) {  // byte t of each word
+      const auto word = [&](int m, int o, int i) { return i < Blocks ? from[m][o][i < Blocks ? i : 0] : 0u; };
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int o = 0; o < 2; ++o)
 #pragma unroll
           for (int j = 0; j < kPacked; ++j)
-            codes[m][o][j] = __byte_perm(__byte_perm(word(m, o, 4 * j), word(m, o, 4 * j + 1), byte_pair),
+            out[m][o][j] = __byte_perm(__byte_perm(word(m, o, 4 * j), word(m, o, 4 * j + 1), byte_pair),
                                          __byte_perm(word(m, o, 4 * j + 2), word(m, o, 4 * j + 3), byte_pair), 0x5410);
     };
-    const auto gather = [&](uint4 (&out)[2][2], int m, int i) {
+    const auto gather = [&](uint4 (&out)[2][2], const uint32_t (&from)[2][kPacked], int i) {
 #pragma unroll
       for (int o = 0; o < 2; ++o) {
-        const uint32_t row = __byte_perm(codes[m][o][i / 4], 0, 0x4440 | i % 4) * (kBlockStages * kSliceDims);
+        const uint32_t row = __byte_perm(from[o][i / 4], 0, 0x4440 | i % 4) * (kBlockStages * kSliceDims);
         out[o][0] = load_shared(row + words + i * kBlockBytes);
         out[o][1] = load_shared(row + other_words + i * kBlockBytes);
       }
     };
-    fetch(cursor.first);
     uint4 gathered[Blocks + kAhead][2][2];  // [block][octet][half, in the thread's order]: of a tile, then of the next
-    int until_anchor = 0;
+    {
+      uint32_t words_of_first[2][2][Blocks];
+      fetch(words_of_first, cursor.first);
+      fetch(coming, cursor.first + 1);
+      anchor(cursor.first);
+      pack(codes, words_of_first);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) gather(gathered[i], codes[0], i);
+    }
+    int until_anchor = kAnchorChunks;
     for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index, --until_anchor) {
       if (until_anchor == 0) {  // rounding errors of the turns must not add up
         anchor(chunk);
         until_anchor = kAnchorChunks;
-        if (chunk == cursor.first) {
-          pack();
-          if (chunk + 1 < cursor.stop) fetch(chunk + 1);
-#pragma unroll
-          for (int i = 0; i < kAhead; ++i) gather(gathered[i], 0, i);
-        }
       }
+      uint32_t next_codes[2][2][kPacked];
+      pack(next_codes, coming);
+      fetch(coming, chunk + 2);
       const uint32_t buffer = chunk_index & (plan.buffers - 1);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
@@ -231,12 +236,8 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
         for (int i = 0; i < Blocks; ++i) {
           const int next = i + kAhead;
-          if (m == 1 && next == Blocks) {  // past a row's end the codes are those of a chunk before, and not used
-            pack();
-            if (chunk + 2 < cursor.stop) fetch(chunk + 2);
-          }
-          if (next < Blocks) gather(gathered[next], m, next);
-          else gather(gathered[next], 1 - m, next - Blocks);
+          if (next < Blocks) gather(gathered[next], codes[m], next);
+          else gather(gathered[next], m == 0 ? codes[1] : next_codes[0], next - Blocks);
 #pragma unroll
           for (int o = 0; o < 2; ++o)
 #pragma unroll
@@ -302,6 +303,12 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
           }
         }
       }
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int o = 0; o < 2; ++o)
+#pragma unroll
+          for (int j = 0; j < kPacked; ++j) codes[m][o][j] = next_codes[m][o][j];
     }
   }
 }
