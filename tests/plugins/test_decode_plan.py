@@ -17,7 +17,7 @@ from gsrq_export import native
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) or "c++"
 FIELDS = (
     *("slices", "planes", "splits", "cluster", "blocks", "all_blocks", "slots", "slots_per_cta", "ways", "owners"),
-    *("width", "group", "parts", "part_heads", "lanes", "own_tiles", "stride", "shared_bytes"),
+    *("width", "group", "parts", "part_heads", "lanes", "own_tiles", "stride", "buffers", "shared_bytes"),
 )
 PROGRAM = f"""
 #include <initializer_list>
@@ -89,18 +89,21 @@ def test_every_plan_covers_the_work_and_fits(plan: Plan) -> None:
             assert sum(tiles) == 16
             assert max(tiles) == p["own_tiles"]
             assert p["shared_bytes"] <= 227 * 1024
+            scores = p["cluster"] * p["own_tiles"] * 16 * p["lanes"] * 4  # bytes of a chunk's, in each block
+            assert p["buffers"] == 8 or (p["buffers"] == 4 and p["shared_bytes"] + 4 * scores > 227 * 1024)
     assert planned > 200
 
 
 def test_the_common_shape_takes_a_cluster_of_four(plan: Plan) -> None:
     found = plan(32, 8, 128, 128, 16, 1, 128, 16, 1)  # LLaMA-3-8B at one bit, int8 codewords
     assert found is not None
-    assert {name: found[0][name] for name in ("cluster", "blocks", "ways", "parts", "stride")} == {
+    assert {name: found[0][name] for name in ("cluster", "blocks", "ways", "parts", "stride", "buffers")} == {
         "cluster": 4,
         "blocks": 4,
         "ways": 1,
         "parts": 1,
         "stride": 64,
+        "buffers": 8,
     }
 
 

@@ -117,24 +117,19 @@ __device__ inline void load_codes(uint32_t (&out)[Words], const int8_t* row, int
 
 struct Shared {  // a CTA's shared memory, by the plan; the key slice lies first
   uint32_t* bins;  // [256][stride]: of the current window
-  float* scores;   // [kBuffers][cluster][own tiles][16][lanes]: partial, of the tokens that the CTA weighs
+  float* scores;   // [buffers][cluster][own tiles][16][lanes]: partial, of the tokens that the CTA weighs
   float* maxima;   // [kValueWarps][lanes]
-  float* scales;   // [kKeyWarps][8]: of a warp's products, by head
-  uint4* targets;  // [kKeyWarps][2]: for each tile of a warp the addresses of its scores and of the barrier there, and the
-                   // bytes from a buffer of scores to the next
-  uint32_t full, empty, done;  // addresses of barriers: kBuffers, kBuffers, one
+  uint32_t full, empty, done;  // addresses of barriers: one a buffer, one a buffer, one
 };
 
 __device__ inline Shared shared_of(const DecodePlan& p) {
   Shared s;
   s.bins = reinterpret_cast<uint32_t*>(shared_memory + p.blocks * kBlockBytes);
   s.scores = reinterpret_cast<float*>(s.bins + p.bins());
-  s.maxima = s.scores + kBuffers * p.cluster * p.own_tiles * kTile * p.lanes;
-  s.scales = s.maxima + kValueWarps * 8;
-  s.targets = reinterpret_cast<uint4*>(s.scales + kKeyWarps * 8);
-  s.full = shared_address(s.targets + kKeyWarps * 2);
-  s.empty = s.full + 8 * kBuffers;
-  s.done = s.empty + 8 * kBuffers;
+  s.maxima = s.scores + p.buffers * p.cluster * p.own_tiles * kTile * p.lanes;
+  s.full = shared_address(s.maxima + kValueWarps * 8);
+  s.empty = s.full + 8 * kMostBuffers;
+  s.done = s.empty + 8 * kMostBuffers;
   return s;
 }
 

@@ -10,11 +10,11 @@ namespace gsrq::cuda::decoding {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kFixedBits = 19;       // weights are integers of 2^-19 of their window's reference
-constexpr float kHeadroom = 2.0f;    // log2 by which a weight may exceed it
-constexpr int kWindowTokens = 2047;  // of that size fit a bin: 2047 * 2^(19 + 2) < 2^32
+constexpr float kHeadroom = 1.99f;   // log2 by which a weight may exceed it
+constexpr int kWindowTokens = 2048;  // of that size fit a bin: 2048 * 2^(19 + 1.99) < 0.994 * 2^32
 constexpr int kAnchorChunks = 32;    // between two exact turns of the queries; a power of two
 constexpr float kNone = -INFINITY;
-static_assert(kWindowTokens * 4LL * (1 << kFixedBits) < (1LL << 32), "bins would overflow");
+static_assert(kWindowTokens <= (1LL << (32 - 2 - kFixedBits)) && kHeadroom < 2, "bins would overflow");
 
 extern __shared__ __align__(128) char shared_memory[];
 

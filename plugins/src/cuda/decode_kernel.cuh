@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   Cursor cursor{};
   cursor.start(layer, call, line, cluster);
   if (threadIdx.x == 0) {
-    for (int b = 0; b < kBuffers; ++b) {
+    for (int b = 0; b < plan.buffers; ++b) {
       barrier_init(shared.full + 8 * b, 1);
       barrier_init(shared.empty + 8 * b, plan.cluster);
       barrier_expect(shared.full + 8 * b, plan.cluster * plan.tiles_of(rank % plan.owners) * kTile * Lanes * 4);

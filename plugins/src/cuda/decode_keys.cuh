@@ -1,4 +1,5 @@
-// Scores of coded keys: one warp, two tiles of 16 tokens at a time, one slice of the head's dims. docs/cuda.md.
+// Scores of coded keys: a warp takes two tiles of 16 tokens of a chunk in turn, over one slice of the head's dims. What is
+// gathered runs ahead of what is multiplied, so that the next tile's codewords come in while one is turned. docs/cuda.md.
 #pragma once
 
 #include "decode_cluster.cuh"
@@ -6,6 +7,12 @@
 namespace gsrq::cuda::decoding {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+__device__ inline uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
 
 template <int Blocks, int Lanes, bool Fast>
 __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Constants& constants,
@@ -61,24 +68,30 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       step_s[u][k] = p < half ? layer.sin[at * half + p] * __frcp_rn(layer.cos[p]) : 0.0f;
     }
 
-  int words = t * 32 + parity * 16, byte_of_word = 0x4440 | t, token_in_chunk = warp * kTile + g;
+  // Where a thread reads of codeword 0 of the first stages: the two halves in its order.
+  uint32_t words = shared_address(shared_memory) + t * 32 + parity * 16, other_words = words ^ 16;
+  uint32_t byte_pair = t | (4 + t) << 4;
+  int token_in_chunk = warp * kTile + g;
   keep(words);
-  keep(byte_of_word);
+  keep(other_words);
+  keep(byte_pair);
   keep(token_in_chunk);
 #pragma unroll
   for (int i = 0; i < Blocks; ++i) {
     keep(low[i]);
     keep(high[i]);
   }
-  // Rarely needed values wait in shared memory, which is nearer than spilled registers: where the scores of the warp's two
-  // tiles go, in their owners' memory, and by what they are multiplied.
-  if (lane < 2) {
-    const int tile = lane * kKeyWarps + warp, owner = tile % plan.owners, place = tile / plan.owners;
-    shared.targets[warp * 2 + lane] =
-        make_uint4(remote(shared_address(shared.scores) + (rank * plan.own_tiles + place) * kTile * Lanes * 4, owner),
-                   remote(shared.full, owner), plan.cluster * plan.own_tiles * kTile * Lanes * 4, 0);
+  // Where the scores of the warp's two tiles go, in their owners' memory; of a token those of heads 2 t and 2 t + 1.
+  uint32_t targets[2], barriers[2];
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const int tile = m * kKeyWarps + warp, owner = tile % plan.owners, place = rank * plan.own_tiles + tile / plan.owners;
+    targets[m] = remote(shared_address(shared.scores) + ((place * kTile + g) * Lanes + 2 * t) * 4, owner);
+    barriers[m] = remote(shared.full, owner);
+    keep(targets[m]);
+    keep(barriers[m]);
   }
-  __syncwarp();
+  const uint32_t buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4;
   int loaded = -1;
   uint32_t chunk_index = 0;
 
@@ -102,21 +115,24 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     // The queries: head g's pairs of the slice, turned to the new token's position and back by a tile's first token.
     const int head = kv_head * plan.group + part * plan.part_heads + g;
     const bool real = g < plan.part_heads && part * plan.part_heads + g < plan.group;
-    float query_x[2][2], query_y[2][2], query_scale = 0;
+    float query_x[2][2], query_y[2][2], scale_0 = 0, scale_1 = 0;  // scales: of heads 2 t and 2 t + 1
     const auto anchor = [&](int chunk) {
-      const int64_t position = min(call.past_lengths[cursor.row], static_cast<int64_t>(layer.positions) - 1);
+      int row = cursor.row, first_pair = slice * 16 + near;
+      keep(row);  // addresses are not worth registers of the loop
+      keep(first_pair);
+      const int64_t position = min(call.past_lengths[row], static_cast<int64_t>(layer.positions) - 1);
       const int64_t base = min(range.first + chunk * kChunk + warp * kTile, layer.positions - 1);
       float most = 0;
 #pragma unroll
       for (int u = 0; u < 2; ++u)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int p = slice * 16 + u * 8 + near + 2 * k;
+          const int p = first_pair + u * 8 + 2 * k;
           int e0, e1;
           pair_elements(layer, p, &e0, &e1);
           float x = 0, y = 0;
           if (real) {
-            const int64_t at = (static_cast<int64_t>(cursor.row) * layer.heads + head) * layer.head_dim;
+            const int64_t at = (static_cast<int64_t>(row) * layer.heads + head) * layer.head_dim;
             x = load(call.query, at + e0, call.dtype);
             y = load(call.query, at + e1, call.dtype);
           }
@@ -141,21 +157,20 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
           query_x[u][k] *= inverse;
           query_y[u][k] *= inverse;
         }
-      query_scale = most * unit * layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
+      const float query_scale = most * unit * layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
+      scale_0 = __shfl_sync(~0u, query_scale, 8 * t);
+      scale_1 = __shfl_sync(~0u, query_scale, 8 * t + 4);
     };
 
-    anchor(cursor.first);
-    if (t == 0) shared.scales[warp * 8 + g] = query_scale;
-    __syncwarp();
-
-    uint32_t codes[2][2][Blocks], coming[2][2][Blocks];  // [tile][octet]
+    constexpr int kPacked = (Blocks + 3) / 4, kAhead = Blocks < 2 ? Blocks : 2;
+    uint32_t codes[2][2][kPacked], coming[2][2][Blocks];  // [tile][octet]: the thread's bytes; the next chunk's words
     const int first_row = range.first - layer.sinks;
     const int8_t* linear = call.key_codes + (cursor.row * call.capacity + first_row) * bytes;
     if constexpr (Fast) linear += first_byte;
     int last_token = range.count - 1;
     keep(linear);
     keep(last_token);
-    const auto fetch = [&](int chunk) {
+    const auto fetch = [&](uint32_t (&out)[2][2][Blocks], int chunk) {  // past the row: its last token
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -163,59 +178,82 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
           const int i = min(chunk * kChunk + token_in_chunk + m * kStride + 8 * o, last_token);
           if constexpr (Fast) {
             const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
-            load_codes<Blocks, true>(coming[m][o], linear + at, 0, 0);
+            load_codes<Blocks, true>(out[m][o], linear + at, 0, 0);
           } else {
             const int8_t* row = call.key_codes + row_of(call, cursor.row, first_row + i) * bytes;
-            load_codes<Blocks, false>(coming[m][o], row, first_byte, last_byte);
+            load_codes<Blocks, false>(out[m][o], row, first_byte, last_byte);
           }
         }
     };
-    fetch(cursor.first);
-
-    for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
+    const auto pack = [&](uint32_t (&out)[2][2][kPacked], const uint32_t (&from)[2][2][Blocks]) {  // byte t of each word
+      const auto word = [&](int m, int o, int i) { return i < Blocks ? from[m][o][i < Blocks ? i : 0] : 0u; };
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int o = 0; o < 2; ++o)
 #pragma unroll
-          for (int i = 0; i < Blocks; ++i) codes[m][o][i] = coming[m][o][i];
-      if (chunk + 1 < cursor.stop) fetch(chunk + 1);
-
-      int sums[2][2][2][4];  // [tile][octet][half]
+          for (int j = 0; j < kPacked; ++j)
+            out[m][o][j] = __byte_perm(__byte_perm(word(m, o, 4 * j), word(m, o, 4 * j + 1), byte_pair),
+                                         __byte_perm(word(m, o, 4 * j + 2), word(m, o, 4 * j + 3), byte_pair), 0x5410);
+    };
+    const auto gather = [&](uint4 (&out)[2][2], const uint32_t (&from)[2][kPacked], int i) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+      for (int o = 0; o < 2; ++o) {
+        const uint32_t row = __byte_perm(from[o][i / 4], 0, 0x4440 | i % 4) * (kBlockStages * kSliceDims);
+        out[o][0] = load_shared(row + words + i * kBlockBytes);
+        out[o][1] = load_shared(row + other_words + i * kBlockBytes);
+      }
+    };
+    uint4 gathered[Blocks + kAhead][2][2];  // [block][octet][half, in the thread's order]: of a tile, then of the next
+    {
+      uint32_t words_of_first[2][2][Blocks];
+      fetch(words_of_first, cursor.first);
+      fetch(coming, cursor.first + 1);
+      anchor(cursor.first);
+      pack(codes, words_of_first);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) gather(gathered[i], codes[0], i);
+    }
+    int until_anchor = kAnchorChunks;
+    for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index, --until_anchor) {
+      if (until_anchor == 0) {  // rounding errors of the turns must not add up
+        anchor(chunk);
+        until_anchor = kAnchorChunks;
+      }
+      uint32_t next_codes[2][2][kPacked];
+      pack(next_codes, coming);
+      fetch(coming, chunk + 2);
+      const uint32_t buffer = chunk_index & (plan.buffers - 1);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        int sums[2][2][4];  // [octet][half]
 #pragma unroll
         for (int o = 0; o < 2; ++o)
 #pragma unroll
           for (int u = 0; u < 2; ++u)
 #pragma unroll
-            for (int k = 0; k < 4; ++k) sums[m][o][u][k] = kBias;
+            for (int k = 0; k < 4; ++k) sums[o][u][k] = kBias;
 #pragma unroll
-      for (int i = 0; i < Blocks; ++i) {
-        uint4 gathered[2][2][2];
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-#pragma unroll
-          for (int o = 0; o < 2; ++o) {
-            const int at = i * kBlockBytes + static_cast<int>(__byte_perm(codes[m][o][i], 0, byte_of_word)) * 128 + words;
-            gathered[m][o][0] = *reinterpret_cast<const uint4*>(shared_memory + at);
-            gathered[m][o][1] = *reinterpret_cast<const uint4*>(shared_memory + (at ^ 16));
-          }
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
+        for (int i = 0; i < Blocks; ++i) {
+          const int next = i + kAhead;
+          if (next < Blocks) gather(gathered[next], codes[m], next);
+          else gather(gathered[next], m == 0 ? codes[1] : next_codes[0], next - Blocks);
 #pragma unroll
           for (int o = 0; o < 2; ++o)
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
-              const uint4 v = gathered[m][o][u];
-              mma_int8(sums[m][o][u], v.x, v.y, v.z, v.w, low[i], high[i]);
+              const uint4 v = gathered[i][o][u];
+              mma_int8(sums[o][u], v.x, v.y, v.z, v.w, low[i], high[i]);
             }
-      }
-
-      const uint32_t buffer = chunk_index % kBuffers;
-      barrier_wait(shared.empty + 8 * buffer, (chunk_index / kBuffers & 1) ^ 1);
+        }
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
+        for (int i = 0; i < kAhead; ++i)
+#pragma unroll
+          for (int o = 0; o < 2; ++o)
+#pragma unroll
+            for (int u = 0; u < 2; ++u) gathered[i][o][u] = gathered[Blocks + i][o][u];
+
+        barrier_wait(shared.empty + 8 * buffer, (chunk_index & plan.buffers) == 0);
         uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
 #pragma unroll
         for (int o = 0; o < 2; ++o)
@@ -223,8 +261,8 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
           for (int u = 0; u < 2; ++u)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-              const float x = __int_as_float(sums[m][o][u][2 * k]) - kBiasValue,
-                          y = __int_as_float(sums[m][o][u][2 * k + 1]) - kBiasValue;
+              const float x = __int_as_float(sums[o][u][2 * k]) - kBiasValue,
+                          y = __int_as_float(sums[o][u][2 * k + 1]) - kBiasValue;
               const float c = turn_c[o][u][k], s = turn_s[o][u][k];
               keys[o][u][k] = packed(x * c - y * s, y * c + x * s);
             }
@@ -247,22 +285,17 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
             query_y[u][k] = y * step_c[u][k] - x * step_s[u][k];
           }
         if (2 * t < Lanes) {
-          const uint4 target = shared.targets[warp * 2 + m];
-          // The products' columns of a thread are heads 2 t and 2 t + 1.
-          const float2 scale = *reinterpret_cast<const float2*>(shared.scales + warp * 8 + 2 * t);
-          uint32_t me;
-          asm volatile("mov.u32 %0, %%laneid;" : "=r"(me));  // again, rather than from a spilled register
-          uint32_t to = target.x + buffer * target.z + (me / 4 * Lanes + 2 * (me % 4)) * 4, barrier = target.y + 8 * buffer;
+          uint32_t to = targets[m] + buffer * buffer_bytes, barrier = barriers[m] + 8 * buffer;
 #pragma unroll 1
           for (int way = 0;;) {
             if constexpr (Lanes == 1) {
-              store_remote(to, products[0] * scale.x, barrier);
-              store_remote(to + 8 * Lanes * 4, products[2] * scale.x, barrier);
+              store_remote(to, products[0] * scale_0, barrier);
+              store_remote(to + 8 * Lanes * 4, products[2] * scale_0, barrier);
             } else {
-              store_remote(to, products[0] * scale.x, products[1] * scale.y, barrier);
-              store_remote(to + 8 * Lanes * 4, products[2] * scale.x, products[3] * scale.y, barrier);
+              store_remote(to, products[0] * scale_0, products[1] * scale_1, barrier);
+              store_remote(to + 8 * Lanes * 4, products[2] * scale_0, products[3] * scale_1, barrier);
             }
-            if (++way == plan.ways) break;
+            if (Fast || ++way == plan.ways) break;  // fast: one way
             const int tile = m * kKeyWarps + warp, other = tile % plan.owners + way * plan.owners;
             const int place = (buffer * plan.cluster + rank) * plan.own_tiles + tile / plan.owners;
             to = remote(shared_address(shared.scores) + ((place * kTile + g) * Lanes + 2 * t) * 4, other);
@@ -270,8 +303,12 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
           }
         }
       }
-      // Rounding errors of the turns must not add up.
-      if (chunk_index % kAnchorChunks == kAnchorChunks - 1 && chunk + 1 < cursor.stop) anchor(chunk + 1);
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int o = 0; o < 2; ++o)
+#pragma unroll
+          for (int j = 0; j < kPacked; ++j) codes[m][o][j] = next_codes[m][o][j];
     }
   }
 }

@@ -14,7 +14,7 @@ constexpr int kKeyWarps = 8;    // score tokens, two tiles a chunk each
 constexpr int kValueWarps = 8;  // turn scores into weights and add them into bins
 constexpr int kChunkTiles = 2 * kKeyWarps;
 constexpr int kChunk = kChunkTiles * kTile;  // tokens that are scored together
-constexpr int kBuffers = 4;     // chunks whose scores may be under way
+constexpr int kMostBuffers = 8;  // chunks whose scores may be under way: keys go on while values end an item
 constexpr int kDecodeThreads = 32 * (kKeyWarps + kValueWarps);
 constexpr int kSliceDims = 32;             // dims of a key slice: 16 RoPE pairs
 constexpr int kBlockStages = 4;            // stages of a slice that lie in one row of 128 bytes
@@ -38,6 +38,7 @@ struct DecodePlan {
   int lanes;                 // part_heads rounded up to 1, 4 or 8
   int own_tiles;             // most of an owner in a chunk
   int stride;                // bins of a codeword: lanes times a power of two of slots
+  int buffers;               // chunks whose scores may be under way: kMostBuffers, or half of it where memory is short
   int shared_bytes;
 
   __host__ __device__ int bins() const { return kCodewords * stride; }
@@ -46,7 +47,7 @@ struct DecodePlan {
 };
 
 inline int decode_shared_bytes(const DecodePlan& p) {
-  return p.blocks * kBlockBytes + p.bins() * 4 + kBuffers * p.cluster * p.own_tiles * kTile * p.lanes * 4 + 1024;
+  return p.blocks * kBlockBytes + p.bins() * 4 + p.buffers * p.cluster * p.own_tiles * kTile * p.lanes * 4 + 1024;
 }
 
 // False where the fast decode does not apply.
@@ -81,6 +82,8 @@ inline bool make_decode_plan(const gsrq_layer& layer, DecodePlan* out) {
         p.stride = p.lanes == 8 ? 64 : 32;  // kernels exist for 32 bins of one head, 32 or 64 of four, 64 of eight
         while (p.stride < p.slots_per_cta * p.lanes) p.stride *= 2;
         if (p.stride > (p.lanes == 1 ? 32 : 64)) continue;
+        p.buffers = kMostBuffers;
+        if (decode_shared_bytes(p) > kSharedLimit) p.buffers = kMostBuffers / 2;
         p.shared_bytes = decode_shared_bytes(p);
         if (p.shared_bytes > kSharedLimit) continue;
         *out = p;

@@ -28,6 +28,10 @@ __device__ inline float warp_max(float x) {
   return __int_as_float(most ^ ((most >> 31) & 0x7fffffff));
 }
 
+__device__ inline void add_shared(uint32_t address, uint32_t x) {
+  asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
 // A warp weighs a tile of the CTA's and bins it for up to 32 / Lanes slots: each half of the warp has the tile's 16 tokens,
 // a thread a token, and half of the slots.
 template <int Lanes, int Stride, bool Fast>
@@ -48,10 +52,15 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   int turn = ((half * kSlots + slot_turn) * Lanes + head_turn) * 4;  // in bytes of a codeword's bins
   uint32_t byte_turn = 0x3210 ^ 0x1111 * (slot_turn & 3);
   if constexpr (kSlots < 4) byte_turn >>= 8 * half;  // the loaded word has both halves' codes
+  // A warp's part of the slots is the same in all rounds; a codeword's 32 bins there are 128 bytes, aligned.
+  static_assert(kValueWarps % kParts == 0 && kPartSlots * Lanes == 32, "a warp adds to 32 banks");
+  uint32_t bins_of_thread = shared_address(shared.bins) + warp % kParts * 128 + turn;
+  const bool counts = warp % kParts == 0 && lane < kTile;  // of the threads with the same token one adds up its weights
   keep(thread);
   keep(lane);
   keep(turn);
   keep(byte_turn);
+  keep(bins_of_thread);
   uint32_t chunk_index = 0, item = 0;
 
   for (int i = thread; i < plan.bins(); i += kValueThreads) shared.bins[i] = 0;
@@ -154,14 +163,14 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     };
 
     for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
-      const uint32_t buffer = chunk_index % kBuffers;
+      const uint32_t buffer = chunk_index & (plan.buffers - 1);
       for (int round = 0; round < rounds; ++round) {
         uint32_t codes[kWords];
 #pragma unroll
         for (int w = 0; w < kWords; ++w) codes[w] = coming[w];
         if (round + 1 < rounds) fetch(chunk, round + 1);
         else if (chunk + 1 < cursor.stop) fetch(chunk + 1, 0);
-        if (round == 0) barrier_wait(shared.full + 8 * buffer, chunk_index / kBuffers & 1);
+        if (round == 0) barrier_wait(shared.full + 8 * buffer, (chunk_index & plan.buffers) != 0);
 
         const int unit = round * kValueWarps + warp, offset = rounds == 1 ? first_offset : offset_of(round);
         const bool valid = chunk * kChunk + offset <= last_token;
@@ -174,24 +183,24 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
           if constexpr (Lanes == 1) {
             for (int other = 0; other < plan.cluster; ++other) score[0] += scores[other * stride];
           } else {
-            for (int first = 0; first < plan.cluster; first += 4) {
-              float4 v[4][Lanes / 4];
+            const auto add = [&](int other) {
 #pragma unroll
-              for (int j = 0; j < 4; ++j)
+              for (int h = 0; h < Lanes / 4; ++h) {
+                const float4 v = reinterpret_cast<const float4*>(scores + other * stride)[h];
+                score[4 * h] += v.x;
+                score[4 * h + 1] += v.y;
+                score[4 * h + 2] += v.z;
+                score[4 * h + 3] += v.w;
+              }
+            };
+            int first = 0;
+#pragma unroll 1
+            for (; first + 4 <= plan.cluster; first += 4) {
 #pragma unroll
-                for (int h = 0; h < Lanes / 4; ++h)
-                  v[j][h] = first + j < plan.cluster ? reinterpret_cast<const float4*>(scores + (first + j) * stride)[h]
-                                                     : make_float4(0, 0, 0, 0);
-#pragma unroll
-              for (int j = 0; j < 4; ++j)
-#pragma unroll
-                for (int h = 0; h < Lanes / 4; ++h) {
-                  score[4 * h] += v[j][h].x;
-                  score[4 * h + 1] += v[j][h].y;
-                  score[4 * h + 2] += v[j][h].z;
-                  score[4 * h + 3] += v[j][h].w;
-                }
+              for (int j = 0; j < 4; ++j) add(first + j);
             }
+#pragma unroll 1
+            for (; first < plan.cluster; ++first) add(first);
           }
           if (layer.softcap > 0)
 #pragma unroll
@@ -232,7 +241,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
           for (int h = 0; h < Lanes; ++h) {
             weight[h] = __float2uint_rn(exp2_fast(score[h] - reference[h] + kFixedBits));
-            if (unit % kParts == 0 && lane < kTile) window_sum[h] += weight[h];
+            window_sum[h] += weight[h];
           }
           // Step b's is head b ^ head_turn, byte a of the codes that of slot a ^ slot_turn.
 #pragma unroll
@@ -255,13 +264,11 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
                 codes[w] = turn & 16 * Lanes * by ? high : low;
                 codes[w + by] = turn & 16 * Lanes * by ? low : high;
               }
-          char* const part = reinterpret_cast<char*>(shared.bins) + unit % kParts * (kPartSlots * Lanes * 4);
 #pragma unroll
           for (int a = 0; a < kSlots; ++a) {
-            const uint32_t row = (codes[a / 4] >> (8 * (a % 4)) & 0xff) * (Stride * 4);
+            const uint32_t row = (codes[a / 4] >> (8 * (a % 4)) & 0xff) * (Stride * 4) + bins_of_thread;
 #pragma unroll
-            for (int b = 0; b < Lanes; ++b)
-              atomicAdd(reinterpret_cast<uint32_t*>(part + (row | (turn ^ ((a * Lanes + b) * 4)))), weight[b]);
+            for (int b = 0; b < Lanes; ++b) add_shared(row ^ (a * Lanes + b) * 4, weight[b]);
           }
         }
       }
@@ -271,7 +278,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     // The sum of weights over the threads, and the references, for the other owners.
 #pragma unroll
     for (int h = 0; h < Lanes; ++h) {
-      float sum = item_sum[h];
+      float sum = counts ? item_sum[h] : 0.0f;
       for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
       if (lane == h) shared.maxima[warp * Lanes + h] = sum;
     }
