@@ -14,7 +14,8 @@ constexpr int32_t kGreedyWidth = 1024;
 constexpr int kTiledWords = 64;
 
 __host__ __device__ inline int64_t tiled_high(int word, int element, int padded) {
-  return static_cast<int64_t>(word / kTiledWords * padded + element / 8 * 8) * kTiledWords + word % kTiledWords * 8 + element % 8;
+  const int before = word / kTiledWords * padded + element / 8 * 8;
+  return static_cast<int64_t>(before) * kTiledWords + word % kTiledWords * 8 + element % 8;
 }
 __host__ __device__ inline int64_t tiled_low(int word, int element, int padded) {
   return static_cast<int64_t>(word) * padded + element / 32 * 32 + element % 8 / 2 * 8 + element / 8 % 4 * 2 + element % 2;

@@ -1,4 +1,4 @@
-// Greedy encoding of any width: a tile's memory, its rows' residuals, and the decisions that the tensor cores' products leave open.
+// Greedy encoding of any width: a tile's memory, its rows' residuals, the decisions that the tensor cores leave open.
 #pragma once
 
 #include "encode_choice.cuh"

@@ -97,8 +97,8 @@ __device__ inline void products(float (&sum)[8][4], const uint32_t (&a)[Steps][4
           "+f"(sum[4][2]), "+f"(sum[4][3]), "+f"(sum[5][0]), "+f"(sum[5][1]), "+f"(sum[5][2]), "+f"(sum[5][3]),
           "+f"(sum[6][0]), "+f"(sum[6][1]), "+f"(sum[6][2]), "+f"(sum[6][3]), "+f"(sum[7][0]), "+f"(sum[7][1]),
           "+f"(sum[7][2]), "+f"(sum[7][3])
-        : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "r"(words + s * (2 * kNextElements >> 4)), "r"(s != 0 ? 1 : 0),
-          "r"(kNextWords >> 4)
+        : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "r"(words + s * (2 * kNextElements >> 4)),
+          "r"(s != 0 ? 1 : 0), "r"(kNextWords >> 4)
         : "memory");
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");

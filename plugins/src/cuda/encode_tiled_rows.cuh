@@ -44,8 +44,8 @@ inline Loads loads_of(const gsrq_layer& layer, const gsrq_call& call, const Enco
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   if (layer.head_dim % 4 != 0 || width % 4 != 0) return Loads::kAny;
   if (source.vectors != nullptr) return aligned(source.vectors) ? Loads::kPlain : Loads::kAny;
-  const bool fine = source.values ? aligned(call.value) && aligned(call.value_exact) : aligned(call.key) && aligned(call.key_exact);
-  if (!fine) return Loads::kAny;
+  const bool values = aligned(call.value) && aligned(call.value_exact), keys = aligned(call.key) && aligned(call.key_exact);
+  if (!(source.values ? values : keys)) return Loads::kAny;
   if (source.values || layer.key_center == nullptr) return Loads::kPlain;
   const bool whole = width % layer.head_dim == 0 && layer.half_rope % 2 == 0 && aligned(layer.cos) && aligned(layer.sin);
   return whole ? Loads::kFramed : Loads::kAny;
@@ -248,7 +248,9 @@ __device__ inline void load_rows(const gsrq_layer& layer, const gsrq_call& call,
         }
       }
 #pragma unroll
-      for (int n = 0; n < F::kCores; ++n) r[h][n][0] = static_cast<float>(sum[n][0]), r[h][n][1] = static_cast<float>(sum[n][1]);
+      for (int n = 0; n < F::kCores; ++n)
+#pragma unroll
+        for (int b = 0; b < 2; ++b) r[h][n][b] = static_cast<float>(sum[n][b]);
     }
     squares[h] = 0;
 #pragma unroll
