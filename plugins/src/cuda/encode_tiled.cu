@@ -326,12 +326,11 @@ __global__ void __launch_bounds__(128 * Groups, 1)
     __syncwarp();
     if (lane == 0 && stage + 2 < stages) {  // whoever is last to read a stage's codewords fetches those of the next but one
       unsigned before;
-      asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], 1;"
+      asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
                    : "=r"(before)
                    : "r"(shared_address(memory.done + at))
                    : "memory");
-      if (before + 1 == 4 * static_cast<unsigned>(__popc(active))) {
-        memory.done[at] = 0;
+      if (before + 1 == 4 * static_cast<unsigned>(__popc(active)) * (stage / 2 + 1u)) {
         fence_bulk();
         start_load(stage + 2);
       }
