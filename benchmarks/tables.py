@@ -102,6 +102,7 @@ def depths(data: dict[str, Any]) -> str:
 
 
 def decode(data: dict[str, Any]) -> str:
+    """Where a run has rows of the rotated frame, with the time of keys coded before RoPE in the same turns."""
     header = ["layer", "cached tokens", "ours, ms", "GroupQueryAttention, ms", "faster", "cache smaller than fp32"]
     rows = [
         [
@@ -114,23 +115,10 @@ def decode(data: dict[str, Any]) -> str:
         ]
         for row in data["rows"]
     ]
-    return table(header, rows)
-
-
-def decode_frames(data: dict[str, Any]) -> str:
-    """All rows, with what the same shape takes with keys coded before RoPE in the same turns."""
-    header = ["layer", "cached tokens", "ours, ms", "keys before RoPE, ms", "GroupQueryAttention, ms", "faster than it"]
-    rows = [
-        [
-            row["shape"],
-            str(row["tokens"]),
-            f"{row['gsrq_ms']:.2f}",
-            f"{row['pre_rope_ms']:.2f}" if row["rotated"] else "",
-            f"{row['gqa_ms']:.2f}",
-            f"**{row['speed_ratio']:.2f}x**",
-        ]
-        for row in data["rows"]
-    ]
+    if any(row.get("rotated") for row in data["rows"]):
+        header.append("keys before RoPE, ms")
+        for cells, row in zip(rows, data["rows"], strict=True):
+            cells.append(f"{row['pre_rope_ms']:.2f}" if row["rotated"] else "")
     return table(header, rows)
 
 
@@ -230,10 +218,13 @@ def ablation(data: dict[str, Any]) -> str:
 UNWEIGHTED = "-unweighted"  # ends the ids of our rows without weights by gradients, where a file has both kinds
 
 
-def twins(rows: list[dict[str, Any]]) -> set[str]:
-    """Ids of rows with weights by gradients that are there without them, too."""
+def of_either_kind(rows: list[dict[str, Any]], weighted: bool) -> list[dict[str, Any]]:
+    """The rows, of ours with and without weights by gradients those without; weighted: such pairs alone."""
     ids = {row["id"] for row in rows}
-    return {id for id in ids if id + UNWEIGHTED in ids}
+    twins = {id for id in ids if id + UNWEIGHTED in ids}
+    if weighted:
+        return [row for row in rows if row["id"].removesuffix(UNWEIGHTED) in twins]
+    return [row for row in rows if row["id"] not in twins]
 
 
 def comparison(data: dict[str, Any], prefill: str = "coded", weighted: bool = False, rivalled: bool = True) -> str:
@@ -249,21 +240,16 @@ def comparison(data: dict[str, Any], prefill: str = "coded", weighted: bool = Fa
     header = ["method", "nominal", *(f"effective {p}" for p in points), *(f"perplexity {t}, over exact" for t in texts)]
     header += [*(f"recall@{n}" for n in lengths), *["better with as few bits"] * rivalled]
     rows = []
-    rivals = [row for row in data["rows"] if row["prefill"] == prefill and not row["ours"]]
-    pairs = twins(data["rows"])
-    both = any(row["id"].endswith(UNWEIGHTED) for row in data["rows"])
-    chosen = [row for row in data["rows"] if row["prefill"] == prefill and row["id"] not in pairs]
-    if weighted:
-        of = {id for one in pairs for id in (one, one + UNWEIGHTED)}
-        chosen = [row for row in data["rows"] if row["prefill"] == prefill and row["id"] in of]
+    names = names_of(data["rows"])
+    chosen = [row for row in of_either_kind(data["rows"], weighted) if row["prefill"] == prefill]
+    rivals = [row for row in chosen if not row["ours"]]
     for row in sorted(chosen, key=lambda r: -r["effective_bits"]["8192x64"]):
         ratios = [row["metrics"][t]["perplexity"]["perplexity"] / exact[t]["perplexity"]["perplexity"] for t in texts]
-        name = named(row, both)
         bits = [f"{row['nominal_bits']:.3f}", *(f"{row['effective_bits'][p]:.2f}" for p in points)]
         recalls = [rate(found) for found in row["metrics"][texts[0]]["recall"]["lengths"]]
         losses = [f"{100 * (ratio - 1):+.2f} %" for ratio in ratios]
         better = [better_rivals(row, rivals) if row["ours"] else ""] * rivalled
-        rows.append([name, *bits, *losses, *recalls, *better])
+        rows.append([names[row["id"]], *bits, *losses, *recalls, *better])
     return table(header, rows)
 
 
@@ -271,27 +257,29 @@ def better_rivals(row: dict[str, Any], rivals: list[dict[str, Any]], point: str 
     """Which rivals with as many effective bits at most are better than a row, and in what."""
 
     def losses(of: dict[str, Any]) -> dict[str, float]:
-        first = next(iter(of["metrics"].values()))
+        recall = next(iter(of["metrics"].values()))["recall"]["lengths"]
         found = {text: float(metrics["perplexity"]["perplexity"]) for text, metrics in of["metrics"].items()}
-        return found | {
-            f"recall@{at['tokens']}": -sum(at["hits"]) / len(at["hits"]) for at in first["recall"]["lengths"]
-        }
+        return found | {f"recall@{at['tokens']}": -at["rate"] for at in recall}
 
     mine, said = losses(row), []
     for rival in rivals:
-        theirs = losses(rival)
-        where = [name for name in mine if theirs[name] < mine[name]]
-        if rival["effective_bits"][point] <= row["effective_bits"][point] and where:
-            said.append(f"{rival['label']}: {', '.join(where)}")
+        if rival["effective_bits"][point] <= row["effective_bits"][point]:
+            theirs = losses(rival)
+            if where := [name for name in mine if theirs[name] < mine[name]]:
+                said.append(f"{rival['label']}: {', '.join(where)}")
     return "; ".join(said) or "none"
 
 
-def named(row: dict[str, Any], both: bool = False) -> str:
-    """both: the file has rows of ours with and without weights by gradients."""
-    label = row["label"].removeprefix("ours: ")
-    if row["ours"] and both:
-        label = label.removesuffix(UNWEIGHTED) if label.endswith(UNWEIGHTED) else f"{label}, gradient weights"
-    return f"**{label}**" if row["ours"] else label
+def names_of(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """By id. Where there are rows of ours with and without weights by gradients, those with them say so."""
+    both = any(row["id"].endswith(UNWEIGHTED) for row in rows)
+    names = {}
+    for row in rows:
+        label = row["label"].removeprefix("ours: ")
+        if row["ours"] and both:
+            label = label.removesuffix(UNWEIGHTED) if label.endswith(UNWEIGHTED) else f"{label}, gradient weights"
+        names[row["id"]] = f"**{label}**" if row["ours"] else label
+    return names
 
 
 def tasks(data: dict[str, Any]) -> str:
@@ -314,13 +302,11 @@ def tasks(data: dict[str, Any]) -> str:
         return [f"{task['score']:.2f} [{task['interval'][0]:.2f}, {task['interval'][1]:.2f}]" for task in each]
 
     rows = [["exact", "16", *cells(exact), *("" for _ in measures)]]
-    pairs = twins(data["rows"])
-    both = any(row["id"].endswith(UNWEIGHTED) for row in data["rows"])
-    chosen = [row for row in data["rows"] if row["id"] not in pairs]
-    for row in sorted(chosen, key=lambda r: -r["effective_bits"]["8192x64"]):
+    names = names_of(data["rows"])
+    for row in sorted(of_either_kind(data["rows"], weighted=False), key=lambda r: -r["effective_bits"]["8192x64"]):
         found = next(iter(row["metrics"].values()))
         figures = [f"{found['fidelity'][name]['mean']:.{1 if name == 'agreed_tokens' else 4}f}" for name in measures]
-        rows.append([named(row, both), f"{row['effective_bits']['8192x64']:.2f}", *cells(found), *figures])
+        rows.append([names[row["id"]], f"{row['effective_bits']['8192x64']:.2f}", *cells(found), *figures])
     return table([*header, *measures.values()], rows)
 
 
@@ -601,7 +587,7 @@ def documents() -> dict[Path, str]:
         "bits": ("quality_recall-28m", bits),
         "depths": ("quality_recall-28m", depths),
         "decode": ("cpu_decode", decode),
-        "decode_frames": ("cpu_decode_frames", decode_frames),
+        "decode_frames": ("cpu_decode_frames", decode),
         "demo": ("demo_build", demo),
         "cuda_decode": ("cuda_attention", cuda_decode),
         "cuda_prefill": ("cuda_attention", cuda_prefill),
