@@ -14,6 +14,7 @@
 
 #include "decode_combine.cuh"
 #include "decode_kernel.cuh"
+#include "launch.cuh"
 
 namespace gsrq::cuda {
 namespace decoding {
@@ -129,14 +130,14 @@ int resident_clusters(const DecodePlan& plan) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, int>, int> known;
   const Kernel kernel = kernel_of(plan, false), fast = kernel_of(plan, true);
-  int device = 0, major = 0;
+  int device = 0;
   if (kernel == nullptr || cudaGetDevice(&device) != cudaSuccess) return 0;
   const auto key = std::make_tuple(device, reinterpret_cast<const void*>(kernel), plan.cluster, plan.shared_bytes);
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   int clusters = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9) {
+  if (compute_major() >= 9) {
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config = launch_config(plan, &attribute, 1);
     const bool ready =

@@ -18,6 +18,9 @@ static_assert(kWindowTokens <= (1LL << (32 - 2 - kFixedBits)) && kHeadroom < 2, 
 
 extern __shared__ __align__(128) char shared_memory[];
 
+// What queries are multiplied with: scores in units of log2, save where softcap needs them plain.
+__device__ inline float query_scale(const gsrq_layer& layer) { return layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e); }
+
 __device__ inline float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -26,15 +26,35 @@ struct ExactTokens {
   __device__ int token(int i) const { return i < sinks ? i : first_recent + i - sinks; }
 };
 
+// What a block has: up to 32 of the exact tokens of one (row, vhead).
+struct ExactShare {
+  int row, heads, first;  // heads: query heads of the vhead; first: of the tokens, in their order
+  int64_t head_row, first_query, at;  // vectors before those of the KV head and of its query heads; where the results go
+  __device__ ExactShare(const gsrq_layer& layer, const DecodePlan& plan, int vheads, int splits, int block) {
+    const int split = block % splits, vhead = block / splits % vheads;
+    const int kv_head = vhead / plan.parts, part = vhead % plan.parts;
+    row = block / (splits * vheads);
+    heads = min(plan.part_heads, plan.group - part * plan.part_heads);
+    first = split * kExactTokens;
+    head_row = static_cast<int64_t>(row) * layer.kv_heads + kv_head;
+    first_query = static_cast<int64_t>(row) * layer.heads + kv_head * plan.group + part * plan.part_heads;
+    at = (static_cast<int64_t>(row) * vheads + vhead) * splits + split;
+  }
+};
+
+// Two consecutive 16-bit elements.
+__device__ inline float2 load_pair(uint32_t word, int dtype) {
+  return dtype == GSRQ_F16 ? __half22float2(*reinterpret_cast<const __half2*>(&word))
+                           : make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000));
+}
+
 // Eight consecutive elements, 16-bit ones.
 __device__ inline void load_eight(const void* data, int64_t at, int dtype, float (&to)[8]) {
   const uint4 words = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + at));
   const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 x = dtype == GSRQ_F16
-                         ? __half22float2(*reinterpret_cast<const __half2*>(&pairs[i]))
-                         : make_float2(__uint_as_float(pairs[i] << 16), __uint_as_float(pairs[i] & 0xffff0000));
+    const float2 x = load_pair(pairs[i], dtype);
     to[2 * i] = x.x;
     to[2 * i + 1] = x.y;
   }
@@ -44,14 +64,11 @@ __device__ inline void load_eight(const void* data, int64_t at, int dtype, float
 template <int Lanes>
 __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                              int vheads, int splits, int block) {
-  const int split = block % splits, vhead = block / splits % vheads, row = block / (splits * vheads);
-  const int kv_head = vhead / plan.parts, part = vhead % plan.parts;
+  const ExactShare own(layer, plan, vheads, splits, block);
   const int d = layer.head_dim, half = layer.half_rope, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int heads = min(plan.part_heads, plan.group - part * plan.part_heads);
-  const int64_t at = (static_cast<int64_t>(row) * vheads + vhead) * splits + split;
-  if (call.new_lengths[row] <= 0) return;
-  const ExactTokens exact(layer, call, row);
-  const int first = split * kExactTokens, here = min(kExactTokens, exact.count - first);
+  if (call.new_lengths[own.row] <= 0) return;
+  const ExactTokens exact(layer, call, own.row);
+  const int first = own.first, here = min(kExactTokens, exact.count - first);
   if (here <= 0) return;
   const int pitch = d + 8;
   float* const queries = reinterpret_cast<float*>(shared_memory);  // [8][d], turned and scaled, pair by pair
@@ -59,23 +76,19 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
   float* const values = keys + kExactTokens * pitch;               // [32][pitch]
   __shared__ float weights[8][kExactTokens];
   __shared__ int64_t place[kExactTokens];  // of the token's vector, in vectors; -1: the new token
-  const float scale = layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
+  const float scale = query_scale(layer);
   const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
-  const int64_t head_row = static_cast<int64_t>(row) * layer.kv_heads + kv_head;
   if (thread < here) {
     const int token = exact.token(first + thread);
-    place[thread] = token == exact.past
-                        ? -1
-                        : head_row * slots + gsrq_slot32(token, layer.sinks, layer.window, layer.block);
+    place[thread] = token == exact.past ? -1 : own.head_row * slots + gsrq_slot32(token, layer.sinks, layer.window, layer.block);
   }
   for (int i = thread; i < Lanes * (d / 2); i += kCombineThreads) {
     const int h = i / (d / 2), p = i % (d / 2);
     float x = 0, y = 0;
-    if (h < heads) {
+    if (h < own.heads) {
       int e0, e1;
       pair_elements(layer, p, &e0, &e1);
-      const int64_t base =
-          (static_cast<int64_t>(row) * layer.heads + kv_head * plan.group + part * plan.part_heads + h) * d;
+      const int64_t base = (own.first_query + h) * d;
       x = load_constant(call.query, base + e0, call.dtype) * scale;
       y = load_constant(call.query, base + e1, call.dtype) * scale;
     }
@@ -91,7 +104,7 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
   const int step = pieces ? 8 : 1, steps = d / 2 / step;
   for (int i = thread; i < here * steps; i += kCombineThreads) {
     const int n = i / steps, p = (i - n * steps) * step;
-    const int64_t at = place[n] * d, fresh = head_row * d, table = static_cast<int64_t>(exact.token(first + n)) * half + p;
+    const int64_t at = place[n] * d, fresh = own.head_row * d, table = static_cast<int64_t>(exact.token(first + n)) * half + p;
     float* const key = keys + n * pitch + 2 * p;
     float* const value = values + n * pitch + 2 * p;
     const bool is_new = place[n] < 0;
@@ -187,7 +200,7 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
     float sum = w;
     for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     weights[warp][lane] = w;
-    if (lane == 0) memory.exact_state[at * Lanes + warp] = make_float2(most, sum);
+    if (lane == 0) memory.exact_state[own.at * Lanes + warp] = make_float2(most, sum);
   }
   __syncthreads();
 
@@ -209,7 +222,7 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
   if (group == 0)
 #pragma unroll
     for (int h = 0; h < Lanes; ++h)
-      memory.exact[(at * Lanes + h) * d + e] = out[h] + (groups == 2 ? keys[h * d + e] : 0.0f);
+      memory.exact[(own.at * Lanes + h) * d + e] = out[h] + (groups == 2 ? keys[h * d + e] : 0.0f);
 }
 
 // What attend_exact_wide takes: the usual head, in 16 bits.
@@ -217,11 +230,6 @@ inline bool exact_is_wide(const gsrq_layer& layer, const gsrq_call& call) {
   return layer.head_dim == 128 && layer.half_rope == 64 && !layer.rope_interleaved && call.exact_dtype != GSRQ_F32 &&
          call.dtype != GSRQ_F32 && reinterpret_cast<uintptr_t>(call.query) % 4 == 0 &&
          (reinterpret_cast<uintptr_t>(layer.cos) | reinterpret_cast<uintptr_t>(layer.sin)) % 8 == 0;
-}
-
-__device__ inline float2 load_pair(uint32_t word, int dtype) {
-  return dtype == GSRQ_F16 ? __half22float2(*reinterpret_cast<const __half2*>(&word))
-                           : make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000));
 }
 
 // Lanes 2 N apart give each other half of their 2 N entries, and add.
@@ -241,19 +249,15 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
                                          const Memory& memory, int vheads, int splits, int block) {
   constexpr int kLanes = 4, kDim = 128, kHalf = 64, kOwn = 4, kWarps = kCombineThreads / 32;
   static_assert(kOwn * kWarps == kExactTokens, "a token a warp's quarter");
-  const int split = block % splits, vhead = block / splits % vheads, row = block / (splits * vheads);
-  const int kv_head = vhead / plan.parts, part = vhead % plan.parts;
+  const ExactShare own(layer, plan, vheads, splits, block);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int heads = min(plan.part_heads, plan.group - part * plan.part_heads);
-  const int64_t at = (static_cast<int64_t>(row) * vheads + vhead) * splits + split;
-  if (call.new_lengths[row] <= 0) return;
-  const ExactTokens exact(layer, call, row);
-  const int first = split * kExactTokens, here = min(kExactTokens, exact.count - first);
+  if (call.new_lengths[own.row] <= 0) return;
+  const ExactTokens exact(layer, call, own.row);
+  const int first = own.first, here = min(kExactTokens, exact.count - first);
   if (here <= 0) return;
   float* const sums = reinterpret_cast<float*>(shared_memory);  // [warps][4][128]
   __shared__ float2 states[kWarps][kLanes];
   const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
-  const int64_t head_row = static_cast<int64_t>(row) * layer.kv_heads + kv_head;
 
   uint32_t key[kOwn][2];
   uint2 value[kOwn];
@@ -264,7 +268,7 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
     const int token = exact.token(first + min(warp * kOwn + j, here - 1));
     const bool is_new = token == exact.past;
     const int64_t slot = gsrq_slot32(is_new ? 0 : token, layer.sinks, layer.window, layer.block);
-    const int64_t from = (is_new ? head_row : head_row * slots + slot) * kDim;
+    const int64_t from = (is_new ? own.head_row : own.head_row * slots + slot) * kDim;
     const uint16_t* const k = static_cast<const uint16_t*>(is_new ? call.key : call.key_exact) + from;
     const uint16_t* const v = static_cast<const uint16_t*>(is_new ? call.value : call.value_exact) + from;
     type[j] = is_new ? call.dtype : call.exact_dtype;
@@ -277,17 +281,15 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
   }
   float q[kLanes][4];  // of pairs 2 lane and 2 lane + 1
   {
-    const float scale = layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
+    const float scale = query_scale(layer);
     const int64_t table = static_cast<int64_t>(exact.past) * kHalf;
     const float2 qc = __ldg(reinterpret_cast<const float2*>(layer.cos + table) + lane);
     const float2 qs = __ldg(reinterpret_cast<const float2*>(layer.sin + table) + lane);
 #pragma unroll
     for (int h = 0; h < kLanes; ++h) {
       float2 x = make_float2(0, 0), y = x;
-      if (h < heads) {
-        const uint16_t* const from =
-            static_cast<const uint16_t*>(call.query) +
-            (static_cast<int64_t>(row) * layer.heads + kv_head * plan.group + part * plan.part_heads + h) * kDim;
+      if (h < own.heads) {
+        const uint16_t* const from = static_cast<const uint16_t*>(call.query) + (own.first_query + h) * kDim;
         x = load_pair(__ldg(reinterpret_cast<const uint32_t*>(from) + lane), call.dtype);
         y = load_pair(__ldg(reinterpret_cast<const uint32_t*>(from + kHalf) + lane), call.dtype);
       }
@@ -366,8 +368,8 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
     result.x += x.x * factor;
     result.y += x.y * factor;
   }
-  reinterpret_cast<float2*>(memory.exact + (at * kLanes + h) * kDim)[e] = result;
-  if (e == 0) memory.exact_state[at * kLanes + h] = make_float2(all, total);
+  reinterpret_cast<float2*>(memory.exact + (own.at * kLanes + h) * kDim)[e] = result;
+  if (e == 0) memory.exact_state[own.at * kLanes + h] = make_float2(all, total);
 }
 
 }  // namespace gsrq::cuda::decoding

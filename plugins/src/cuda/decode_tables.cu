@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
   const int vhead = blockIdx.x, vheads = gridDim.x, row = blockIdx.y, d = layer.head_dim, half = layer.half_rope;
   const int kv_head = vhead / plan.head.parts, thread = threadIdx.x, lane = thread % 32, h = thread % kLookupLanes;
   const int head = vhead % plan.head.parts * plan.head.part_heads + h, position = position_of(call, row);
-  const float scale = layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e);
+  const float scale = query_scale(layer);
   const int64_t item = static_cast<int64_t>(row) * vheads + vhead;
   const bool live = call.new_lengths[row] > 0 && h < plan.head.part_heads && head < plan.head.group;
   const int64_t base = (static_cast<int64_t>(row) * layer.heads + kv_head * plan.head.group + head) * d;

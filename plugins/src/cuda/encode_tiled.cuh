@@ -153,22 +153,29 @@ struct Words {
     const uint32_t bits = k == 0 ? of.x : k == 1 ? of.y : k == 2 ? of.z : of.w;
     return __half22float2(*reinterpret_cast<const __half2*>(&bits));
   }
-  // This lane's share of <r, word>.
+  // This lane's share of the product of r with what of(j, k) gives for pair k of piece j.
+  template <class Of>
+  __device__ static float share(const float (&r)[2 * Steps][2], const Of& of) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < Steps / 2; ++j)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 x = of(j, k);
+        sum += r[4 * j + k][0] * x.x + r[4 * j + k][1] * x.y;
+      }
+    return sum;
+  }
+  // The same of <r, word>.
   __device__ float dot(const float (&r)[2 * Steps][2], int word) const {
     const char* front = high_of(word);
     uint4 back[Steps / 2];
 #pragma unroll
     for (int j = 0; j < Steps / 2; ++j) back[j] = low_of(word, j);
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < Steps / 2; ++j) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float2 x = high_pair(front, 4 * j + k), y = low_pair(back[j], k);
-        sum += r[4 * j + k][0] * (x.x + y.x) + r[4 * j + k][1] * (x.y + y.y);
-      }
-    }
-    return sum;
+    return share(r, [&](int j, int k) {
+      const float2 x = high_pair(front, 4 * j + k), y = low_pair(back[j], k);
+      return make_float2(x.x + y.x, x.y + y.y);
+    });
   }
   // The same of <r, a - b>.
   __device__ float dot_difference(const float (&r)[2 * Steps][2], int a, int b) const {
@@ -176,17 +183,11 @@ struct Words {
     uint4 back_a[Steps / 2], back_b[Steps / 2];
 #pragma unroll
     for (int j = 0; j < Steps / 2; ++j) back_a[j] = low_of(a, j), back_b[j] = low_of(b, j);
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < Steps / 2; ++j) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float2 x = high_pair(front_a, 4 * j + k), y = low_pair(back_a[j], k);
-        const float2 u = high_pair(front_b, 4 * j + k), v = low_pair(back_b[j], k);
-        sum += r[4 * j + k][0] * (x.x + y.x - (u.x + v.x)) + r[4 * j + k][1] * (x.y + y.y - (u.y + v.y));
-      }
-    }
-    return sum;
+    return share(r, [&](int j, int k) {
+      const float2 x = high_pair(front_a, 4 * j + k), y = low_pair(back_a[j], k);
+      const float2 u = high_pair(front_b, 4 * j + k), v = low_pair(back_b[j], k);
+      return make_float2(x.x + y.x - (u.x + v.x), x.y + y.y - (u.y + v.y));
+    });
   }
 };
 
