@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(128 * Groups, 1)
     copy_bulk(memory.bounds + at, book.bounds + from, sizeof(StageBounds), full);
   };
   if (thread == 0) {
-    barrier_init(shared_address(memory.full)), barrier_init(shared_address(memory.full + 1));
+    barrier_init(shared_address(memory.full), 1), barrier_init(shared_address(memory.full + 1), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    memory.done[0] = memory.done[1] = memory.active = 0;
+    memory.active = 0;
     fence_bulk();
     start_load(0);
   }
@@ -140,6 +140,8 @@ __global__ void __launch_bounds__(128 * Groups, 1)
   }
   __syncthreads();
   const unsigned active = memory.active;
+  if (thread == 0 && active != 0)  // before the next __syncthreads: no warp arrives earlier
+    for (int i = 0; i < 2; ++i) barrier_init(shared_address(memory.empty + i), 4 * __popc(active));
   const Origin* origins = memory.origins + warp * kWarpRows;
   float r[2][F::kCores][2], squares[2], error[2], norm[2];
   if (active >> warp / 4 & 1)
@@ -324,16 +326,11 @@ __global__ void __launch_bounds__(128 * Groups, 1)
       error[h] = 1.0001f * (error[h] + bounds.scale * (bounds.low_off + 0x1p-23f * bounds.largest) + 0x1p-23f * norm[h]);
     }
     __syncwarp();
-    if (lane == 0 && stage + 2 < stages) {  // whoever is last to read a stage's codewords fetches those of the next but one
-      unsigned before;
-      asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
-                   : "=r"(before)
-                   : "r"(shared_address(memory.done + at))
-                   : "memory");
-      if (before + 1 == 4 * static_cast<unsigned>(__popc(active)) * (stage / 2 + 1u)) {
-        fence_bulk();
-        start_load(stage + 2);
-      }
+    // Whoever is last to read a stage's codewords fetches those of the next but one.
+    if (lane == 0 && stage + 2 < stages && barrier_arrive(shared_address(memory.empty + at))) {
+      barrier_wait(shared_address(memory.empty + at), stage >> 1 & 1);  // over already: it orders the others' reads before
+      fence_bulk();
+      start_load(stage + 2);
     }
   }
 }

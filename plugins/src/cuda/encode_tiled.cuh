@@ -18,8 +18,8 @@ struct Memory {
   StageBounds bounds[2];
   float scores[4 * Groups][256];
   Origin origins[64 * Groups];
-  uint64_t full[2];
-  unsigned done[2], active;
+  uint64_t full[2], empty[2];  // a stage's codewords are there; all warps have read them
+  unsigned active;
 };
 
 __device__ inline float quad_sum(float x) {
@@ -52,8 +52,16 @@ __device__ inline void split(const Residual<Steps>& r, const float (&inverse)[2]
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ inline void barrier_init(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+__device__ inline void barrier_init(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// Whether this arrival is the last of its phase.
+__device__ inline bool barrier_arrive(uint32_t barrier) {
+  uint64_t before;
+  uint32_t pending;
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 %0, [%1];" : "=l"(before) : "r"(barrier) : "memory");
+  asm volatile("mbarrier.pending_count.b64 %0, %1;" : "=r"(pending) : "l"(before));
+  return pending == 1;
 }
 __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
