@@ -95,8 +95,11 @@ __global__ void __launch_bounds__(256) build_bounds(EncodeBook book) {
     for (int64_t i = 0; i < width && repeats; ++i)
       repeats = __half2float(words[j * width + i]) == __half2float(words[k * width + i]);
   }
+  // encode_tiled.cu compares scores as integers and wants those of the best codewords to be positive: with this offset the best
+  // is at least the largest product of a codeword and the residual.
+  const double offset = book.tiled ? root / scale * root / 2 : 0;
   // So far above any product of a residual and a codeword that it is never near the best.
-  book.half_norms[stage * 256 + k] = static_cast<float>(repeats ? ldexp(scale, 70) : norm / (2 * scale));
+  book.half_norms[stage * 256 + k] = static_cast<float>(repeats ? ldexp(scale, 70) : norm / (2 * scale) - offset);
   if (k == 0) book.bounds[stage] = {static_cast<float>(scale), static_cast<float>(root / scale), 0.0f, 0.0f};
 }
 

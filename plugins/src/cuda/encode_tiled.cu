@@ -23,38 +23,64 @@ struct Sides {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// A lane's best two of 32 candidates: codes 128 set + 8 (id / 2) + 2 q + id % 2, id in the low five bits.
+// Scores are compared as integers, which order as the floats do where these are positive.
+__device__ inline int max3(int a, int b, int c) { return max(max(a, b), c); }
+
+// A lane's best two of the 32 candidates of a set: codes 128 set + 8 (id / 2) + 2 q + id % 2, id in the low five bits of the
+// first. Of the second only the value is known.
 struct Two {
-  float first, second;
+  int first, second;
 };
 
-__device__ inline int code_of(float x, int set, int q) {
-  const int id = __float_as_int(x) & 31;
+__device__ inline int code_of(int x, int set, int q) {
+  const int id = x & 31;
   return 128 * set + id / 2 * 8 + 2 * q + id % 2;
 }
 
-// The scores <h, w> - half norm / scale of a chunk, the `part`-th of its set.
-__device__ inline void keep_best(const float (&sum)[8][4], const float* half_norms, const float (&inverse)[2], int part,
-                                 unsigned scored, Two (&best)[2]) {
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const float2 norm = *reinterpret_cast<const float2*>(half_norms + 8 * n);
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float score = fmaf(j == 0 ? norm.x : norm.y, -inverse[h], sum[n][2 * h + j]);
-        uint32_t bits;  // score & scored | number
-        asm("lop3.b32 %0, %1, %2, %3, 0xea;"
-            : "=r"(bits)
-            : "r"(__float_as_uint(score)), "r"(scored), "r"(16 * part + 2 * n + j));
-        const float x = __uint_as_float(bits);
-        const float below = fminf(best[h].first, x);
-        best[h].first = fmaxf(best[h].first, x);
-        best[h].second = fmaxf(best[h].second, below);
-      }
-  }
+// value & scored | number
+__device__ inline int numbered(int value, unsigned scored, int number) {
+  int out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(value), "r"(scored), "r"(number));
+  return out;
 }
+
+// A set's candidates stand in a table of 8 rows and 4 columns. What is best is best of its row and of its column; what is
+// second best is best of another row or of another column. So two maxima a score, of rows and of columns, do.
+struct Table {
+  int column[4];
+  Two row;  // the best two of the rows so far
+
+  // The scores <h, w> - half norm / scale of a part, the `part`-th of its set, for the lane's row h of vectors: two rows.
+  __device__ void add(const float (&sum)[4][4], const float2 (&norm)[4], float inverse, int h, int part, unsigned scored) {
+    int x[4][2];
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        x[n][j] = __float_as_int(fmaf(j == 0 ? norm[n].x : norm[n].y, -inverse, sum[n][2 * h + j]));
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int one = x[c / 2][c % 2], two = x[c / 2 + 2][c % 2];
+      column[c] = part == 0 ? max(one, two) : max3(column[c], one, two);
+    }
+    int best[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      best[k] = numbered(max(max3(x[2 * k][0], x[2 * k][1], x[2 * k + 1][0]), x[2 * k + 1][1]), scored, 8 * part + 4 * k);
+    const int upper = max(best[0], best[1]), lower = min(best[0], best[1]);
+    row.second = part == 0 ? lower : max3(row.second, lower, min(row.first, upper));
+    row.first = part == 0 ? upper : max(row.first, upper);
+  }
+
+  __device__ Two best(unsigned scored) const {
+    int c[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] = numbered(column[i], scored, i);
+    const int front = max(c[0], c[1]), back = max(c[2], c[3]);
+    const int second = max3(min(c[0], c[1]), min(c[2], c[3]), min(front, back));
+    return {row.first | (max(front, back) & 3), max(row.second, second)};
+  }
+};
 
 __device__ inline unsigned of_quad(unsigned ballot) { return ballot >> (threadIdx.x & 28) & 15; }
 
@@ -81,7 +107,7 @@ __device__ inline float score_near(const Words<Steps>& words, const float (&r)[2
   best = warp_max(best);
   // A close candidate's half norm is its product less its score.
   const float reach = norm * bounds.largest;
-  const float bound = 1.02f * (error * bounds.largest + norm * bounds.low_off + (4 * Steps + 12) * 0x1p-23f * reach +
+  const float bound = 1.02f * (error * bounds.largest + norm * bounds.low_off + (Steps + 8) * 0x1p-23f * reach +
                                0x1p-22f * (fabsf(best) + reach));
   return best - 2 * bound;
 }
@@ -173,23 +199,35 @@ __global__ void __launch_bounds__(128 * Groups, 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         inverse[h] = reciprocal(power_of_two_above(fmaxf(fmaxf(norm[h], bounds.scale * 0x1p-20f), 0x1p-100f)));
-      split<Steps>(r, inverse, a, off);
+      pack<Steps>(r, inverse, a);
+      // While a part's scores are looked at the next part's products are under way.
+      float sum[2][4][4];
+      const uint32_t described = description(memory.words[at]);
+      start_products<Steps>(sum[0], a, memory.words[at], described, 0);
+      left_over<Steps>(r, inverse, a, off);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float rest = root_above(quad_sum(off[h])), most = norm[h] * inverse[h] + rest;  // of float16(r / scale)
         slack[h] = bounds.largest * (error[h] * inverse[h] + rest + (Steps * 24 * 0x1p-23f + 0x1p-16f) * most) +
                    most * bounds.high_off;
       }
-#pragma unroll 1
-      for (int set = 0; set < 2; ++set) {  // a loop: a stage's instructions fill the instruction cache as it is
-        best[0][0] = best[1][0], best[0][1] = best[1][1];
-        best[1][0] = best[1][1] = {-3e38f, -3e38f};
+      Table tables[2];
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          const int chunk = 2 * set + part;
-          float sum[8][4];
-          products<Steps>(sum, a, memory.words[at] + chunk * (F::kChunkBytes / 2));
-          keep_best(sum, half_norms + chunk * kTiledWords + 2 * q, inverse, part, scored, best[1]);
+      for (int part = 0; part < 8; ++part) {
+        if (part < 7) {
+          start_products<Steps>(sum[(part + 1) % 2], a, memory.words[at], described, part + 1);
+          finish_products<1>(sum[part % 2]);
+        } else {
+          finish_products<0>(sum[part % 2]);
+        }
+        float2 its_norms[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          its_norms[n] = *reinterpret_cast<const float2*>(half_norms + part * kPartWords + 8 * n + 2 * q);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          tables[h].add(sum[part % 2], its_norms, inverse[h], h, part % 4, scored);
+          if (part % 4 == 3) best[part / 4][h] = tables[h].best(scored);
         }
       }
     }
@@ -202,9 +240,9 @@ __global__ void __launch_bounds__(128 * Groups, 1)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const Two x = best[0][h], y = best[1][h];
-      const float mine = fmaxf(x.first, y.first);
-      top[h] = quad_max(mine);
-      const int leader = (lane & 28) + __ffs(static_cast<int>(of_quad(__ballot_sync(kAll, mine == top[h])))) - 1;
+      const int mine = max(x.first, y.first), its_top = quad_max(mine);
+      top[h] = __int_as_float(its_top);
+      const int leader = (lane & 28) + __ffs(static_cast<int>(of_quad(__ballot_sync(kAll, mine == its_top)))) - 1;
       code[h] = __shfl_sync(kAll, x.first >= y.first ? code_of(x.first, 0, q) : code_of(y.first, 1, q), leader);
 #pragma unroll
       for (int j = 0; j < Steps / 2; ++j) low[h][j] = words.low_of(code[h], j);
@@ -214,11 +252,12 @@ __global__ void __launch_bounds__(128 * Groups, 1)
     for (int h = 0; h < 2; ++h) {
       const Two x = best[0][h], y = best[1][h];
       const float least = top[h] - 2.04f * (slack[h] + 0x1p-17f * fabsf(top[h]));
-      const bool counts = (real >> h & 1) != 0;
+      const bool counts = (real >> h & 1) != 0, all = !(least > 0);  // all: integers may have misled
+      const auto is_near = [&](int score) { return counts && (all || !(__int_as_float(score) < least)); };
       // Lanes whose best of either set is near the row's best, and those with a second one that is.
-      const unsigned set0 = of_quad(__ballot_sync(kAll, counts && !(x.first < least)));
-      const unsigned set1 = of_quad(__ballot_sync(kAll, counts && !(y.first < least)));
-      const unsigned deep = of_quad(__ballot_sync(kAll, counts && !(fmaxf(x.second, y.second) < least)));
+      const unsigned set0 = of_quad(__ballot_sync(kAll, is_near(x.first)));
+      const unsigned set1 = of_quad(__ballot_sync(kAll, is_near(y.first)));
+      const unsigned deep = of_quad(__ballot_sync(kAll, is_near(max(x.second, y.second))));
       near |= (set0 | set1 << 4 | deep << 8) << (12 * h);
       todo |= __popc(set0 | set1 << 4) > 1 || deep != 0 ? 1u << h : 0;
     }
@@ -252,8 +291,8 @@ __global__ void __launch_bounds__(128 * Groups, 1)
           const float lead = quad_sum(pair ? words.dot_difference(row, lower, upper) : 0.0f) -
                              (half_norms[lower] - half_norms[upper]);
           const float doubt = 1.02f * (2 * (its_error * bounds.largest + its_norm * bounds.low_off) +
-                                       (4 * Steps + 12) * 0x1p-23f * its_norm * bounds.largest +
-                                       0x1p-22f * (half_norms[lower] + half_norms[upper]));
+                                       (Steps + 8) * 0x1p-23f * its_norm * bounds.largest +
+                                       0x1p-22f * (fabsf(half_norms[lower]) + fabsf(half_norms[upper])));
           if (pair) {
             chosen = lead > 0 ? lower : upper;
             if (!(fabsf(lead) > doubt)) chosen = lower, rival = upper;
@@ -323,7 +362,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
         squares[h] = fmaf(mine[1], mine[1], fmaf(mine[0], mine[0], squares[h]));
       }
       norm[h] = root_above(quad_sum(squares[h]));
-      error[h] = 1.0001f * (error[h] + bounds.scale * (bounds.low_off + 0x1p-23f * bounds.largest) + 0x1p-23f * norm[h]);
+      error[h] = 1.0001f * (error[h] + bounds.scale * (bounds.low_off + 0x1p-33f * bounds.largest) + 0x1p-23f * norm[h]);
     }
     __syncwarp();
     // Whoever is last to read a stage's codewords fetches those of the next but one.

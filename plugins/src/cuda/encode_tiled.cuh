@@ -27,25 +27,32 @@ __device__ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(kAll, x, 2);
 }
 
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+__device__ inline int quad_max(int x) {
+  x = max(x, __shfl_xor_sync(kAll, x, 1));
+  return max(x, __shfl_xor_sync(kAll, x, 2));
 }
 
-// float16(r / scale) as the tensor cores' left operand; off: this lane's share of the squares of what rounding leaves.
+// float16(r / scale) as the tensor cores' left operand.
 template <int Steps>
-__device__ inline void split(const Residual<Steps>& r, const float (&inverse)[2], uint32_t (&a)[Steps][4], float (&off)[2]) {
+__device__ inline void pack(const Residual<Steps>& r, const float (&inverse)[2], uint32_t (&a)[Steps][4]) {
+#pragma unroll
+  for (int n = 0; n < 2 * Steps; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) a[n / 2][n % 2 * 2 + h] = packed(r[h][n][0] * inverse[h], r[h][n][1] * inverse[h]);
+}
+
+// This lane's share of the squares of what rounding leaves of r / scale.
+template <int Steps>
+__device__ inline void left_over(const Residual<Steps>& r, const float (&inverse)[2], const uint32_t (&a)[Steps][4],
+                                 float (&off)[2]) {
   off[0] = off[1] = 0;
 #pragma unroll
   for (int n = 0; n < 2 * Steps; ++n)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float x = r[h][n][0] * inverse[h], y = r[h][n][1] * inverse[h];
-      const __half2 both = __floats2half2_rn(x, y);
-      const float2 back = __half22float2(both);
-      const float dx = x - back.x, dy = y - back.y;
+      const float2 back = __half22float2(*reinterpret_cast<const __half2*>(&a[n / 2][n % 2 * 2 + h]));
+      const float dx = fmaf(r[h][n][0], inverse[h], -back.x), dy = fmaf(r[h][n][1], inverse[h], -back.y);
       off[h] = fmaf(dy, dy, fmaf(dx, dx, off[h]));
-      a[n / 2][n % 2 * 2 + h] = *reinterpret_cast<const uint32_t*>(&both);
     }
 }
 
@@ -79,57 +86,69 @@ __device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uin
                    shared_address(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
-// sum = a w of 16 rows a warp and a chunk's 64 codewords, in the order of mma.cuh's multiply.
-template <int Steps>
-__device__ inline void products(float (&sum)[8][4], const uint32_t (&a)[Steps][4], const __half* chunk) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
-  // The chunk as it lies: 8 x 8 matrices of 128 bytes, those of the next 8 codewords beside, of the next 8 elements after.
-  constexpr uint32_t kNextElements = kTiledWords * 16, kNextWords = 128;
+constexpr int kPartWords = 32;  // codewords of a product: two are under way, or one while another's scores are looked at
+
+// The low half of the descriptor of a stage's codewords. Chunks as they lie: 8 x 8 matrices of 128 bytes, those of the next 8
+// codewords beside, of the next 8 elements after.
+__device__ inline uint32_t description(const __half* stage) {
   // The same in all lanes; as the result of a reduction it lies in a uniform register, where the instruction wants it.
-  const uint32_t words = __reduce_or_sync(kAll, (shared_address(chunk) & 0x3ffff) >> 4 | kNextElements >> 4 << 16);
+  return __reduce_or_sync(kAll, (shared_address(stage) & 0x3ffff) >> 4 | kTiledWords * 16 >> 4 << 16);
+}
+
+// sum = a w of 16 rows a warp and the part's 32 codewords, in the order of mma.cuh's multiply; sum and a are not to be touched
+// before finish_products.
+template <int Steps>
+__device__ inline void start_products(float (&sum)[4][4], const uint32_t (&a)[Steps][4], const __half* stage,
+                                      uint32_t description, int part) {
+  const int from = part / 2 * Form<Steps>::kChunkBytes + part % 2 * (kPartWords * 16);  // bytes
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
+  constexpr int kStepBytes = 2 * kTiledWords * 16, kNextWords = 128;
 #pragma unroll
-  for (int n = 0; n < 8; ++n)
+  for (int n = 0; n < 4; ++n)
 #pragma unroll
     for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(sum[n][j])::"memory");
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int s = 0; s < Steps; ++s)
     asm volatile(
-        "{\n\t.reg .pred more;\n\t.reg .b64 words;\n\tmov.b64 words, {%36, %38};\n\tsetp.ne.s32 more, %37, 0;\n\t"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
-        "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, words, more, 1, 1, 0;\n\t}"
+        "{\n\t.reg .pred more;\n\t.reg .b64 words;\n\tmov.b64 words, {%20, %22};\n\tsetp.ne.s32 more, %21, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
+        "%14, %15}, {%16, %17, %18, %19}, words, more, 1, 1, 0;\n\t}"
         : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
           "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
-          "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3]), "+f"(sum[4][0]), "+f"(sum[4][1]),
-          "+f"(sum[4][2]), "+f"(sum[4][3]), "+f"(sum[5][0]), "+f"(sum[5][1]), "+f"(sum[5][2]), "+f"(sum[5][3]),
-          "+f"(sum[6][0]), "+f"(sum[6][1]), "+f"(sum[6][2]), "+f"(sum[6][3]), "+f"(sum[7][0]), "+f"(sum[7][1]),
-          "+f"(sum[7][2]), "+f"(sum[7][3])
-        : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "r"(words + s * (2 * kNextElements >> 4)),
+          "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3])
+        : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "r"(description + ((from + s * kStepBytes) >> 4)),
           "r"(s != 0 ? 1 : 0), "r"(kNextWords >> 4)
         : "memory");
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-  for (int n = 0; n < 8; ++n)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(sum[n][j])::"memory");
 #else
 #pragma unroll
-  for (int n = 0; n < 8; ++n)
+  for (int n = 0; n < 4; ++n)
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum[n][j] = 0;
   const int lane = threadIdx.x % 32;
-  const __half* mine = chunk + lane / 8 * (kTiledWords * 8) + lane % 8 * 8;
+  const __half* mine = stage + from / 2 + lane / 8 * (kTiledWords * 8) + lane % 8 * 8;
 #pragma unroll
   for (int s = 0; s < Steps; s += 2)
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < 4; ++n) {
       uint32_t w[4];
       load_matrices(w, mine + s * (2 * kTiledWords * 8) + n * 64);
       multiply(sum[n], a[s], w[0], w[1]);
       multiply(sum[n], a[s + 1], w[2], w[3]);
     }
+#endif
+}
+
+// Waits for all products but those of the last `Left` starts.
+template <int Left>
+__device__ inline void finish_products(float (&sum)[4][4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
+#pragma unroll
+  for (int n = 0; n < 4; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(sum[n][j])::"memory");
 #endif
 }
 
@@ -164,15 +183,15 @@ struct Words {
   // This lane's share of the product of r with what of(j, k) gives for pair k of piece j.
   template <class Of>
   __device__ static float share(const float (&r)[2 * Steps][2], const Of& of) {
-    float sum = 0;
+    float sum[4] = {};  // short chains: quicker, and their rounding errors are smaller
 #pragma unroll
     for (int j = 0; j < Steps / 2; ++j)
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float2 x = of(j, k);
-        sum += r[4 * j + k][0] * x.x + r[4 * j + k][1] * x.y;
+        sum[k] = fmaf(r[4 * j + k][1], x.y, fmaf(r[4 * j + k][0], x.x, sum[k]));
       }
-    return sum;
+    return sum[0] + sum[1] + (sum[2] + sum[3]);
   }
   // The same of <r, word>.
   __device__ float dot(const float (&r)[2 * Steps][2], int word) const {
