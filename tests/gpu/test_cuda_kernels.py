@@ -330,6 +330,11 @@ def test_torch_compile_keeps_the_operator_in_one_graph() -> None:
         (256, 16, 4),
         (96, 48, 33),
         (1024, 256, 5),
+        (512, 256, 1),
+        (260, 130, 3),
+        (404, 202, 2),
+        (508, 254, 4),
+        (288, 144, 17),
         (512, 512, 8),
         (2048, 2048, 2),
     ],
@@ -337,7 +342,8 @@ def test_torch_compile_keeps_the_operator_in_one_graph() -> None:
 def test_codes_of_vectors(total: int, width: int, stages: int, beam: int) -> None:
     for seed, (book, transform) in enumerate((b, t) for b in (random_codebook, grid_codebook) for t in (False, True)):
         keys = book(total, width, stages, seed, transform).to(DEVICE)
-        head_dim = next(d for d in (256, 128, 96, 64, 6) if total % d == 0)
+        heads = (d for d in (256, 128, 96, 64, 6, width) if total % d == 0)
+        head_dim = next(d for d in heads if width % d == 0 or d % width == 0)
         tables, config = torch.ones(2, 4, 0), AttentionConfig(1.0, beam=beam)
         layer = CudaLayer(total // head_dim, head_dim, keys, keys, *tables, config, DEVICE)
         generator = torch.Generator(DEVICE).manual_seed(seed)
@@ -349,12 +355,14 @@ def test_codes_of_vectors(total: int, width: int, stages: int, beam: int) -> Non
                 assert torch.equal(codes, keys.encode(x, beam)), (seed, dtype, side)
 
 
-@pytest.mark.parametrize(("total", "width", "stages"), [(1024, 128, 5), (512, 64, 7), (240, 120, 3)])
+@pytest.mark.parametrize(
+    ("total", "width", "stages"), [(1024, 128, 5), (512, 64, 7), (240, 120, 3), (1024, 256, 5), (360, 180, 6)]
+)
 @pytest.mark.parametrize("transform", [False, True])
 def test_codes_of_many_vectors(total: int, width: int, stages: int, transform: bool) -> None:
     """More than one block a multiprocessor, the last of them partly filled."""
     book = random_codebook(total, width, stages, 3, transform).to(DEVICE)
-    head_dim = next(d for d in (128, 64, 6) if total % d == 0)
+    head_dim = next(d for d in (128, 64, 6) if total % d == 0 and width % d == 0)
     tables = torch.ones(2, 4, 0)
     layer = CudaLayer(total // head_dim, head_dim, book, book, *tables, AttentionConfig(1.0), DEVICE)
     x = torch.randn(9001, total, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE)
@@ -362,6 +370,67 @@ def test_codes_of_many_vectors(total: int, width: int, stages: int, transform: b
         codes = layer.encode(x, side)
         assert torch.equal(codes, book.encode(x))
         assert torch.equal(codes, layer.encode(x, side))
+
+
+@pytest.mark.parametrize("width", [50, 64, 119, 128, 130, 200, 254, 256])
+@pytest.mark.parametrize("metric", ["identity", "diagonal", "full"])
+@pytest.mark.parametrize("words", ["random", "twins", "one side", "small"])
+def test_codes_for_every_kind_of_codebook(width: int, metric: str, words: str) -> None:
+    """Twins differ in the last bit of one element; codewords on one side have negative products with half of the
+    vectors; small ones stand far below the vectors. Some vectors are zero, tiny, large or a codeword."""
+    generator = torch.Generator().manual_seed(width)
+    book = random_codebook(2 * width, width, 3, width, metric == "full")
+    codewords, transform = book.codewords.float(), book.transform
+    if metric == "diagonal":
+        transform = transform * (0.5 + torch.rand(2, width, 1, generator=generator))
+    if words == "one side":
+        codewords = 3 + 0.1 * codewords
+    if words == "small":
+        codewords = codewords * 1e-3
+    half = codewords.half()
+    if words == "twins":
+        half[:, :, 1::2] = half[:, :, ::2]
+        bits = half.view(torch.int16)
+        bits[:, :, 1::2, width // 2] ^= 1
+    book = Codebook(half, transform).to(DEVICE)
+    tables = torch.ones(2, 4, 0)
+    head_dim = width if width % 2 == 0 else 2 * width
+    layer = CudaLayer(2 * width // head_dim, head_dim, book, book, *tables, AttentionConfig(1.0), DEVICE)
+    x = torch.randn(200, 2 * width, generator=generator)
+    x[::7] = 0
+    x[1::7] *= 1e-4
+    x[2::7] *= 1e3
+    x[3::7] = half[:, 0, :29].transpose(0, 1).flatten(1).float()
+    x = x.to(DEVICE)
+    assert torch.equal(layer.encode(x, "keys"), book.encode(x))
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize(
+    "scene",
+    [
+        replace(WIDE, keys=(256, 5), values=(256, 3), heads=4),
+        replace(WIDE, keys=(256, 2), values=(128, 3), page=8, dtype=torch.bfloat16, exact_dtype=torch.float32),
+        replace(WIDE, head_dim=144, half_rope=36, keys=(144, 4), values=(288, 2), dtype=torch.float32),
+        replace(WIDE, head_dim=66, half_rope=33, keys=(132, 3), values=(132, 1), heads=4),
+        replace(WIDE, head_dim=80, half_rope=40, keys=(160, 6), values=(160, 3)),
+    ],
+    ids=str,
+)
+def test_coding_of_wide_sub_vectors(scene: Scene, transform: bool, rotated: bool) -> None:
+    """Of a batch's rows some code many blocks, some one or none; the codes and all that lies beside them."""
+    scene = replace(scene, past=(301, 17, 0, 40), new=(70, 9, 0, 133), transform=transform, rotated=rotated)
+    stage = Stage(scene, DEVICE)
+    _, after = stage.reference()
+    tensors = stage.call()
+    call = Call(stage.layer, tensors)
+    call.workspace.fill_(0xFF)
+    call.run("encode")
+    got = stage.after(tensors)
+    for name in ("key_codes", "value_codes"):
+        assert torch.equal(getattr(got, name), getattr(after, name)), name
+        assert intact(getattr(tensors, name)), f"{name}: something was written beside it"
 
 
 @pytest.mark.parametrize("beam", [1, 3])

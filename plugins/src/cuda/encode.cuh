@@ -29,7 +29,8 @@ struct StageBounds {
   float low_off;   // from the sum of its two float16 halves
 };
 
-// Derived forms of one codebook. w = A c are the codewords where distance is Euclidean; width is padded to 16 elements.
+// Derived forms of one codebook. w = A c are the codewords where distance is Euclidean; width is padded to 16 elements, or to
+// the next width of the tiled kernel where that is quicker.
 struct EncodeBook {
   gsrq_codebook book;
   int32_t padded;
@@ -56,6 +57,7 @@ inline EncodeBook encode_book(const gsrq_layer& layer, const gsrq_codebook& book
   out.book = book;
   out.padded = (book.width + 15) / 16 * 16;
   out.greedy = is_greedy(layer, book);
+  if (out.greedy && book.width > 128 && book.width <= 256 && encode_tiled_serves(256)) out.padded = 256;
   out.metric = prepared.take<double>(groups * width * width);
   out.turned = prepared.take<double>(groups * width * width);
   out.norms = prepared.take<double>(words);

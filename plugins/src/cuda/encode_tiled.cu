@@ -1,137 +1,34 @@
-// Greedy encoding of sub-vectors of 64 or 128 elements, compute capability 9.0 and later. The three levels of a choice are
+// Greedy encoding of sub-vectors of 64, 128 or 256 elements, compute capability 9.0 and later. The three levels of a choice are
 // those of docs/cuda-encode.md.
 //
 // A block has one or three groups of four warps, each with 64 vectors of one codebook group for all stages. Vectors stay in
-// registers, a stage's codewords in shared memory, two stages at a time; warps meet only where codewords come and go.
+// registers, a stage's codewords in shared memory, two stages at a time (of 256 elements one and a quarter); warps meet only
+// where codewords come and go.
 #include <map>
 #include <mutex>
 
-#include "encode_tiled.cuh"
+#include "encode_tiled_choice.cuh"
 
 namespace gsrq::cuda {
 namespace {
 
 using namespace tiled;
 
-constexpr unsigned kScored = ~31u;  // bits of a score that are not its candidate's number
-
 struct Sides {
   Side of[2];
-  unsigned first;  // blocks of the first
+  unsigned first;   // blocks of the first
   unsigned scored;  // kScored, which as a constant would take an instruction of its own for every score
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
-// Scores are compared as integers, which order as the floats do where these are positive.
-__device__ inline int max3(int a, int b, int c) { return max(max(a, b), c); }
-
-// A lane's best two of the 32 candidates of a set: codes 128 set + 8 (id / 2) + 2 q + id % 2, id in the low five bits of the
-// first. Of the second only the value is known.
-struct Two {
-  int first, second;
-};
-
-__device__ inline int code_of(int x, int set, int q) {
-  const int id = x & 31;
-  return 128 * set + id / 2 * 8 + 2 * q + id % 2;
-}
-
-// value & scored | number
-__device__ inline int numbered(int value, unsigned scored, int number) {
-  int out;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(value), "r"(scored), "r"(number));
-  return out;
-}
-
-// A set's candidates stand in a table of 8 rows and 4 columns. What is best is best of its row and of its column; what is
-// second best is best of another row or of another column. So two maxima a score, of rows and of columns, do.
-struct Table {
-  int column[4];
-  Two row;  // the best two of the rows so far
-
-  // The scores <h, w> - half norm / scale of a part, the `part`-th of its set, for the lane's row h of vectors: two rows.
-  __device__ void add(const float (&sum)[4][4], const float2 (&norm)[4], float inverse, int h, int part, unsigned scored) {
-    int x[4][2];
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-        x[n][j] = __float_as_int(fmaf(j == 0 ? norm[n].x : norm[n].y, -inverse, sum[n][2 * h + j]));
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int one = x[c / 2][c % 2], two = x[c / 2 + 2][c % 2];
-      column[c] = part == 0 ? max(one, two) : max3(column[c], one, two);
-    }
-    int best[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
-      best[k] = numbered(max(max3(x[2 * k][0], x[2 * k][1], x[2 * k + 1][0]), x[2 * k + 1][1]), scored, 8 * part + 4 * k);
-    const int upper = max(best[0], best[1]), lower = min(best[0], best[1]);
-    row.second = part == 0 ? lower : max3(row.second, lower, min(row.first, upper));
-    row.first = part == 0 ? upper : max(row.first, upper);
-  }
-
-  __device__ Two best(unsigned scored) const {
-    int c[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[i] = numbered(column[i], scored, i);
-    const int front = max(c[0], c[1]), back = max(c[2], c[3]);
-    const int second = max3(min(c[0], c[1]), min(c[2], c[3]), min(front, back));
-    return {row.first | (max(front, back) & 3), max(row.second, second)};
-  }
-};
-
-__device__ inline unsigned of_quad(unsigned ballot) { return ballot >> (threadIdx.x & 28) & 15; }
-
-// Of one row, the scores in float32 of the codewords of those lanes and sets that have one near the best, 8 at once; from
-// which score on they are close. near: the row's lanes of set 0, then of set 1. r: the row's elements of this lane.
-template <int Steps>
-__device__ inline float score_near(const Words<Steps>& words, const float (&r)[2 * Steps][2], const float* half_norms,
-                                   const StageBounds& bounds, float error, float norm, unsigned near, float* scores) {
-  const int lane = threadIdx.x % 32, quad = lane / 4;
-#pragma unroll 1
-  for (unsigned left = near; left != 0; left &= left - 1) {
-    const int at = __ffs(static_cast<int>(left)) - 1;  // lane + 4 set
-#pragma unroll 2
-    for (int t = 0; t < 16; t += 4) {
-      const int word = at / 4 * 128 + (t + quad / 2) * 8 + at % 4 * 2 + quad % 2;
-      const float product = quad_sum(words.dot(r, word));
-      if (lane % 4 == 0) scores[word] = product - half_norms[word];
-    }
-  }
-  __syncwarp();
-  float best = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) best = fmaxf(best, scores[lane + 32 * i]);
-  best = warp_max(best);
-  // A close candidate's half norm is its product less its score.
-  const float reach = norm * bounds.largest;
-  const float bound = 1.02f * (error * bounds.largest + norm * bounds.low_off + (Steps + 8) * 0x1p-23f * reach +
-                               0x1p-22f * (fabsf(best) + reach));
-  return best - 2 * bound;
-}
-
-// The best, in float64, of the codewords whose scores are not below `least`.
-__device__ inline int best_of(const Exact& exact, int stage, const float* scores, float least) {
-  int chosen = -1;
-#pragma unroll 1
-  for (int i = 0; i < 8; ++i) {
-    unsigned close = __ballot_sync(kAll, !(scores[threadIdx.x % 32 + 32 * i] < least));
-#pragma unroll 1
-    for (; close != 0; close &= close - 1) {
-      const int code = 32 * i + __ffs(static_cast<int>(close)) - 1;
-      if (chosen < 0 || exact.beats(stage, chosen, code)) chosen = code;
-    }
-  }
-  return chosen;
-}
 
 template <int Steps, int Groups>
 __global__ void __launch_bounds__(128 * Groups, 1)
     encode_rows(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                 const __grid_constant__ Sides sides) {
   using F = Form<Steps>;
+  using R = Ring<Steps>;
+  static_assert(!F::kWide || Groups == 1, "the whole block meets at a group's products");
   extern __shared__ __align__(128) char dynamic[];
   auto& memory = *reinterpret_cast<Memory<Steps, Groups>*>(dynamic);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, quad = lane / 4, q = lane % 4;
@@ -143,21 +40,25 @@ __global__ void __launch_bounds__(128 * Groups, 1)
   const int stages = book.book.stages;
   const unsigned scored = sides.scored;
 
-  const auto start_load = [&](int stage) {  // by one thread
-    const int at = stage & 1;
-    const uint32_t full = shared_address(memory.full + at);
+  const auto start_load = [&](int piece) {  // by one thread
+    const int stage = piece / R::kPieces, part = piece % R::kPieces, at = stage & 1;
+    const uint32_t full = shared_address(memory.full + piece % R::kPlaces);
     const int64_t from = g * stages + stage;
-    barrier_expect(full, F::kStageBytes + sizeof(memory.half_norms[0]) + sizeof(StageBounds));
-    copy_bulk(memory.words[at], book.high + from * 256 * F::kPadded, F::kStageBytes, full);
+    barrier_expect(full, R::kBytes + (part == 0 ? sizeof(memory.half_norms[0]) + sizeof(StageBounds) : 0));
+    copy_bulk(memory.words[piece % R::kPlaces], book.high + from * 256 * F::kPadded + part * (R::kBytes / 2), R::kBytes, full);
+    if (part != 0) return;
     copy_bulk(memory.half_norms[at], book.half_norms + from * 256, sizeof(memory.half_norms[0]), full);
     copy_bulk(memory.bounds + at, book.bounds + from, sizeof(StageBounds), full);
   };
+  const auto wait_for = [&](int piece) {
+    barrier_wait(shared_address(memory.full + piece % R::kPlaces), piece / R::kPlaces & 1);
+  };
   if (thread == 0) {
-    barrier_init(shared_address(memory.full), 1), barrier_init(shared_address(memory.full + 1), 1);
+    for (int i = 0; i < R::kPlaces; ++i) barrier_init(shared_address(memory.full + i), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     memory.active = 0;
     fence_bulk();
-    start_load(0);
+    for (int i = 0; i < R::kFirst; ++i) start_load(i);
   }
   __syncthreads();
   if (thread < 64 * Groups) {
@@ -172,11 +73,13 @@ __global__ void __launch_bounds__(128 * Groups, 1)
   float r[2][F::kCores][2], squares[2], error[2], norm[2];
   if (active >> warp / 4 & 1)
     load_rows<Steps>(layer, call, side, first_row + warp * kWarpRows, g, origins,
-                     reinterpret_cast<float*>(memory.words[1]) + warp * 8 * F::kStride, r, squares);
-  fence_bulk();  // the staged vectors before stage 1
+                     reinterpret_cast<float*>(memory.words[R::kFirst]) + warp * 8 * F::kStride, r, squares);
+  fence_bulk();  // the staged vectors before the codewords that come to their place
   __syncthreads();
-  if (thread == 0 && active != 0 && stages > 1) start_load(1);
-  if (active == 0 && thread == 0) barrier_wait(shared_address(memory.full), 0);  // nothing may come after the block's end
+  if (thread == 0 && active != 0)
+    for (int i = R::kFirst; i < R::kPlaces && i < R::kPieces * stages; ++i) start_load(i);
+  if (thread == 0 && active == 0)  // nothing may come after the block's end
+    for (int i = 0; i < R::kFirst; ++i) wait_for(i);
   if (!(active >> warp / 4 & 1)) return;
 
   const int real = (origins[quad].from != nullptr ? 1 : 0) | (origins[quad + 8].from != nullptr ? 2 : 0);  // a bit a row
@@ -187,24 +90,48 @@ __global__ void __launch_bounds__(128 * Groups, 1)
 #pragma unroll 1
   for (int stage = 0;; ++stage) {
     const int at = stage & 1;
-    barrier_wait(shared_address(memory.full + at), stage >> 1 & 1);
+    const int first = R::kPieces * stage;  // piece of the stage
+    wait_for(first);
     __syncwarp();
     const StageBounds bounds = memory.bounds[at];
     const float* half_norms = memory.half_norms[at];
     float slack[2];  // the scores' error but for what the last bits add
     Two best[2][2] = {};  // of set, of row
     {
-      uint32_t a[Steps][4];
       float inverse[2], off[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         inverse[h] = reciprocal(power_of_two_above(fmaxf(fmaxf(norm[h], bounds.scale * 0x1p-20f), 0x1p-100f)));
-      pack<Steps>(r, inverse, a);
       // While a part's scores are looked at the next part's products are under way.
       float sum[2][4][4];
-      const uint32_t described = description(memory.words[at]);
-      start_products<Steps>(sum[0], a, memory.words[at], described, 0);
-      left_over<Steps>(r, inverse, a, off);
+      [[maybe_unused]] uint32_t a[F::kWide ? 1 : Steps][4], described, rows;
+      [[maybe_unused]] char* mine = reinterpret_cast<char*>(memory.rows) + warp * (kWarpRows * 16) + lane * 4;
+      if constexpr (F::kWide) {
+        split<Steps>(r, inverse, mine, off);
+        fence_bulk();
+        __syncthreads();
+      } else {
+        pack<Steps>(r, inverse, a);
+        described = description(memory.words[at]);
+      }
+      const auto start = [&](int part) {
+        const int within = part % 2 * (kPartWords * 16);  // a chunk
+        if constexpr (F::kWide) {
+          const int piece = first + part / 2;
+          const __half* chunk = memory.words[piece % R::kPlaces];
+          if (part % 2 == 0) {
+            wait_for(piece);
+            __syncwarp();
+            described = description(chunk), rows = description(memory.rows);
+          }
+          start_products<Steps>(sum[part % 2], mine, rows, chunk + within / 2, described + (within >> 4));
+        } else {
+          const int bytes = part / 2 * F::kChunkBytes + within;
+          start_products<Steps>(sum[part % 2], a, memory.words[at] + bytes / 2, described + (bytes >> 4));
+        }
+      };
+      start(0);
+      if constexpr (!F::kWide) left_over<Steps>(r, inverse, a, off);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float rest = root_above(quad_sum(off[h])), most = norm[h] * inverse[h] + rest;  // of float16(r / scale)
@@ -215,7 +142,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
 #pragma unroll
       for (int part = 0; part < 8; ++part) {
         if (part < 7) {
-          start_products<Steps>(sum[(part + 1) % 2], a, memory.words[at], described, part + 1);
+          start(part + 1);
           finish_products<1>(sum[part % 2]);
         } else {
           finish_products<0>(sum[part % 2]);
@@ -230,10 +157,12 @@ __global__ void __launch_bounds__(128 * Groups, 1)
           if (part % 4 == 3) best[part / 4][h] = tables[h].best(scored);
         }
       }
+      if constexpr (F::kWide) __syncthreads();  // all products are made: the rows in shared memory may change
     }
 
     // The best of the row's lanes. Its low halves are on their way while the others are looked at.
-    const Words<Steps> words{memory.words[at], book.low + (g * stages + stage) * 256 * F::kPadded, q};
+    const Words<Steps> words{memory.words[F::kWide ? 0 : at], book.low + (g * stages + stage) * 256 * F::kPadded, q,
+                             F::kWide ? first % R::kPlaces : 0};
     int code[2];
     float top[2];
     uint4 low[2][Steps / 2];
@@ -365,11 +294,12 @@ __global__ void __launch_bounds__(128 * Groups, 1)
       error[h] = 1.0001f * (error[h] + bounds.scale * (bounds.low_off + 0x1p-33f * bounds.largest) + 0x1p-23f * norm[h]);
     }
     __syncwarp();
-    // Whoever is last to read a stage's codewords fetches those of the next but one.
-    if (lane == 0 && stage + 2 < stages && barrier_arrive(shared_address(memory.empty + at))) {
+    // Whoever is last to read a stage's codewords fetches what comes to their places.
+    const int next = first + R::kPlaces, last = min(next + R::kPieces, R::kPieces * stages);
+    if (lane == 0 && next < last && barrier_arrive(shared_address(memory.empty + at))) {
       barrier_wait(shared_address(memory.empty + at), stage >> 1 & 1);  // over already: it orders the others' reads before
       fence_bulk();
-      start_load(stage + 2);
+      for (int i = next; i < last; ++i) start_load(i);
     }
   }
 }
@@ -396,7 +326,7 @@ int processors(int padded) {
   static std::mutex mutex;
   static std::map<int, int> known;
   int device = 0;
-  if (padded != 64 && padded != 128) return 0;
+  if (padded != 64 && padded != 128 && padded != 256) return 0;
   if (cudaGetDevice(&device) != cudaSuccess) {
     cudaGetLastError();
     return 0;
@@ -405,7 +335,7 @@ int processors(int padded) {
   const auto found = known.find(device);
   if (found != known.end()) return found->second;
   int count = 0;
-  const bool can = ready<4, 1>() && ready<4, 3>() && ready<8, 1>() && ready<8, 3>() &&
+  const bool can = ready<4, 1>() && ready<4, 3>() && ready<8, 1>() && ready<8, 3>() && ready<16, 1>() &&
                    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
   cudaGetLastError();
   return known[device] = can ? count : 0;
@@ -446,6 +376,7 @@ int encode_tiled(const gsrq_layer& layer, const gsrq_call& call, const EncodeBoo
     side.loads = loads_of(layer, call, side.source, side.book.book.width);
     small += (side.batch * side.most + 63) / 64 * side.book.book.groups;
   }
+  if (padded == 256) return launch<16, 1>(layer, call, sides, stream);
   const bool few = small <= processors(padded);
   if (padded == 64) return few ? launch<4, 1>(layer, call, sides, stream) : launch<4, 3>(layer, call, sides, stream);
   return few ? launch<8, 1>(layer, call, sides, stream) : launch<8, 3>(layer, call, sides, stream);

@@ -1,4 +1,4 @@
-// Greedy encoding of sub-vectors of 64 or 128 elements: a block's memory, products and float32 scores.
+// Greedy encoding of sub-vectors of 64, 128 or 256 elements: a block's memory, products and float32 scores.
 //
 // A warp has 16 rows. Lane l keeps of rows l / 4 and l / 4 + 8 the elements 8 n + 2 (l % 4) + b, float32, in registers: the
 // lanes that hold a row's elements in the tensor cores' operand are those that hold its scores in their result, so that
@@ -11,14 +11,25 @@
 
 namespace gsrq::cuda::tiled {
 
+// How codewords come and go: in pieces, each with a barrier of its own, through a ring of places. Piece n = kPieces stage + i
+// goes to place n % kPlaces once the codewords there are given back, which is done by whole stages.
+template <int Steps>
+struct Ring {
+  static constexpr int kPieces = Form<Steps>::kWide ? 4 : 1;  // of a stage
+  static constexpr int kPlaces = Form<Steps>::kWide ? 5 : 2;
+  static constexpr int kFirst = Form<Steps>::kWide ? 3 : 1;  // pieces that may come while vectors lie in the places after
+  static constexpr int kBytes = Form<Steps>::kStageBytes / kPieces;
+};
+
 template <int Steps, int Groups>
 struct Memory {
-  __half words[2][256 * Form<Steps>::kPadded];  // of two stages; first float[8][kStride] a warp in the second
+  __half words[Ring<Steps>::kPlaces][Ring<Steps>::kBytes / 2];  // from place kFirst on first float[8][kStride] a warp
+  __half rows[Form<Steps>::kWide ? 64 * Groups * Form<Steps>::kPadded : 8];  // float16(r / scale), as codewords of a chunk lie
   float half_norms[2][256];
   StageBounds bounds[2];
   float scores[4 * Groups][256];
   Origin origins[64 * Groups];
-  uint64_t full[2], empty[2];  // a stage's codewords are there; all warps have read them
+  uint64_t full[Ring<Steps>::kPlaces], empty[2];  // a piece is there; all warps have read a stage, even or odd
   unsigned active;
 };
 
@@ -39,6 +50,22 @@ __device__ inline void pack(const Residual<Steps>& r, const float (&inverse)[2],
   for (int n = 0; n < 2 * Steps; ++n)
 #pragma unroll
     for (int h = 0; h < 2; ++h) a[n / 2][n % 2 * 2 + h] = packed(r[h][n][0] * inverse[h], r[h][n][1] * inverse[h]);
+}
+
+// The same for a left operand in shared memory, `to` this lane's first pair of elements there, and what left_over gives.
+template <int Steps>
+__device__ inline void split(const Residual<Steps>& r, const float (&inverse)[2], char* to, float (&off)[2]) {
+  off[0] = off[1] = 0;
+#pragma unroll
+  for (int n = 0; n < 2 * Steps; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const __half2 both = __floats2half2_rn(r[h][n][0] * inverse[h], r[h][n][1] * inverse[h]);
+      const float2 back = __half22float2(both);
+      const float dx = fmaf(r[h][n][0], inverse[h], -back.x), dy = fmaf(r[h][n][1], inverse[h], -back.y);
+      off[h] = fmaf(dy, dy, fmaf(dx, dx, off[h]));
+      *reinterpret_cast<__half2*>(to + n * (kTiledWords * 16) + h * 128) = both;
+    }
 }
 
 // This lane's share of the squares of what rounding leaves of r / scale.
@@ -88,19 +115,18 @@ __device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uin
 
 constexpr int kPartWords = 32;  // codewords of a product: two are under way, or one while another's scores are looked at
 
-// The low half of the descriptor of a stage's codewords. Chunks as they lie: 8 x 8 matrices of 128 bytes, those of the next 8
+// The low half of the descriptor of codewords or rows that lie as chunks do: 8 x 8 matrices of 128 bytes, those of the next 8
 // codewords beside, of the next 8 elements after.
-__device__ inline uint32_t description(const __half* stage) {
+__device__ inline uint32_t description(const __half* chunk) {
   // The same in all lanes; as the result of a reduction it lies in a uniform register, where the instruction wants it.
-  return __reduce_or_sync(kAll, (shared_address(stage) & 0x3ffff) >> 4 | kTiledWords * 16 >> 4 << 16);
+  return __reduce_or_sync(kAll, (shared_address(chunk) & 0x3ffff) >> 4 | kTiledWords * 16 >> 4 << 16);
 }
 
-// sum = a w of 16 rows a warp and the part's 32 codewords, in the order of mma.cuh's multiply; sum and a are not to be touched
-// before finish_products.
+// sum = a w of 16 rows a warp and 32 codewords, in the order of mma.cuh's multiply; sum and a are not to be touched before
+// finish_products. words: the first of the 32, described: the description of the chunk and its distance / 16.
 template <int Steps>
-__device__ inline void start_products(float (&sum)[4][4], const uint32_t (&a)[Steps][4], const __half* stage,
-                                      uint32_t description, int part) {
-  const int from = part / 2 * Form<Steps>::kChunkBytes + part % 2 * (kPartWords * 16);  // bytes
+__device__ inline void start_products(float (&sum)[4][4], const uint32_t (&a)[Steps][4], const __half* words,
+                                      uint32_t described) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
   constexpr int kStepBytes = 2 * kTiledWords * 16, kNextWords = 128;
 #pragma unroll
@@ -117,7 +143,7 @@ __device__ inline void start_products(float (&sum)[4][4], const uint32_t (&a)[St
         : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
           "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
           "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3])
-        : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "r"(description + ((from + s * kStepBytes) >> 4)),
+        : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "r"(described + s * (kStepBytes >> 4)),
           "r"(s != 0 ? 1 : 0), "r"(kNextWords >> 4)
         : "memory");
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -127,7 +153,7 @@ __device__ inline void start_products(float (&sum)[4][4], const uint32_t (&a)[St
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum[n][j] = 0;
   const int lane = threadIdx.x % 32;
-  const __half* mine = stage + from / 2 + lane / 8 * (kTiledWords * 8) + lane % 8 * 8;
+  const __half* mine = words + lane / 8 * (kTiledWords * 8) + lane % 8 * 8;
 #pragma unroll
   for (int s = 0; s < Steps; s += 2)
 #pragma unroll
@@ -137,6 +163,41 @@ __device__ inline void start_products(float (&sum)[4][4], const uint32_t (&a)[St
       multiply(sum[n], a[s], w[0], w[1]);
       multiply(sum[n], a[s + 1], w[2], w[3]);
     }
+#endif
+}
+
+// The same with the rows in shared memory, where split has put them. mine: what `to` was to split.
+template <int Steps>
+__device__ inline void start_products(float (&sum)[4][4], const char* mine, uint32_t rows, const __half* words,
+                                      uint32_t described) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
+  constexpr int kStepBytes = 2 * kTiledWords * 16, kNextWords = 128;
+#pragma unroll
+  for (int n = 0; n < 4; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(sum[n][j])::"memory");
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int s = 0; s < Steps; ++s)
+    asm volatile(
+        "{\n\t.reg .pred more;\n\t.reg .b64 rows, words;\n\tmov.b64 rows, {%16, %19};\n\tmov.b64 words, {%17, %19};\n\t"
+        "setp.ne.s32 more, %18, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
+        "%14, %15}, rows, words, more, 1, 1, 0, 0;\n\t}"
+        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
+          "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
+          "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3])
+        : "r"(rows + s * (kStepBytes >> 4)), "r"(described + s * (kStepBytes >> 4)), "r"(s != 0 ? 1 : 0), "r"(kNextWords >> 4)
+        : "memory");
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+  uint32_t a[Steps][4];
+#pragma unroll
+  for (int s = 0; s < Steps; ++s)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      a[s][i] = *reinterpret_cast<const uint32_t*>(mine + (2 * s + i / 2) * (kTiledWords * 16) + i % 2 * 128);
+  start_products<Steps>(sum, a, words, described);
 #endif
 }
 
@@ -158,13 +219,14 @@ __device__ inline void finish_products(float (&sum)[4][4]) {
 // visit(n, x, y): elements 8 n + 2 q and + 1, for n of piece j.
 template <int Steps>
 struct Words {
-  const __half* high;  // of the stage
+  const __half* high;  // of the stage, or of the ring
   const __half* low;
-  int q;
+  int q, first;  // the place in the ring of the first codewords
 
   __device__ const char* high_of(int word) const {
-    return reinterpret_cast<const char*>(high) + word / kTiledWords * Form<Steps>::kChunkBytes +
-           word % kTiledWords * 16 + q * 4;
+    int chunk = word / kTiledWords;
+    if constexpr (Form<Steps>::kWide) chunk = (chunk + first) % Ring<Steps>::kPlaces;
+    return reinterpret_cast<const char*>(high) + chunk * Form<Steps>::kChunkBytes + word % kTiledWords * 16 + q * 4;
   }
   __device__ uint4 low_of(int word, int piece) const {
     uint4 out;  // in an order of its own: many are under way at once

@@ -14,6 +14,8 @@ struct Form {  // Steps: of 16 elements
   static constexpr int kPadded = 16 * Steps, kCores = 2 * Steps;
   static constexpr int kChunkBytes = kTiledWords * kPadded * 2, kStageBytes = 256 * kPadded * 2;
   static constexpr int kStride = kPadded + 8;  // of staged vectors: four rows' pairs of elements in different banks
+  static constexpr int kRounds = (kPadded + 127) / 128;  // in which a warp stages them, four elements a lane
+  static constexpr bool kWide = Steps > 8;  // the products' left operand lies in shared memory, not in registers
   static_assert(Steps % 2 == 0, "a lane's eight elements of two steps lie together");
 };
 
@@ -122,21 +124,23 @@ __device__ inline void elements_of(float (&to)[Count], const uint32_t (&raw)[Cou
 template <int Steps>
 __device__ inline void stage_plain(const gsrq_layer& layer, int width, int64_t first, const Origin* origins, const void* other,
                                    float* staged) {
-  const int lane = threadIdx.x % 32, d = layer.head_dim, element = static_cast<int>(first) + 4 * lane;
-  if (4 * lane >= width) return;
-  uint32_t raw[8][4];
+#pragma unroll 1
+  for (int at = 4 * (threadIdx.x % 32), round = 0; round < Form<Steps>::kRounds && at < width; at += 128, ++round) {
+    const int d = layer.head_dim, element = static_cast<int>(first) + at;
+    uint32_t raw[8][4];
 #pragma unroll
-  for (int r = 0; r < 8; ++r) {
-    const char* from = origins[r].from;
-    const int wide = origins[r].dtype == GSRQ_F32;
-    const int64_t at = static_cast<int64_t>(element / d) * origins[r].head_stride + element % d;
-    load_raw(raw[r], from == nullptr ? other : from + (at << (1 + wide)), wide);
-  }
+    for (int r = 0; r < 8; ++r) {
+      const char* from = origins[r].from;
+      const int wide = origins[r].dtype == GSRQ_F32;
+      const int64_t offset = static_cast<int64_t>(element / d) * origins[r].head_stride + element % d;
+      load_raw(raw[r], from == nullptr ? other : from + (offset << (1 + wide)), wide);
+    }
 #pragma unroll
-  for (int r = 0; r < 8; ++r) {
-    float x[4];
-    elements_of(x, raw[r], origins[r]);
-    *reinterpret_cast<float4*>(staged + r * Form<Steps>::kStride + 4 * lane) = make_float4(x[0], x[1], x[2], x[3]);
+    for (int r = 0; r < 8; ++r) {
+      float x[4];
+      elements_of(x, raw[r], origins[r]);
+      *reinterpret_cast<float4*>(staged + r * Form<Steps>::kStride + at) = make_float4(x[0], x[1], x[2], x[3]);
+    }
   }
 }
 
@@ -145,45 +149,48 @@ __device__ inline void stage_plain(const gsrq_layer& layer, int width, int64_t f
 template <int Steps>
 __device__ inline void stage_framed(const gsrq_layer& layer, int width, int64_t first, const Origin* origins,
                                     const float* other, float* staged) {
-  const int lane = threadIdx.x % 32, d = layer.head_dim, half = layer.half_rope;
-  if (4 * lane >= width) return;
-  const int head = 2 * lane / (d / 2), pair = 2 * lane % (d / 2), real_head = static_cast<int>(first) / d + head;
-  const bool turned = pair < half, apart = turned && !layer.rope_interleaved;  // apart: firsts and seconds lie together
-  const int one = apart ? pair : 2 * pair, two = apart ? pair + half : 2 * pair + 2;
-  const float* center = layer.key_center + real_head * d;
-  const double at_one[2] = {center[one], center[one + 1]}, at_two[2] = {center[two], center[two + 1]};
-  uint32_t raw_one[8][2], raw_two[8][2], raw_cos[8][2], raw_sin[8][2];
+  const int d = layer.head_dim, half = layer.half_rope;
+#pragma unroll 1
+  for (int at = 4 * (threadIdx.x % 32), round = 0; round < Form<Steps>::kRounds && at < width; at += 128, ++round) {
+    const int head = at / 2 / (d / 2), pair = at / 2 % (d / 2), real_head = static_cast<int>(first) / d + head;
+    const bool turned = pair < half, apart = turned && !layer.rope_interleaved;  // apart: firsts and seconds lie together
+    const int one = apart ? pair : 2 * pair, two = apart ? pair + half : 2 * pair + 2;
+    const float* center = layer.key_center + real_head * d;
+    const double at_one[2] = {center[one], center[one + 1]}, at_two[2] = {center[two], center[two + 1]};
+    uint32_t raw_one[8][2], raw_two[8][2], raw_cos[8][2], raw_sin[8][2];
 #pragma unroll
-  for (int r = 0; r < 8; ++r) {
-    const char* from = origins[r].from;
-    const int wide = origins[r].dtype == GSRQ_F32;
-    const int64_t at = static_cast<int64_t>(real_head) * origins[r].head_stride;
-    load_raw(raw_one[r], from == nullptr ? other : static_cast<const void*>(from + ((at + one) << (1 + wide))), wide);
-    load_raw(raw_two[r], from == nullptr ? other : static_cast<const void*>(from + ((at + two) << (1 + wide))), wide);
-    const bool angle = turned && from != nullptr;
-    const int64_t angle_at = static_cast<int64_t>(origins[r].token) * half + pair;
-    load_raw(raw_cos[r], angle ? layer.cos + angle_at : other);
-    load_raw(raw_sin[r], angle ? layer.sin + angle_at : other);
-  }
-#pragma unroll
-  for (int r = 0; r < 8; ++r) {
-    float a[2], b[2], out_a[2], out_b[2];
-    elements_of(a, raw_one[r], origins[r]);
-    elements_of(b, raw_two[r], origins[r]);
-    const double da[2] = {a[0] - at_one[0], a[1] - at_one[1]}, db[2] = {b[0] - at_two[0], b[1] - at_two[1]};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const double x = apart ? da[i] : i == 0 ? da[0] : db[0], y = apart ? db[i] : i == 0 ? da[1] : db[1];
-      const double c = __uint_as_float(raw_cos[r][i]), s = __uint_as_float(raw_sin[r][i]);
-      const float front = static_cast<float>(turned ? x * c - y * s : x), back = static_cast<float>(turned ? y * c + x * s : y);
-      if (apart) out_a[i] = front, out_b[i] = back;
-      else if (i == 0) out_a[0] = front, out_a[1] = back;
-      else out_b[0] = front, out_b[1] = back;
+    for (int r = 0; r < 8; ++r) {
+      const char* from = origins[r].from;
+      const int wide = origins[r].dtype == GSRQ_F32;
+      const int64_t from_head = static_cast<int64_t>(real_head) * origins[r].head_stride;
+      load_raw(raw_one[r], from == nullptr ? other : static_cast<const void*>(from + ((from_head + one) << (1 + wide))), wide);
+      load_raw(raw_two[r], from == nullptr ? other : static_cast<const void*>(from + ((from_head + two) << (1 + wide))), wide);
+      const bool angle = turned && from != nullptr;
+      const int64_t angle_at = static_cast<int64_t>(origins[r].token) * half + pair;
+      load_raw(raw_cos[r], angle ? layer.cos + angle_at : other);
+      load_raw(raw_sin[r], angle ? layer.sin + angle_at : other);
     }
-    const bool real = origins[r].from != nullptr;
-    float* to = staged + r * Form<Steps>::kStride + head * d;
-    *reinterpret_cast<float2*>(to + one) = real ? make_float2(out_a[0], out_a[1]) : float2{};
-    *reinterpret_cast<float2*>(to + two) = real ? make_float2(out_b[0], out_b[1]) : float2{};
+#pragma unroll
+    for (int r = 0; r < 8; ++r) {
+      float a[2], b[2], out_a[2], out_b[2];
+      elements_of(a, raw_one[r], origins[r]);
+      elements_of(b, raw_two[r], origins[r]);
+      const double da[2] = {a[0] - at_one[0], a[1] - at_one[1]}, db[2] = {b[0] - at_two[0], b[1] - at_two[1]};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const double x = apart ? da[i] : i == 0 ? da[0] : db[0], y = apart ? db[i] : i == 0 ? da[1] : db[1];
+        const double c = __uint_as_float(raw_cos[r][i]), s = __uint_as_float(raw_sin[r][i]);
+        const float front = static_cast<float>(turned ? x * c - y * s : x);
+        const float back = static_cast<float>(turned ? y * c + x * s : y);
+        if (apart) out_a[i] = front, out_b[i] = back;
+        else if (i == 0) out_a[0] = front, out_a[1] = back;
+        else out_b[0] = front, out_b[1] = back;
+      }
+      const bool real = origins[r].from != nullptr;
+      float* to = staged + r * Form<Steps>::kStride + head * d;
+      *reinterpret_cast<float2*>(to + one) = real ? make_float2(out_a[0], out_a[1]) : float2{};
+      *reinterpret_cast<float2*>(to + two) = real ? make_float2(out_b[0], out_b[1]) : float2{};
+    }
   }
 }
 
@@ -237,20 +244,24 @@ __device__ inline void load_rows(const gsrq_layer& layer, const gsrq_call& call,
           r[h][n][b] = e < width ? transform[e * width + e] * mine[e] : 0.0f;
         }
     } else {
-      double sum[F::kCores][2] = {};
-      for (int k = 0; k < width; k += 4) {
-        const int j = k + q;
-        const double x = mine[j];
+      constexpr int kAtOnce = F::kCores < 16 ? F::kCores : 16;
 #pragma unroll
-        for (int n = 0; n < F::kCores; ++n) {
-          const int e = 8 * n + quad;
-          multiply(sum[n], x, j < width && e < width ? turned[static_cast<int64_t>(j) * width + e] : 0.0);
+      for (int from = 0; from < F::kCores; from += kAtOnce) {
+        double sum[kAtOnce][2] = {};
+        for (int k = 0; k < width; k += 4) {
+          const int j = k + q;
+          const double x = mine[j];
+#pragma unroll
+          for (int n = 0; n < kAtOnce; ++n) {
+            const int e = 8 * (from + n) + quad;
+            multiply(sum[n], x, j < width && e < width ? turned[static_cast<int64_t>(j) * width + e] : 0.0);
+          }
         }
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n)
+#pragma unroll
+          for (int b = 0; b < 2; ++b) r[h][from + n][b] = static_cast<float>(sum[n][b]);
       }
-#pragma unroll
-      for (int n = 0; n < F::kCores; ++n)
-#pragma unroll
-        for (int b = 0; b < 2; ++b) r[h][n][b] = static_cast<float>(sum[n][b]);
     }
     squares[h] = 0;
 #pragma unroll
