@@ -89,13 +89,8 @@ __device__ inline uint32_t shared_address(const void* p) { return static_cast<ui
 __device__ inline void barrier_init(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-// Whether this arrival is the last of its phase.
-__device__ inline bool barrier_arrive(uint32_t barrier) {
-  uint64_t before;
-  uint32_t pending;
-  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 %0, [%1];" : "=l"(before) : "r"(barrier) : "memory");
-  asm volatile("mbarrier.pending_count.b64 %0, %1;" : "=r"(pending) : "l"(before));
-  return pending == 1;
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
