@@ -9,9 +9,9 @@
 namespace gsrq::cuda::decoding {
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr int kFixedBits = 19;       // weights are integers of 2^-19 of their window's reference
+constexpr int kFixedBits = 18;       // weights are integers of 2^-18 of their window's reference
 constexpr float kHeadroom = 1.99f;   // log2 by which a weight may exceed it
-constexpr int kWindowTokens = 2048;  // of that size fit a bin: 2048 * 2^(19 + 1.99) < 0.994 * 2^32
+constexpr int kWindowTokens = 4096;  // of that size fit a bin: 4096 * 2^(18 + 1.99) < 0.994 * 2^32
 constexpr int kAnchorChunks = 32;    // between two exact turns of the queries; a power of two
 constexpr float kNone = -INFINITY;
 static_assert(kWindowTokens <= (1LL << (32 - 2 - kFixedBits)) && kHeadroom < 2, "bins would overflow");

@@ -81,23 +81,90 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     keep(low[i]);
     keep(high[i]);
   }
-  // Where the scores of the warp's two tiles go, in their owners' memory; of a token those of heads 2 t and 2 t + 1.
+  // Where the scores of the warp's two tiles go, in their owners' memory. Of four heads the products have each twice: a thread
+  // stores heads 2 (t % 2) and + 1, of token g or, from t = 2 on, of token g + 8. Of others heads 2 t and 2 t + 1, of both.
+  constexpr bool kTwice = Lanes == 4;
+  const int stored_token = g + (kTwice && t >= 2 ? 8 : 0), stored_head = kTwice ? 2 * t % 4 : 2 * t;
   uint32_t targets[2], barriers[2];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     const int tile = m * kKeyWarps + warp, owner = tile % plan.owners, place = rank * plan.own_tiles + tile / plan.owners;
-    targets[m] = remote(shared_address(shared.scores) + ((place * kTile + g) * Lanes + 2 * t) * 4, owner);
+    targets[m] = remote(shared_address(shared.scores) + ((place * kTile + stored_token) * Lanes + stored_head) * 4, owner);
     barriers[m] = remote(shared.full, owner);
     keep(targets[m]);
     keep(barriers[m]);
   }
   const uint32_t buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4;
+  constexpr int kPacked = (Blocks + 3) / 4, kAhead = Blocks < 2 ? Blocks : 2;
   int loaded = -1;
   uint32_t chunk_index = 0;
 
-  for (; !cursor.done(); cursor.next(layer, call)) {
+  uint32_t codes[2][2][kPacked], coming[2][2][Blocks];  // [tile][octet]: the thread's bytes; the next chunk's words
+  uint4 gathered[Blocks + kAhead][2][2];  // [block][octet][half, in the thread's order]: of a tile, then of the next
+  const auto pack = [&](uint32_t (&out)[2][2][kPacked], const uint32_t (&from)[2][2][Blocks]) {  // byte t of each word
+    const auto word = [&](int m, int o, int i) { return i < Blocks ? from[m][o][i < Blocks ? i : 0] : 0u; };
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int o = 0; o < 2; ++o)
+#pragma unroll
+        for (int j = 0; j < kPacked; ++j)
+          out[m][o][j] = __byte_perm(__byte_perm(word(m, o, 4 * j), word(m, o, 4 * j + 1), byte_pair),
+                                     __byte_perm(word(m, o, 4 * j + 2), word(m, o, 4 * j + 3), byte_pair), 0x5410);
+  };
+  const auto gather = [&](uint4 (&out)[2][2], const uint32_t (&from)[2][kPacked], int i) {
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+      const uint32_t row = __byte_perm(from[o][i / 4], 0, 0x4440 | i % 4) * (kBlockStages * kSliceDims);
+      out[o][0] = load_shared(row + words + i * kBlockBytes);
+      out[o][1] = load_shared(row + other_words + i * kBlockBytes);
+    }
+  };
+
+  // Codes of an item's tokens. Those of the next item are fetched before this one ends.
+  struct Source {
+    const int8_t* linear;  // of a linear cache at the item's first token, where the CTA's stages begin
+    int last_token, row, first_row, first_byte, last_byte;
+  };
+  const auto source_of = [&](const Cursor& of) {
+    const Range range = coded_range(layer, call, of.row);
+    const int group_byte = static_cast<int>(static_cast<int64_t>(of.vhead / plan.parts) * layer.head_dim / layer.keys.width) *
+                           layer.keys.stages;
+    Source out;
+    out.first_byte = group_byte + first_block * kBlockStages;
+    out.last_byte = group_byte + layer.keys.stages;
+    out.row = of.row;
+    out.first_row = range.first - layer.sinks;
+    out.last_token = range.count - 1;
+    out.linear = call.key_codes + (of.row * call.capacity + out.first_row) * bytes + out.first_byte;
+    return out;
+  };
+  const auto fetch = [&](uint32_t (&out)[2][2][Blocks], const Source& source, int chunk) {  // past the row: its last token
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        const int i = min(chunk * kChunk + token_in_chunk + m * kStride + 8 * o, source.last_token);
+        if constexpr (Fast) {
+          const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
+          load_codes<Blocks, true>(out[m][o], source.linear + at, 0, 0);
+        } else {
+          const int8_t* row = call.key_codes + row_of(call, source.row, source.first_row + i) * bytes;
+          load_codes<Blocks, false>(out[m][o], row, source.first_byte, source.last_byte);
+        }
+      }
+  };
+
+  if (cursor.done()) return;
+  Source source = source_of(cursor);
+  fetch(coming, source, cursor.first);
+  pack(codes, coming);
+  fetch(coming, source, cursor.first + 1);  // again below if that is the next item's
+  for (;;) {
+    Cursor after = cursor;
+    after.next(layer, call);
+    Source next = after.done() ? source : source_of(after);  // its first chunk is chunk 0
     const int kv_head = cursor.vhead / plan.parts, part = cursor.vhead % plan.parts;
-    const Range range = coded_range(layer, call, cursor.row);
     if (kv_head != loaded) {
       sync_warps<kKeyThreads>(1);
       const uint4* from = reinterpret_cast<const uint4*>(
@@ -107,21 +174,24 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       for (int i = thread; i < Blocks * kBlockBytes / 16; i += kKeyThreads) to[i] = from[i];
       loaded = kv_head;
       sync_warps<kKeyThreads>(1);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) gather(gathered[i], codes[0], i);
     }
-    const int group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.keys.width) *
-                           layer.keys.stages;
-    const int first_byte = group_byte + first_block * kBlockStages, last_byte = group_byte + layer.keys.stages;
+    if (cursor.stop - cursor.first == 1) fetch(coming, next, 0);
+    const int first_token = layer.sinks + source.first_row;
+    keep(next.linear);
+    keep(next.last_token);
 
     // The queries: head g's pairs of the slice, turned to the new token's position and back by a tile's first token.
-    const int head = kv_head * plan.group + part * plan.part_heads + g;
-    const bool real = g < plan.part_heads && part * plan.part_heads + g < plan.group;
+    const int of_part = kTwice ? g % 4 : g, head = kv_head * plan.group + part * plan.part_heads + of_part;
+    const bool real = of_part < plan.part_heads && part * plan.part_heads + of_part < plan.group;
     float query_x[2][2], query_y[2][2], scale_0 = 0, scale_1 = 0;  // scales: of heads 2 t and 2 t + 1
     const auto anchor = [&](int chunk) {
       int row = cursor.row, first_pair = slice * 16 + near;
       keep(row);  // addresses are not worth registers of the loop
       keep(first_pair);
       const int64_t position = min(call.past_lengths[row], static_cast<int64_t>(layer.positions) - 1);
-      const int64_t base = min(range.first + chunk * kChunk + warp * kTile, layer.positions - 1);
+      const int64_t base = min(first_token + chunk * kChunk + warp * kTile, layer.positions - 1);
       float most = 0;
 #pragma unroll
       for (int u = 0; u < 2; ++u)
@@ -162,67 +232,20 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       scale_1 = __shfl_sync(~0u, query_scale, 8 * t + 4);
     };
 
-    constexpr int kPacked = (Blocks + 3) / 4, kAhead = Blocks < 2 ? Blocks : 2;
-    uint32_t codes[2][2][kPacked], coming[2][2][Blocks];  // [tile][octet]: the thread's bytes; the next chunk's words
-    const int first_row = range.first - layer.sinks;
-    const int8_t* linear = call.key_codes + (cursor.row * call.capacity + first_row) * bytes;
-    if constexpr (Fast) linear += first_byte;
-    int last_token = range.count - 1;
-    keep(linear);
-    keep(last_token);
-    const auto fetch = [&](uint32_t (&out)[2][2][Blocks], int chunk) {  // past the row: its last token
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int o = 0; o < 2; ++o) {
-          const int i = min(chunk * kChunk + token_in_chunk + m * kStride + 8 * o, last_token);
-          if constexpr (Fast) {
-            const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
-            load_codes<Blocks, true>(out[m][o], linear + at, 0, 0);
-          } else {
-            const int8_t* row = call.key_codes + row_of(call, cursor.row, first_row + i) * bytes;
-            load_codes<Blocks, false>(out[m][o], row, first_byte, last_byte);
-          }
-        }
-    };
-    const auto pack = [&](uint32_t (&out)[2][2][kPacked], const uint32_t (&from)[2][2][Blocks]) {  // byte t of each word
-      const auto word = [&](int m, int o, int i) { return i < Blocks ? from[m][o][i < Blocks ? i : 0] : 0u; };
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int o = 0; o < 2; ++o)
-#pragma unroll
-          for (int j = 0; j < kPacked; ++j)
-            out[m][o][j] = __byte_perm(__byte_perm(word(m, o, 4 * j), word(m, o, 4 * j + 1), byte_pair),
-                                         __byte_perm(word(m, o, 4 * j + 2), word(m, o, 4 * j + 3), byte_pair), 0x5410);
-    };
-    const auto gather = [&](uint4 (&out)[2][2], const uint32_t (&from)[2][kPacked], int i) {
-#pragma unroll
-      for (int o = 0; o < 2; ++o) {
-        const uint32_t row = __byte_perm(from[o][i / 4], 0, 0x4440 | i % 4) * (kBlockStages * kSliceDims);
-        out[o][0] = load_shared(row + words + i * kBlockBytes);
-        out[o][1] = load_shared(row + other_words + i * kBlockBytes);
-      }
-    };
-    uint4 gathered[Blocks + kAhead][2][2];  // [block][octet][half, in the thread's order]: of a tile, then of the next
-    {
-      uint32_t words_of_first[2][2][Blocks];
-      fetch(words_of_first, cursor.first);
-      fetch(coming, cursor.first + 1);
-      anchor(cursor.first);
-      pack(codes, words_of_first);
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) gather(gathered[i], codes[0], i);
-    }
-    int until_anchor = kAnchorChunks;
-    for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index, --until_anchor) {
-      if (until_anchor == 0) {  // rounding errors of the turns must not add up
-        anchor(chunk);
-        until_anchor = kAnchorChunks;
-      }
+#pragma unroll 1
+    for (int chunk = cursor.first; chunk < cursor.stop;) {
+    anchor(chunk);  // rounding errors of the turns must not add up
+    const int anchored = min(cursor.stop, chunk + kAnchorChunks);
+#pragma unroll 1
+    for (; chunk < anchored; ++chunk, ++chunk_index) {
       uint32_t next_codes[2][2][kPacked];
       pack(next_codes, coming);
-      fetch(coming, chunk + 2);
+      int ahead = chunk + 2;
+      if (ahead >= cursor.stop) {
+        ahead -= cursor.stop;
+        source = next;
+      }
+      fetch(coming, source, ahead);
       const uint32_t buffer = chunk_index & (plan.buffers - 1);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
@@ -253,7 +276,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
             for (int u = 0; u < 2; ++u) gathered[i][o][u] = gathered[Blocks + i][o][u];
 
-        barrier_wait(shared.empty + 8 * buffer, (chunk_index & plan.buffers) == 0);
+        if (m == 0) barrier_wait(shared.empty + 8 * buffer, (chunk_index & plan.buffers) == 0);
         uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
 #pragma unroll
         for (int o = 0; o < 2; ++o)
@@ -284,22 +307,27 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
             query_x[u][k] = x * step_c[u][k] + y * step_s[u][k];
             query_y[u][k] = y * step_c[u][k] - x * step_s[u][k];
           }
-        if (2 * t < Lanes) {
-          uint32_t to = targets[m] + buffer * buffer_bytes, barrier = barriers[m] + 8 * buffer;
+        const auto store = [&](uint32_t to, uint32_t barrier) {
+          if constexpr (kTwice) {
+            const float first = t < 2 ? products[0] : products[2], second = t < 2 ? products[1] : products[3];
+            store_remote(to, first * scale_0, second * scale_1, barrier);
+          } else if constexpr (Lanes == 1) {
+            if (t > 0) return;
+            store_remote(to, products[0] * scale_0, barrier);
+            store_remote(to + 8 * Lanes * 4, products[2] * scale_0, barrier);
+          } else {
+            store_remote(to, products[0] * scale_0, products[1] * scale_1, barrier);
+            store_remote(to + 8 * Lanes * 4, products[2] * scale_0, products[3] * scale_1, barrier);
+          }
+        };
+        store(targets[m] + buffer * buffer_bytes, barriers[m] + 8 * buffer);
+        if constexpr (!Fast) {  // fast: one way
 #pragma unroll 1
-          for (int way = 0;;) {
-            if constexpr (Lanes == 1) {
-              store_remote(to, products[0] * scale_0, barrier);
-              store_remote(to + 8 * Lanes * 4, products[2] * scale_0, barrier);
-            } else {
-              store_remote(to, products[0] * scale_0, products[1] * scale_1, barrier);
-              store_remote(to + 8 * Lanes * 4, products[2] * scale_0, products[3] * scale_1, barrier);
-            }
-            if (Fast || ++way == plan.ways) break;  // fast: one way
+          for (int way = 1; way < plan.ways; ++way) {
             const int tile = m * kKeyWarps + warp, other = tile % plan.owners + way * plan.owners;
             const int place = (buffer * plan.cluster + rank) * plan.own_tiles + tile / plan.owners;
-            to = remote(shared_address(shared.scores) + ((place * kTile + g) * Lanes + 2 * t) * 4, other);
-            barrier = remote(shared.full + 8 * buffer, other);
+            store(remote(shared_address(shared.scores) + ((place * kTile + stored_token) * Lanes + stored_head) * 4, other),
+                  remote(shared.full + 8 * buffer, other));
           }
         }
       }
@@ -310,6 +338,10 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
           for (int j = 0; j < kPacked; ++j) codes[m][o][j] = next_codes[m][o][j];
     }
+    }
+    if (after.done()) break;
+    cursor = after;
+    source = next;
   }
 }
 
