@@ -157,4 +157,18 @@ struct Cursor {
   }
 };
 
+// A cursor in local memory, which a loop that is short of registers does not need: what is spilled in a loop costs a
+// trip to the second-level cache each time, as shared memory leaves the first level next to nothing.
+struct Parked {
+  int64_t chunk, end;
+  int vhead, row, first, stop;
+};
+__device__ inline void park(volatile Parked& to, const Cursor& from) {
+  to.chunk = from.chunk, to.end = from.end;
+  to.vhead = from.vhead, to.row = from.row, to.first = from.first, to.stop = from.stop;
+}
+__device__ inline Cursor unpark(const volatile Parked& from) {
+  return {from.chunk, from.end, from.vhead, from.row, from.first, from.stop};
+}
+
 }  // namespace gsrq::cuda::decoding

@@ -98,7 +98,10 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     owners |= owner << (8 * m);
     keep(targets[m]);
   }
-  const uint32_t buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4;
+  uint32_t buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4, empty = shared.empty, full = shared.full;
+  keep(buffer_bytes);
+  keep(empty);
+  keep(full);
   constexpr bool kOneWord = Blocks == 4;  // stage_of
   constexpr int kWords = kOneWord ? 1 : Blocks, kPacked = (Blocks + 3) / 4, kAhead = Blocks < 2 ? Blocks : 2;
   int loaded = -1;
@@ -170,6 +173,8 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     Cursor after = cursor;
     after.next(layer, call);
     Source next = after.done() ? source : source_of(after);  // its first chunk is chunk 0
+    volatile Parked parked;
+    park(parked, after);
     const int kv_head = cursor.vhead / plan.parts, part = cursor.vhead % plan.parts;
     if (kv_head != loaded) {
       sync_warps<kKeyThreads>(1);
@@ -239,22 +244,29 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       scale_1 = __shfl_sync(~0u, query_scale, 8 * t + 4);
     };
 
+    // Two chunks ahead, and how many of those are left of this item.
+    int ahead = cursor.first + 2, left_ahead = cursor.stop - ahead;
+    const auto go_on = [&] {
+      source = next;
+      source.linear = next_linear;
+      source.last_token = next_last;
+    };
+    if (left_ahead <= 0) {
+      ahead = -left_ahead;
+      go_on();
+    }
 #pragma unroll 1
-    for (int chunk = cursor.first; chunk < cursor.stop;) {
+    for (int chunk = cursor.first; chunk < cursor.stop; chunk += kAnchorChunks) {
     anchor(chunk);  // rounding errors of the turns must not add up
-    const int anchored = min(cursor.stop, chunk + kAnchorChunks);
 #pragma unroll 1
-    for (; chunk < anchored; ++chunk, ++chunk_index) {
+    for (int left = min(cursor.stop - chunk, kAnchorChunks); left > 0; --left, ++chunk_index) {
       uint32_t next_codes[2][2][kPacked];
       pack(next_codes, coming);
-      int ahead = chunk + 2;
-      if (ahead >= cursor.stop) {
-        ahead -= cursor.stop;
-        source = next;
-        source.linear = next_linear;
-        source.last_token = next_last;
+      fetch(coming, source, ahead++);
+      if (--left_ahead == 0) {
+        ahead = 0;
+        go_on();
       }
-      fetch(coming, source, ahead);
       const uint32_t buffer = chunk_index & (plan.buffers - 1);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
@@ -285,7 +297,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
             for (int u = 0; u < 2; ++u) gathered[i][o][u] = gathered[Blocks + i][o][u];
 
-        if (m == 0) barrier_wait(shared.empty + 8 * buffer, (chunk_index & plan.buffers) == 0);
+        if (m == 0) barrier_wait(empty + 8 * buffer, (chunk_index & plan.buffers) == 0);
         uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
 #pragma unroll
         for (int o = 0; o < 2; ++o)
@@ -328,7 +340,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
             store_remote(to + 8 * Lanes * 4, products[2] * scale_0, products[3] * scale_1, barrier);
           }
         };
-        store(targets[m] + buffer * buffer_bytes, remote(shared.full + 8 * buffer, owners >> (8 * m) & 0xff));
+        store(targets[m] + buffer * buffer_bytes, remote(full + 8 * buffer, owners >> (8 * m) & 0xff));
         if constexpr (!Fast) {  // fast: one way
 #pragma unroll 1
           for (int way = 1; way < plan.ways; ++way) {
@@ -347,8 +359,8 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
           for (int j = 0; j < kPacked; ++j) codes[m][o][j] = next_codes[m][o][j];
     }
     }
-    if (after.done()) break;
-    cursor = after;
+    cursor = unpark(parked);
+    if (cursor.done()) break;
   }
 }
 

@@ -88,6 +88,8 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   int first_slot = way * plan.slots_per_cta + warp % kParts * kPartSlots + (kSlots < 4 ? 0 : half * kSlots);
   uint32_t scores_of_thread = shared_address(shared.scores) + (warp / kParts * kTile + lane % kTile) * Lanes * 4;
   uint32_t empty_of_other = remote(shared.empty, thread < plan.cluster ? thread : 0);
+  uint32_t full = shared.full;
+  keep(full);
   keep(first_offset);
   keep(first_slot);
   keep(scores_of_thread);
@@ -97,7 +99,9 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   for (int i = thread; i < plan.bins(); i += kValueThreads) shared.bins[i] = 0;
   sync_warps<kValueThreads>(2);
 
+  volatile Parked parked;
   for (; !cursor.done(); cursor.next(layer, call), ++item) {
+    park(parked, cursor);
     const int kv_head = cursor.vhead / plan.parts;
     const Range range = coded_range(layer, call, cursor.row);
     const int group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.values.width) *
@@ -109,20 +113,21 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     keep(last_token);
 
     // The item in steps: a round of a chunk each, kTogether of them at a time.
-    const int steps = (cursor.stop - cursor.first) << round_bits;
-    const auto chunk_of = [&](int step) { return cursor.first + (step >> round_bits); };
-    // Token of the chunk that the thread has in a step; past all others if none.
-    const auto offset_of = [&](int step) {
-      const int round = step & ((1 << round_bits) - 1);
-      if (round_bits == 0) return first_offset;
-      return round * kValueWarps + warp < units ? first_offset + round * round_stride : 1 << 30;
+    int steps = (cursor.stop - cursor.first) << round_bits, first_token = cursor.first * kChunk + first_offset;
+    keep(steps);
+    keep(first_token);
+    // The thread's token in a step; past all others if none.
+    const auto token_of = [&](int step) {
+      if (round_bits == 0) return first_token + step * kChunk;
+      const int round = step & ((1 << round_bits) - 1), token = first_token + (step >> round_bits) * kChunk;
+      return round * kValueWarps + warp < units ? token + round * round_stride : 1 << 30;
     };
     uint32_t coming[kTogether][kWords];
     const auto fetch = [&](int step) {  // past the row: its last token
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         if (step + j >= steps) break;
-        const int i = min(chunk_of(step + j) * kChunk + offset_of(step + j), last_token);
+        const int i = min(token_of(step + j), last_token);
         if constexpr (Fast) {
           const int8_t* row = linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
 #pragma unroll
@@ -210,7 +215,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
       for (int j = 0; j < kTogether; ++j) {
         const uint32_t index = chunk_index + ((step + j) >> round_bits);
         if (j == 0 || step + j < steps)
-          barrier_wait(shared.full + 8 * (index & last_buffer), (index & (last_buffer + 1)) != 0);
+          barrier_wait(full + 8 * (index & last_buffer), (index & (last_buffer + 1)) != 0);
       }
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {  // past the last step: whatever lies there, and no token
@@ -238,7 +243,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
       bool exceeds = window_tokens + kTogether * round_tokens > kWindowTokens || window_tokens == 0;
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        const bool valid = (j == 0 || step + j < steps) && chunk_of(step + j) * kChunk + offset_of(step + j) <= last_token;
+        const bool valid = (j == 0 || step + j < steps) && token_of(step + j) <= last_token;
 #pragma unroll
         for (int h = 0; h < Lanes; ++h) {
           if (softcap > 0) score[j][h] = soft_capped(score[j][h], softcap);
@@ -252,7 +257,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
       for (int j = 0; j < kTogether; ++j) {
         if (step + j >= steps || ((step + j + 1) & ((1 << round_bits) - 1)) != 0) continue;
         const uint32_t buffer = (chunk_index + ((step + j) >> round_bits)) & last_buffer;
-        if (thread == 0) barrier_expect(shared.full + 8 * buffer, full_bytes);
+        if (thread == 0) barrier_expect(full + 8 * buffer, full_bytes);
         if (thread < cluster_size) barrier_arrive_remote(empty_of_other + 8 * buffer);
       }
       if (exceeds) {  // a new window, whose reference is the largest here
@@ -315,8 +320,9 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
         }
       }
     }
-    chunk_index += cursor.stop - cursor.first;
+    chunk_index += steps >> round_bits;
     flush();
+    cursor = unpark(parked);
 
     // The sum of weights over the threads, and the references, for the other owners.
 #pragma unroll
