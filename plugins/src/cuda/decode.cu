@@ -29,12 +29,12 @@ __global__ void slice_keys(const __grid_constant__ gsrq_layer layer, const __gri
   const int kv_head = static_cast<int>(i / (plan.cluster * per_cta)), rank = static_cast<int>(i / per_cta % plan.cluster);
   const int byte = static_cast<int>(i % per_cta);
   const int block = byte / kBlockBytes, code = byte / 128 % kCodewords;
-  const int stage_in_block = byte / 32 % 4, inside = byte % 32;
+  const int slot = byte / 32 % 4, inside = byte % 32;
   const int slice = rank % plan.slices, split = rank / plan.slices % plan.splits;
   const int plane = rank / (plan.slices * plan.splits);
-  const int stage = (split * plan.blocks + block) * kBlockStages + stage_in_block;
+  const int stage = split * plan.blocks * kBlockStages + stage_of(plan.blocks, block, slot);
   signed char result = 0;
-  if (stage < layer.keys.stages && split * plan.blocks + block < plan.all_blocks) {
+  if (stage < layer.keys.stages) {
     int elements[2];
     pair_elements(layer, slice * 16 + inside / 2, &elements[0], &elements[1]);
     const int64_t at = static_cast<int64_t>(kv_head) * layer.head_dim + elements[inside % 2];
@@ -99,9 +99,8 @@ Kernel kernel_of(const DecodePlan& plan, bool fast) {
 // The codes lie linearly and in whole words: the kernel needs no bounds inside a row and no page table.
 bool is_fast(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan) {
   const int key_bytes = layer.keys.groups * layer.keys.stages, value_bytes = layer.values.groups * layer.values.stages;
-  const int word = plan.blocks == 4 ? 16 : 4;
   return call.block_table == nullptr && plan.lanes >= 4 && plan.ways == 1 && layer.keys.stages % kBlockStages == 0 &&
-         plan.all_blocks == plan.blocks * plan.splits && key_bytes % word == 0 && layer.keys.stages % word == 0 &&
+         plan.all_blocks == plan.blocks * plan.splits && key_bytes % 4 == 0 &&
          value_bytes % 4 == 0 && plan.slots % 4 == 0;
 }
 

@@ -259,11 +259,11 @@ template <int Rows, int Codes, int Lanes, int Pieces>
 __global__ void __launch_bounds__(kCombineThreads, Lanes == 4 && Pieces == 2 ? 4 : 3)
     combine_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                    const __grid_constant__ DecodePlan plan, Memory memory, const __grid_constant__ Stretches coded,
-                   int value_blocks, int splits) {
+                   int exact_blocks, int splits) {
   const int block = blockIdx.x;
   let_next_begin();
-  if (block < value_blocks) combine_values<Rows, Codes, Lanes, Pieces>(layer, call, plan, memory, coded, block);
-  else attend_exact<Lanes>(layer, call, plan, memory, coded.vheads, splits, block - value_blocks);
+  if (block < exact_blocks) attend_exact<Lanes>(layer, call, plan, memory, coded.vheads, splits, block);
+  else combine_values<Rows, Codes, Lanes, Pieces>(layer, call, plan, memory, coded, block - exact_blocks);
   wait_for_previous();  // exact tokens need nothing of it, but what follows does
 }
 
@@ -374,7 +374,9 @@ int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& pl
   const int64_t value_blocks = coded.any ? static_cast<int64_t>(plan.slots) * code_splits * coded.vheads *
                                                ((call.batch + rows_at_once - 1) / rows_at_once)
                                          : 0;
-  const int64_t blocks = value_blocks + (with_exact ? static_cast<int64_t>(splits) * coded.vheads * call.batch : 0);
+  // Exact tokens first: they may begin while coded ones are under way.
+  const int64_t exact_blocks = with_exact ? static_cast<int64_t>(splits) * coded.vheads * call.batch : 0;
+  const int64_t blocks = exact_blocks + value_blocks;
   if (call.batch > 65535 || blocks > INT32_MAX) return fail("decode: %d rows are too many", call.batch);
   const CombineKernel kernel = combine_of(plan, few);
   const int bytes = combine_bytes(plan, rows, few ? kFewCodes : kManyCodes, coded.owners, with_exact);
@@ -382,7 +384,7 @@ int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& pl
     return launched("combine");
   if (blocks > 0)
     launch(coded.any, kernel, static_cast<unsigned>(blocks), kCombineThreads, bytes, stream, layer, call, plan, memory, coded,
-           static_cast<int>(value_blocks), splits);
+           static_cast<int>(exact_blocks), splits);
   if (launched("combine")) return 1;
   const dim3 heads(static_cast<unsigned>(coded.vheads), static_cast<unsigned>(call.batch));
   launch(true, finish, heads, kFinishThreads, 0, stream, layer, call, plan, memory, static_cast<int>(coded.any), splits,

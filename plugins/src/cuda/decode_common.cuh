@@ -9,9 +9,9 @@
 namespace gsrq::cuda::decoding {
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr int kFixedBits = 19;       // weights are integers of 2^-19 of their window's reference
+constexpr int kFixedBits = 18;       // weights are integers of 2^-18 of their window's reference
 constexpr float kHeadroom = 1.99f;   // log2 by which a weight may exceed it
-constexpr int kWindowTokens = 2048;  // of that size fit a bin: 2048 * 2^(19 + 1.99) < 0.994 * 2^32
+constexpr int kWindowTokens = 4096;  // of that size fit a bin: 4096 * 2^(18 + 1.99) < 0.994 * 2^32
 constexpr int kAnchorChunks = 32;    // between two exact turns of the queries; a power of two
 constexpr float kNone = -INFINITY;
 static_assert(kWindowTokens <= (1LL << (32 - 2 - kFixedBits)) && kHeadroom < 2, "bins would overflow");
@@ -156,5 +156,19 @@ struct Cursor {
     settle(layer, call);
   }
 };
+
+// A cursor in local memory, which a loop that is short of registers does not need: what is spilled in a loop costs a
+// trip to the second-level cache each time, as shared memory leaves the first level next to nothing.
+struct Parked {
+  int64_t chunk, end;
+  int vhead, row, first, stop;
+};
+__device__ inline void park(volatile Parked& to, const Cursor& from) {
+  to.chunk = from.chunk, to.end = from.end;
+  to.vhead = from.vhead, to.row = from.row, to.first = from.first, to.stop = from.stop;
+}
+__device__ inline Cursor unpark(const volatile Parked& from) {
+  return {from.chunk, from.end, from.vhead, from.row, from.first, from.stop};
+}
 
 }  // namespace gsrq::cuda::decoding

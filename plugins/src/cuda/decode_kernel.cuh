@@ -4,6 +4,7 @@
 
 #include "decode_keys.cuh"
 #include "decode_values.cuh"
+#include "launch.cuh"
 
 namespace gsrq::cuda::decoding {
 
@@ -14,6 +15,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ DecodePlan plan, Constants constants, Memory memory, int vheads) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // never launched on others
+  let_next_begin();  // multiprocessors that no cluster has take exact tokens meanwhile
   const Shared shared = shared_of(plan);
   const uint32_t rank = cluster_rank();
   const int cluster = blockIdx.x / plan.cluster, clusters = gridDim.x / plan.cluster;
@@ -34,7 +36,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     score_keys<Blocks, Lanes, Fast>(layer, call, plan, constants, shared, cursor, rank);
   } else {
     set_registers<96, false>();
-    bin_values<Lanes, Stride, Fast>(layer, call, plan, memory, shared, cursor, rank, cluster);
+    const bool plain = Fast && plan.cluster == kPlainCluster && plan.tiles_of(0) * (Stride / 32) <= kValueWarps && !(layer.softcap > 0);
+    if (plain) bin_values<Lanes, Stride, Fast, Fast>(layer, call, plan, memory, shared, cursor, rank, cluster);
+    else bin_values<Lanes, Stride, Fast, false>(layer, call, plan, memory, shared, cursor, rank, cluster);
   }
   cluster_sync();  // nor leave while others write into it
 #endif

@@ -28,15 +28,20 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
   uint32_t low[Blocks], high[Blocks];
 #pragma unroll
   for (int i = 0; i < Blocks; ++i) {
-    const uint32_t m = static_cast<uint8_t>(scale.multipliers[i * kBlockStages + t]);
+    const uint32_t m = static_cast<uint8_t>(scale.multipliers[stage_of(Blocks, i, t)]);
     low[i] = g < 4 ? m << (8 * g) : 0;
     high[i] = g < 4 ? 0 : m << (8 * (g - 4));
   }
 
   // A gathered vector of 16 bytes, half of a codeword's slice, fills the fragment of one product: of its four words two
   // are the row of the token, two the row 8 below. A thread gets two RoPE pairs of the half: near(t) and near(t) + 2.
-  // Rows of odd g gather the halves in the other order, so that no two threads of a phase meet in a bank.
+  // Rows of odd g gather the halves in the other order, so that no two threads of a phase meet in a bank. Where there are at
+  // most four heads, columns 4 to 7 of the product are the same heads with the halves of the query swapped, and rows 8 to 15
+  // take the opposite order: of a row either columns 0 to 3 or 4 to 7 are its scores, a thread has one of both rows.
   const int near = t < 2 ? t : t + 2;
+  constexpr bool kTwice = Lanes == 4;
+  const int swapped = kTwice && g >= 4 ? 1 : 0;  // the thread's halves of the query
+  const auto half_of = [&](int o, int u) { return u ^ parity ^ (kTwice ? o : 0); };
   float turn_c[2][2][2], turn_s[2][2][2];  // [octet of tokens][half, in the thread's order][pair]
 #pragma unroll
   for (int o = 0; o < 2; ++o)
@@ -44,7 +49,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     for (int u = 0; u < 2; ++u)
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const int p = slice * 16 + (u ^ parity) * 8 + near + 2 * k;
+        const int p = slice * 16 + half_of(o, u) * 8 + near + 2 * k;
         float c = 1, s = 0;
         const int64_t offset = min(g + 8 * o, layer.positions - 1);
         if (p < half) {
@@ -57,12 +62,12 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       }
   // From one tile of the warp to its next the queries turn back by so many positions.
   constexpr int kStride = kKeyWarps * kTile;
-  float step_c[2][2], step_s[2][2];  // [half, in the slice's order][pair]
+  float step_c[2][2], step_s[2][2];  // [half, as the query's][pair]
 #pragma unroll
   for (int u = 0; u < 2; ++u)
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const int p = slice * 16 + u * 8 + near + 2 * k;
+      const int p = slice * 16 + (u ^ swapped) * 8 + near + 2 * k;
       const int64_t at = min(kStride, layer.positions - 1);
       step_c[u][k] = p < half ? layer.cos[at * half + p] * __frcp_rn(layer.cos[p]) : 1.0f;
       step_s[u][k] = p < half ? layer.sin[at * half + p] * __frcp_rn(layer.cos[p]) : 0.0f;
@@ -81,23 +86,96 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     keep(low[i]);
     keep(high[i]);
   }
-  // Where the scores of the warp's two tiles go, in their owners' memory; of a token those of heads 2 t and 2 t + 1.
-  uint32_t targets[2], barriers[2];
+  // Where the scores of the warp's two tiles go, in their owners' memory. Of four heads a thread
+  // has heads 2 (t % 2) and + 1 of token g or g + 8, else heads 2 t and 2 t + 1 of both.
+  const bool stores_upper = (t >= 2) != (parity != 0);
+  const int stored_token = g + (kTwice && stores_upper ? 8 : 0), stored_head = kTwice ? 2 * t % 4 : 2 * t;
+  uint32_t targets[2], owners = 0;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     const int tile = m * kKeyWarps + warp, owner = tile % plan.owners, place = rank * plan.own_tiles + tile / plan.owners;
-    targets[m] = remote(shared_address(shared.scores) + ((place * kTile + g) * Lanes + 2 * t) * 4, owner);
-    barriers[m] = remote(shared.full, owner);
+    targets[m] = remote(shared_address(shared.scores) + ((place * kTile + stored_token) * Lanes + stored_head) * 4, owner);
+    owners |= owner << (8 * m);
     keep(targets[m]);
-    keep(barriers[m]);
   }
-  const uint32_t buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4;
+  uint32_t buffer_bytes = plan.cluster * plan.own_tiles * kTile * Lanes * 4, empty = shared.empty, full = shared.full;
+  keep(buffer_bytes);
+  keep(empty);
+  keep(full);
+  constexpr bool kOneWord = Blocks == 4;  // stage_of
+  constexpr int kWords = kOneWord ? 1 : Blocks, kPacked = (Blocks + 3) / 4, kAhead = Blocks < 2 ? Blocks : 2;
   int loaded = -1;
   uint32_t chunk_index = 0;
 
-  for (; !cursor.done(); cursor.next(layer, call)) {
+  uint32_t codes[2][2][kPacked], coming[2][2][kWords];  // [tile][octet]: the thread's bytes; the next chunk's words
+  uint4 gathered[Blocks + kAhead][2][2];  // [block][octet][half, in the thread's order]: of a tile, then of the next
+  const auto pack = [&](uint32_t (&out)[2][2][kPacked], const uint32_t (&from)[2][2][kWords]) {  // byte t of each word
+    const auto word = [&](int m, int o, int i) { return i < kWords ? from[m][o][i < kWords ? i : 0] : 0u; };
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int o = 0; o < 2; ++o)
+#pragma unroll
+        for (int j = 0; j < kPacked; ++j)
+          out[m][o][j] = kOneWord ? from[m][o][0] :
+                         __byte_perm(__byte_perm(word(m, o, 4 * j), word(m, o, 4 * j + 1), byte_pair),
+                                     __byte_perm(word(m, o, 4 * j + 2), word(m, o, 4 * j + 3), byte_pair), 0x5410);
+  };
+  const auto gather = [&](uint4 (&out)[2][2], const uint32_t (&from)[2][kPacked], int i) {
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+      const uint32_t row = __byte_perm(from[o][i / 4], 0, 0x4440 | i % 4) * (kBlockStages * kSliceDims);
+      out[o][kTwice ? o : 0] = load_shared(row + words + i * kBlockBytes);
+      out[o][kTwice ? 1 - o : 1] = load_shared(row + other_words + i * kBlockBytes);
+    }
+  };
+
+  // Codes of an item's tokens. Those of the next item are fetched before this one ends.
+  struct Source {
+    const int8_t* linear;  // of a linear cache at the item's first token, where the CTA's stages, or the thread's, begin
+    int last_token, row, first_row, first_byte, last_byte;
+  };
+  const auto source_of = [&](const Cursor& of) {
+    const Range range = coded_range(layer, call, of.row);
+    const int group_byte = static_cast<int>(static_cast<int64_t>(of.vhead / plan.parts) * layer.head_dim / layer.keys.width) *
+                           layer.keys.stages;
+    Source out;
+    out.first_byte = group_byte + first_block * kBlockStages + (kOneWord ? 4 * t : 0);
+    out.last_byte = group_byte + layer.keys.stages;
+    out.row = of.row;
+    out.first_row = range.first - layer.sinks;
+    out.last_token = range.count - 1;
+    out.linear = call.key_codes + (of.row * call.capacity + out.first_row) * bytes + out.first_byte;
+    return out;
+  };
+  const auto fetch = [&](uint32_t (&out)[2][2][kWords], const Source& source, int chunk) {  // past the row: its last token
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        const int i = min(chunk * kChunk + token_in_chunk + m * kStride + 8 * o, source.last_token);
+        if constexpr (Fast) {
+          const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
+          load_codes<kWords, true>(out[m][o], source.linear + at, 0, 0);
+        } else {
+          const int8_t* row = call.key_codes + row_of(call, source.row, source.first_row + i) * bytes;
+          load_codes<kWords, false>(out[m][o], row, source.first_byte, source.last_byte);
+        }
+      }
+  };
+
+  if (cursor.done()) return;
+  Source source = source_of(cursor);
+  fetch(coming, source, cursor.first);
+  pack(codes, coming);
+  fetch(coming, source, cursor.first + 1);  // again below if that is the next item's
+  for (;;) {
+    Cursor after = cursor;
+    after.next(layer, call);
+    Source next = after.done() ? source : source_of(after);  // its first chunk is chunk 0
+    volatile Parked parked;
+    park(parked, after);
     const int kv_head = cursor.vhead / plan.parts, part = cursor.vhead % plan.parts;
-    const Range range = coded_range(layer, call, cursor.row);
     if (kv_head != loaded) {
       sync_warps<kKeyThreads>(1);
       const uint4* from = reinterpret_cast<const uint4*>(
@@ -107,27 +185,31 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       for (int i = thread; i < Blocks * kBlockBytes / 16; i += kKeyThreads) to[i] = from[i];
       loaded = kv_head;
       sync_warps<kKeyThreads>(1);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) gather(gathered[i], codes[0], i);
     }
-    const int group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.keys.width) *
-                           layer.keys.stages;
-    const int first_byte = group_byte + first_block * kBlockStages, last_byte = group_byte + layer.keys.stages;
+    if (cursor.stop - cursor.first == 1) fetch(coming, next, 0);
+    const int first_token = layer.sinks + source.first_row;
+    // In local memory until it is needed: registers are short.
+    const int8_t* volatile next_linear = next.linear;
+    volatile int next_last = next.last_token;
 
     // The queries: head g's pairs of the slice, turned to the new token's position and back by a tile's first token.
-    const int head = kv_head * plan.group + part * plan.part_heads + g;
-    const bool real = g < plan.part_heads && part * plan.part_heads + g < plan.group;
+    const int of_part = kTwice ? g % 4 : g, head = kv_head * plan.group + part * plan.part_heads + of_part;
+    const bool real = of_part < plan.part_heads && part * plan.part_heads + of_part < plan.group;
     float query_x[2][2], query_y[2][2], scale_0 = 0, scale_1 = 0;  // scales: of heads 2 t and 2 t + 1
     const auto anchor = [&](int chunk) {
       int row = cursor.row, first_pair = slice * 16 + near;
       keep(row);  // addresses are not worth registers of the loop
       keep(first_pair);
       const int64_t position = min(call.past_lengths[row], static_cast<int64_t>(layer.positions) - 1);
-      const int64_t base = min(range.first + chunk * kChunk + warp * kTile, layer.positions - 1);
+      const int64_t base = min(first_token + chunk * kChunk + warp * kTile, layer.positions - 1);
       float most = 0;
 #pragma unroll
       for (int u = 0; u < 2; ++u)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int p = first_pair + u * 8 + 2 * k;
+          const int p = first_pair + (u ^ swapped) * 8 + 2 * k;
           int e0, e1;
           pair_elements(layer, p, &e0, &e1);
           float x = 0, y = 0;
@@ -162,67 +244,29 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       scale_1 = __shfl_sync(~0u, query_scale, 8 * t + 4);
     };
 
-    constexpr int kPacked = (Blocks + 3) / 4, kAhead = Blocks < 2 ? Blocks : 2;
-    uint32_t codes[2][2][kPacked], coming[2][2][Blocks];  // [tile][octet]: the thread's bytes; the next chunk's words
-    const int first_row = range.first - layer.sinks;
-    const int8_t* linear = call.key_codes + (cursor.row * call.capacity + first_row) * bytes;
-    if constexpr (Fast) linear += first_byte;
-    int last_token = range.count - 1;
-    keep(linear);
-    keep(last_token);
-    const auto fetch = [&](uint32_t (&out)[2][2][Blocks], int chunk) {  // past the row: its last token
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int o = 0; o < 2; ++o) {
-          const int i = min(chunk * kChunk + token_in_chunk + m * kStride + 8 * o, last_token);
-          if constexpr (Fast) {
-            const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
-            load_codes<Blocks, true>(out[m][o], linear + at, 0, 0);
-          } else {
-            const int8_t* row = call.key_codes + row_of(call, cursor.row, first_row + i) * bytes;
-            load_codes<Blocks, false>(out[m][o], row, first_byte, last_byte);
-          }
-        }
+    // Two chunks ahead, and how many of those are left of this item.
+    int ahead = cursor.first + 2, left_ahead = cursor.stop - ahead;
+    const auto go_on = [&] {
+      source = next;
+      source.linear = next_linear;
+      source.last_token = next_last;
     };
-    const auto pack = [&](uint32_t (&out)[2][2][kPacked], const uint32_t (&from)[2][2][Blocks]) {  // byte t of each word
-      const auto word = [&](int m, int o, int i) { return i < Blocks ? from[m][o][i < Blocks ? i : 0] : 0u; };
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int o = 0; o < 2; ++o)
-#pragma unroll
-          for (int j = 0; j < kPacked; ++j)
-            out[m][o][j] = __byte_perm(__byte_perm(word(m, o, 4 * j), word(m, o, 4 * j + 1), byte_pair),
-                                         __byte_perm(word(m, o, 4 * j + 2), word(m, o, 4 * j + 3), byte_pair), 0x5410);
-    };
-    const auto gather = [&](uint4 (&out)[2][2], const uint32_t (&from)[2][kPacked], int i) {
-#pragma unroll
-      for (int o = 0; o < 2; ++o) {
-        const uint32_t row = __byte_perm(from[o][i / 4], 0, 0x4440 | i % 4) * (kBlockStages * kSliceDims);
-        out[o][0] = load_shared(row + words + i * kBlockBytes);
-        out[o][1] = load_shared(row + other_words + i * kBlockBytes);
-      }
-    };
-    uint4 gathered[Blocks + kAhead][2][2];  // [block][octet][half, in the thread's order]: of a tile, then of the next
-    {
-      uint32_t words_of_first[2][2][Blocks];
-      fetch(words_of_first, cursor.first);
-      fetch(coming, cursor.first + 1);
-      anchor(cursor.first);
-      pack(codes, words_of_first);
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) gather(gathered[i], codes[0], i);
+    if (left_ahead <= 0) {
+      ahead = -left_ahead;
+      go_on();
     }
-    int until_anchor = kAnchorChunks;
-    for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index, --until_anchor) {
-      if (until_anchor == 0) {  // rounding errors of the turns must not add up
-        anchor(chunk);
-        until_anchor = kAnchorChunks;
-      }
+#pragma unroll 1
+    for (int chunk = cursor.first; chunk < cursor.stop; chunk += kAnchorChunks) {
+    anchor(chunk);  // rounding errors of the turns must not add up
+#pragma unroll 1
+    for (int left = min(cursor.stop - chunk, kAnchorChunks); left > 0; --left, ++chunk_index) {
       uint32_t next_codes[2][2][kPacked];
       pack(next_codes, coming);
-      fetch(coming, chunk + 2);
+      fetch(coming, source, ahead++);
+      if (--left_ahead == 0) {
+        ahead = 0;
+        go_on();
+      }
       const uint32_t buffer = chunk_index & (plan.buffers - 1);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
@@ -232,7 +276,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
           for (int u = 0; u < 2; ++u)
 #pragma unroll
-            for (int k = 0; k < 4; ++k) sums[o][u][k] = kBias;
+            for (int k = 0; k < 4; ++k) sums[o][u][k] = 0;
 #pragma unroll
         for (int i = 0; i < Blocks; ++i) {
           const int next = i + kAhead;
@@ -253,7 +297,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
             for (int u = 0; u < 2; ++u) gathered[i][o][u] = gathered[Blocks + i][o][u];
 
-        barrier_wait(shared.empty + 8 * buffer, (chunk_index & plan.buffers) == 0);
+        if (m == 0) barrier_wait(empty + 8 * buffer, (chunk_index & plan.buffers) == 0);
         uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
 #pragma unroll
         for (int o = 0; o < 2; ++o)
@@ -261,8 +305,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
           for (int u = 0; u < 2; ++u)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-              const float x = __int_as_float(sums[o][u][2 * k]) - kBiasValue,
-                          y = __int_as_float(sums[o][u][2 * k + 1]) - kBiasValue;
+              const float x = static_cast<float>(sums[o][u][2 * k]), y = static_cast<float>(sums[o][u][2 * k + 1]);
               const float c = turn_c[o][u][k], s = turn_s[o][u][k];
               keys[o][u][k] = packed(x * c - y * s, y * c + x * s);
             }
@@ -270,8 +313,8 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
           const uint32_t b0 = packed(query_x[u][0], query_y[u][0]), b1 = packed(query_x[u][1], query_y[u][1]);
-          const uint32_t a0 = parity ? keys[0][1 - u][0] : keys[0][u][0], a1 = parity ? keys[1][1 - u][0] : keys[1][u][0];
-          const uint32_t a2 = parity ? keys[0][1 - u][1] : keys[0][u][1], a3 = parity ? keys[1][1 - u][1] : keys[1][u][1];
+          const auto key = [&](int o, int k) { return !kTwice && parity ? keys[o][1 - u][k] : keys[o][u][k]; };
+          const uint32_t a0 = key(0, 0), a1 = key(1, 0), a2 = key(0, 1), a3 = key(1, 1);
           asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
               : "+f"(products[0]), "+f"(products[1]), "+f"(products[2]), "+f"(products[3])
               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -284,22 +327,27 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
             query_x[u][k] = x * step_c[u][k] + y * step_s[u][k];
             query_y[u][k] = y * step_c[u][k] - x * step_s[u][k];
           }
-        if (2 * t < Lanes) {
-          uint32_t to = targets[m] + buffer * buffer_bytes, barrier = barriers[m] + 8 * buffer;
+        const auto store = [&](uint32_t to, uint32_t barrier) {
+          if constexpr (kTwice) {
+            const float first = stores_upper ? products[2] : products[0], second = stores_upper ? products[3] : products[1];
+            store_remote(to, first * scale_0, second * scale_1, barrier);
+          } else if constexpr (Lanes == 1) {
+            if (t > 0) return;
+            store_remote(to, products[0] * scale_0, barrier);
+            store_remote(to + 8 * Lanes * 4, products[2] * scale_0, barrier);
+          } else {
+            store_remote(to, products[0] * scale_0, products[1] * scale_1, barrier);
+            store_remote(to + 8 * Lanes * 4, products[2] * scale_0, products[3] * scale_1, barrier);
+          }
+        };
+        store(targets[m] + buffer * buffer_bytes, remote(full + 8 * buffer, owners >> (8 * m) & 0xff));
+        if constexpr (!Fast) {  // fast: one way
 #pragma unroll 1
-          for (int way = 0;;) {
-            if constexpr (Lanes == 1) {
-              store_remote(to, products[0] * scale_0, barrier);
-              store_remote(to + 8 * Lanes * 4, products[2] * scale_0, barrier);
-            } else {
-              store_remote(to, products[0] * scale_0, products[1] * scale_1, barrier);
-              store_remote(to + 8 * Lanes * 4, products[2] * scale_0, products[3] * scale_1, barrier);
-            }
-            if (Fast || ++way == plan.ways) break;  // fast: one way
+          for (int way = 1; way < plan.ways; ++way) {
             const int tile = m * kKeyWarps + warp, other = tile % plan.owners + way * plan.owners;
             const int place = (buffer * plan.cluster + rank) * plan.own_tiles + tile / plan.owners;
-            to = remote(shared_address(shared.scores) + ((place * kTile + g) * Lanes + 2 * t) * 4, other);
-            barrier = remote(shared.full + 8 * buffer, other);
+            store(remote(shared_address(shared.scores) + ((place * kTile + stored_token) * Lanes + stored_head) * 4, other),
+                  remote(shared.full + 8 * buffer, other));
           }
         }
       }
@@ -310,6 +358,9 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
           for (int j = 0; j < kPacked; ++j) codes[m][o][j] = next_codes[m][o][j];
     }
+    }
+    cursor = unpark(parked);
+    if (cursor.done()) break;
   }
 }
 

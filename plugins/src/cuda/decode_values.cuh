@@ -32,9 +32,25 @@ __device__ inline void add_shared(uint32_t address, uint32_t x) {
   asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
+template <int Lanes>
+__device__ inline void load_scores(float (&part)[Lanes], uint32_t from) {
+  if constexpr (Lanes == 1) {
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(part[0]) : "r"(from));
+  } else {
+#pragma unroll
+    for (int h = 0; h < Lanes; h += 4)
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(part[h]), "=f"(part[h + 1]), "=f"(part[h + 2]), "=f"(part[h + 3])
+                   : "r"(from + 4 * h));
+  }
+}
+
+constexpr int kPlainCluster = 4;
+constexpr int kTogether = 2;  // steps for which the value warps meet once
+
 // A warp weighs a tile of the CTA's and bins it for up to 32 / Lanes slots: each half of the warp has the tile's 16 tokens,
-// a thread a token, and half of the slots.
-template <int Lanes, int Stride, bool Fast>
+// a thread a token, and half of the slots. Plain: a cluster of kPlainCluster owners, no softcap, no token in a second round.
+template <int Lanes, int Stride, bool Fast, bool Plain>
 __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                            const Shared& shared, Cursor cursor, uint32_t rank, int cluster) {
   int thread = threadIdx.x - kKeyThreads, lane = thread % 32;
@@ -43,9 +59,15 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   constexpr int kParts = kPadded / kPartSlots, kSlots = kPartSlots / 2, kWords = (kSlots + 3) / 4;
   const int owner = rank % plan.owners, way = rank / plan.owners, own_tiles = plan.tiles_of(owner);
   const int bytes = layer.values.groups * layer.values.stages;
-  const int units = own_tiles * kParts, rounds = (units + kValueWarps - 1) / kValueWarps;
-  const int round_tokens = kParts >= kValueWarps ? kTile : kTile * kValueWarps / kParts;  // no round has more
+  const int cluster_size = Plain ? kPlainCluster : plan.cluster, most_tiles = Plain ? kChunkTiles / kPlainCluster : plan.own_tiles;
+  const int units = own_tiles * kParts, round_bits = Plain || units <= kValueWarps ? 0 : units <= 2 * kValueWarps ? 1 : 2;
+  constexpr int round_tokens = kTile * kValueWarps / kParts;  // no round has more
+  static_assert(kChunkTiles * kParts <= 4 * kValueWarps, "four rounds at most");
+  const int round_stride = kValueWarps / kParts * plan.owners * kTile;
   const uint32_t full_bytes = plan.cluster * own_tiles * kTile * Lanes * 4;
+  const uint32_t part_bytes = most_tiles * kTile * Lanes * 4, buffer_bytes = cluster_size * part_bytes;
+  const uint32_t last_buffer = plan.buffers - 1;
+  const float softcap = Plain ? 0.0f : layer.softcap;
   const int64_t cta = static_cast<int64_t>(cluster) * plan.cluster + rank;
   // In step (a, b) lanes differ in (slot, head), so that they meet in no bank: theirs are a and b, exclusive-or the lane's.
   const int half = lane / kTile, head_turn = lane % Lanes, slot_turn = lane % kTile / Lanes % kSlots;
@@ -61,57 +83,74 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   keep(turn);
   keep(byte_turn);
   keep(bins_of_thread);
+  // Its token and slots in the first round, where the token's scores lie, and the other CTAs' barriers, a thread each.
+  int first_offset = warp < units ? (warp / kParts * plan.owners + owner) * kTile + lane % kTile : 1 << 30;
+  int first_slot = way * plan.slots_per_cta + warp % kParts * kPartSlots + (kSlots < 4 ? 0 : half * kSlots);
+  uint32_t scores_of_thread = shared_address(shared.scores) + (warp / kParts * kTile + lane % kTile) * Lanes * 4;
+  uint32_t empty_of_other = remote(shared.empty, thread < plan.cluster ? thread : 0);
+  uint32_t full = shared.full;
+  keep(full);
+  keep(first_offset);
+  keep(first_slot);
+  keep(scores_of_thread);
+  keep(empty_of_other);
   uint32_t chunk_index = 0, item = 0;
 
   for (int i = thread; i < plan.bins(); i += kValueThreads) shared.bins[i] = 0;
   sync_warps<kValueThreads>(2);
 
+  volatile Parked parked;
   for (; !cursor.done(); cursor.next(layer, call), ++item) {
+    park(parked, cursor);
     const int kv_head = cursor.vhead / plan.parts;
     const Range range = coded_range(layer, call, cursor.row);
     const int group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.values.width) *
                            layer.values.stages;
     const int first_row = range.first - layer.sinks;
-    const int8_t* linear = call.value_codes + (cursor.row * call.capacity + first_row) * bytes;
+    const int8_t* linear = call.value_codes + (cursor.row * call.capacity + first_row) * bytes + group_byte + first_slot;
     int last_token = range.count - 1;
     keep(linear);
     keep(last_token);
 
-    // Token of the chunk that the thread has in a round; past all others if none.
-    const auto offset_of = [&](int round) {
-      const int unit = round * kValueWarps + warp;
-      return unit < units ? (unit / kParts * plan.owners + owner) * kTile + lane % kTile : 1 << 30;
+    // The item in steps: a round of a chunk each, kTogether of them at a time.
+    int steps = (cursor.stop - cursor.first) << round_bits, first_token = cursor.first * kChunk + first_offset;
+    keep(steps);
+    keep(first_token);
+    // The thread's token in a step; past all others if none.
+    const auto token_of = [&](int step) {
+      if (round_bits == 0) return first_token + step * kChunk;
+      const int round = step & ((1 << round_bits) - 1), token = first_token + (step >> round_bits) * kChunk;
+      return round * kValueWarps + warp < units ? token + round * round_stride : 1 << 30;
     };
-    int first_offset = offset_of(0);
-    keep(first_offset);
-    uint32_t coming[kWords];
-    const auto fetch = [&](int chunk, int round) {
-      const int offset = rounds == 1 ? first_offset : offset_of(round);
-      const int i = min(chunk * kChunk + offset, last_token);
-      const int first_byte = group_byte + way * plan.slots_per_cta +
-                             (round * kValueWarps + warp) % kParts * kPartSlots + (kSlots < 4 ? 0 : lane / kTile * kSlots);
-      if constexpr (Fast) {
-        const int8_t* row = linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
+    uint32_t coming[kTogether][kWords];
+    const auto fetch = [&](int step) {  // past the row: its last token
 #pragma unroll
-        for (int w = 0; w < kWords; ++w)
-          coming[w] = first_byte - group_byte + 4 * w < plan.slots
-                          ? __ldg(reinterpret_cast<const uint32_t*>(row + first_byte) + w)
-                          : 0;
-      } else {
-        load_codes<kWords, false>(coming, call.value_codes + row_of(call, cursor.row, first_row + i) * bytes, first_byte,
-                                  group_byte + plan.slots);
+      for (int j = 0; j < kTogether; ++j) {
+        if (step + j >= steps) break;
+        const int i = min(token_of(step + j), last_token);
+        if constexpr (Fast) {
+          const int8_t* row = linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
+#pragma unroll
+          for (int w = 0; w < kWords; ++w)
+            coming[j][w] = first_slot + 4 * w < plan.slots ? __ldg(reinterpret_cast<const uint32_t*>(row) + w) : 0;
+        } else {
+          load_codes<kWords, false>(coming[j], call.value_codes + row_of(call, cursor.row, first_row + i) * bytes,
+                                    group_byte + first_slot, group_byte + plan.slots);
+        }
       }
     };
-    fetch(cursor.first, 0);
+    fetch(0);
 
     // Reference exponents of the item and of the window; of the thread's tokens the sums of weights under each.
-    float item_reference[Lanes], reference[Lanes], item_sum[Lanes];
+    float reference[Lanes];
+    volatile float item_reference[Lanes], item_sum[Lanes];  // in local memory: registers are short
     uint32_t window_sum[Lanes];
     int window_tokens = 0;
     bool flushed = false;
 #pragma unroll
     for (int h = 0; h < Lanes; ++h) {
-      item_reference[h] = reference[h] = kNone;
+      item_reference[h] = kNone;
+      reference[h] = kNone;
       item_sum[h] = 0;
       window_sum[h] = 0;
     }
@@ -122,8 +161,8 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
       float kept[Lanes], added[Lanes];
 #pragma unroll
       for (int h = 0; h < Lanes; ++h) {
-        const float most = fmaxf(item_reference[h], reference[h]);
-        kept[h] = item_reference[h] == kNone ? 0.0f : exp2_fast(item_reference[h] - most);
+        const float before = item_reference[h], most = fmaxf(before, reference[h]);
+        kept[h] = before == kNone ? 0.0f : exp2_fast(before - most);
         added[h] = reference[h] == kNone ? 0.0f : exp2_fast(reference[h] - most - kFixedBits);
         item_sum[h] = item_sum[h] * kept[h] + static_cast<float>(window_sum[h]) * added[h];
         item_reference[h] = most;
@@ -162,118 +201,128 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
       window_tokens = 0;
     };
 
-    for (int chunk = cursor.first; chunk < cursor.stop; ++chunk, ++chunk_index) {
-      const uint32_t buffer = chunk_index & (plan.buffers - 1);
-      for (int round = 0; round < rounds; ++round) {
-        uint32_t codes[kWords];
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) codes[w] = coming[w];
-        if (round + 1 < rounds) fetch(chunk, round + 1);
-        else if (chunk + 1 < cursor.stop) fetch(chunk + 1, 0);
-        if (round == 0) barrier_wait(shared.full + 8 * buffer, (chunk_index & plan.buffers) != 0);
-
-        const int unit = round * kValueWarps + warp, offset = rounds == 1 ? first_offset : offset_of(round);
-        const bool valid = chunk * kChunk + offset <= last_token;
-        float score[Lanes];
-#pragma unroll
-        for (int h = 0; h < Lanes; ++h) score[h] = 0;
-        if (valid) {
-          const int stride = plan.own_tiles * kTile * Lanes;
-          const float* scores = shared.scores + buffer * plan.cluster * stride + (unit / kParts * kTile + lane % kTile) * Lanes;
-          if constexpr (Lanes == 1) {
-            for (int other = 0; other < plan.cluster; ++other) score[0] += scores[other * stride];
-          } else {
-            const auto add = [&](int other) {
-#pragma unroll
-              for (int h = 0; h < Lanes / 4; ++h) {
-                const float4 v = reinterpret_cast<const float4*>(scores + other * stride)[h];
-                score[4 * h] += v.x;
-                score[4 * h + 1] += v.y;
-                score[4 * h + 2] += v.z;
-                score[4 * h + 3] += v.w;
-              }
-            };
-            int first = 0;
 #pragma unroll 1
-            for (; first + 4 <= plan.cluster; first += 4) {
+    for (int step = 0; step < steps; step += kTogether) {
+      uint32_t codes[kTogether][kWords];
 #pragma unroll
-              for (int j = 0; j < 4; ++j) add(first + j);
-            }
-#pragma unroll 1
-            for (; first < plan.cluster; ++first) add(first);
-          }
-          if (layer.softcap > 0)
+      for (int j = 0; j < kTogether; ++j)
 #pragma unroll
-            for (int h = 0; h < Lanes; ++h) score[h] = soft_capped(score[h], layer.softcap);
-        }
-        bool exceeds = window_tokens + round_tokens > kWindowTokens || window_tokens == 0;
-#pragma unroll
-        for (int h = 0; h < Lanes; ++h) {
-          if (!valid) score[h] = kNone;
-          exceeds |= score[h] > reference[h] + kHeadroom;
-        }
-        exceeds = any_value_thread(exceeds);
-        if (round == rounds - 1) {  // all have read the scores: the buffer may be filled again, by all CTAs
-          if (thread == 0) barrier_expect(shared.full + 8 * buffer, full_bytes);
-          if (thread < plan.cluster) barrier_arrive_remote(remote(shared.empty + 8 * buffer, thread));
-        }
-        if (exceeds) {  // a new window, whose reference is the largest here
-          if (window_tokens > 0) flush();
-#pragma unroll
-          for (int h = 0; h < Lanes; ++h) {
-            const float most = warp_max(score[h]);
-            if (lane == h) shared.maxima[warp * Lanes + h] = most;
-          }
-          sync_warps<kValueThreads>(2);
-#pragma unroll
-          for (int h = 0; h < Lanes; ++h) {
-            float most = kNone;
-#pragma unroll
-            for (int w = 0; w < kValueWarps; ++w) most = fmaxf(most, shared.maxima[w * Lanes + h]);
-            reference[h] = most;
-          }
-          sync_warps<kValueThreads>(2);
-        }
-        window_tokens += round_tokens;
+        for (int w = 0; w < kWords; ++w) codes[j][w] = coming[j][w];
+      fetch(step + kTogether);
 
-        if (valid) {
-          uint32_t weight[Lanes];
+      float score[kTogether][Lanes];
 #pragma unroll
-          for (int h = 0; h < Lanes; ++h) {
-            weight[h] = __float2uint_rn(exp2_fast(score[h] - reference[h] + kFixedBits));
-            window_sum[h] += weight[h];
-          }
-          // Step b's is head b ^ head_turn, byte a of the codes that of slot a ^ slot_turn.
+      for (int j = 0; j < kTogether; ++j) {
+        const uint32_t index = chunk_index + ((step + j) >> round_bits);
+        if (j == 0 || step + j < steps)
+          barrier_wait(full + 8 * (index & last_buffer), (index & (last_buffer + 1)) != 0);
+      }
 #pragma unroll
-          for (int by = 1; by < Lanes; by *= 2)
+      for (int j = 0; j < kTogether; ++j) {  // past the last step: whatever lies there, and no token
+        const uint32_t index = chunk_index + ((step + j) >> round_bits);
+        uint32_t from = scores_of_thread + (index & last_buffer) * buffer_bytes;
+        if (round_bits > 0) from += ((step + j) & ((1 << round_bits) - 1)) * (kValueWarps / kParts * kTile * Lanes * 4);
+        if constexpr (Plain) {  // all on their way at once
+          float parts[kPlainCluster][Lanes];
 #pragma unroll
-            for (int h = 0; h < Lanes; ++h)
-              if ((h & by) == 0) {
-                const uint32_t low = weight[h], high = weight[h + by];
-                weight[h] = turn & 4 * by ? high : low;
-                weight[h + by] = turn & 4 * by ? low : high;
-              }
+          for (int other = 0; other < kPlainCluster; ++other) load_scores<Lanes>(parts[other], from + other * part_bytes);
 #pragma unroll
-          for (int w = 0; w < kWords; ++w) codes[w] = __byte_perm(codes[w], 0, byte_turn);
+          for (int h = 0; h < Lanes; ++h) score[j][h] = (parts[0][h] + parts[1][h]) + (parts[2][h] + parts[3][h]);
+        } else {
 #pragma unroll
-          for (int by = 1; by < kWords; by *= 2)
+          for (int h = 0; h < Lanes; ++h) score[j][h] = 0;
+#pragma unroll 4
+          for (int other = 0; other < cluster_size; ++other) {
+            float part[Lanes];
+            load_scores<Lanes>(part, from + other * part_bytes);
 #pragma unroll
-            for (int w = 0; w < kWords; ++w)
-              if ((w & by) == 0) {
-                const uint32_t low = codes[w], high = codes[w + by];
-                codes[w] = turn & 16 * Lanes * by ? high : low;
-                codes[w + by] = turn & 16 * Lanes * by ? low : high;
-              }
-#pragma unroll
-          for (int a = 0; a < kSlots; ++a) {
-            const uint32_t row = (codes[a / 4] >> (8 * (a % 4)) & 0xff) * (Stride * 4) + bins_of_thread;
-#pragma unroll
-            for (int b = 0; b < Lanes; ++b) add_shared(row ^ (a * Lanes + b) * 4, weight[b]);
+            for (int h = 0; h < Lanes; ++h) score[j][h] += part[h];
           }
         }
       }
+      bool exceeds = window_tokens + kTogether * round_tokens > kWindowTokens || window_tokens == 0;
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const bool valid = (j == 0 || step + j < steps) && token_of(step + j) <= last_token;
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) {
+          if (softcap > 0) score[j][h] = soft_capped(score[j][h], softcap);
+          if (!valid) score[j][h] = kNone;
+          exceeds |= score[j][h] > reference[h] + kHeadroom;
+        }
+      }
+      exceeds = any_value_thread(exceeds);
+      // All have read the scores: a chunk's buffer may be filled again after its last round, by all CTAs.
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        if (step + j >= steps || ((step + j + 1) & ((1 << round_bits) - 1)) != 0) continue;
+        const uint32_t buffer = (chunk_index + ((step + j) >> round_bits)) & last_buffer;
+        if (thread == 0) barrier_expect(full + 8 * buffer, full_bytes);
+        if (thread < cluster_size) barrier_arrive_remote(empty_of_other + 8 * buffer);
+      }
+      if (exceeds) {  // a new window, whose reference is the largest here
+        if (window_tokens > 0) flush();
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) {
+          float most = score[0][h];
+#pragma unroll
+          for (int j = 1; j < kTogether; ++j) most = fmaxf(most, score[j][h]);
+          most = warp_max(most);
+          if (lane == h) shared.maxima[warp * Lanes + h] = most;
+        }
+        sync_warps<kValueThreads>(2);
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) {
+          float most = kNone;
+#pragma unroll
+          for (int w = 0; w < kValueWarps; ++w) most = fmaxf(most, shared.maxima[w * Lanes + h]);
+          reference[h] = most;
+        }
+        sync_warps<kValueThreads>(2);
+      }
+      window_tokens += kTogether * round_tokens;
+
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        if (score[j][0] == kNone) continue;  // no token there
+        uint32_t weight[Lanes];
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) {
+          weight[h] = __float2uint_rn(exp2_fast(score[j][h] - reference[h] + kFixedBits));
+          window_sum[h] += weight[h];
+        }
+        // Step b's is head b ^ head_turn, byte a of the codes that of slot a ^ slot_turn.
+#pragma unroll
+        for (int by = 1; by < Lanes; by *= 2)
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h)
+            if ((h & by) == 0) {
+              const uint32_t low = weight[h], high = weight[h + by];
+              weight[h] = turn & 4 * by ? high : low;
+              weight[h + by] = turn & 4 * by ? low : high;
+            }
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) codes[j][w] = __byte_perm(codes[j][w], 0, byte_turn);
+#pragma unroll
+        for (int by = 1; by < kWords; by *= 2)
+#pragma unroll
+          for (int w = 0; w < kWords; ++w)
+            if ((w & by) == 0) {
+              const uint32_t low = codes[j][w], high = codes[j][w + by];
+              codes[j][w] = turn & 16 * Lanes * by ? high : low;
+              codes[j][w + by] = turn & 16 * Lanes * by ? low : high;
+            }
+#pragma unroll
+        for (int a = 0; a < kSlots; ++a) {
+          const uint32_t row = (codes[j][a / 4] >> (8 * (a % 4)) & 0xff) * (Stride * 4) + bins_of_thread;
+#pragma unroll
+          for (int b = 0; b < Lanes; ++b) add_shared(row ^ (a * Lanes + b) * 4, weight[b]);
+        }
+      }
     }
+    chunk_index += steps >> round_bits;
     flush();
+    cursor = unpark(parked);
 
     // The sum of weights over the threads, and the references, for the other owners.
 #pragma unroll
