@@ -103,7 +103,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
   keep(empty);
   keep(full);
   constexpr bool kOneWord = Blocks == 4;  // stage_of
-  constexpr int kWords = kOneWord ? 1 : Blocks, kPacked = (Blocks + 3) / 4, kAhead = Blocks < 2 ? Blocks : 2;
+  constexpr int kWords = kOneWord ? 1 : Blocks, kPacked = (Blocks + 3) / 4, kAhead = Blocks < 3 ? Blocks : 3;
   int loaded = -1;
   uint32_t chunk_index = 0;
 

@@ -218,10 +218,13 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
           barrier_wait(full + 8 * (index & last_buffer), (index & (last_buffer + 1)) != 0);
       }
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {  // past the last step: whatever lies there, and no token
+      for (int j = 0; j < kTogether; ++j) {
         const uint32_t index = chunk_index + ((step + j) >> round_bits);
         uint32_t from = scores_of_thread + (index & last_buffer) * buffer_bytes;
         if (round_bits > 0) from += ((step + j) & ((1 << round_bits) - 1)) * (kValueWarps / kParts * kTile * Lanes * 4);
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) score[j][h] = 0;
+        if (j > 0 && step + j >= steps) break;  // what lies there is not of this item
         if constexpr (Plain) {  // all on their way at once
           float parts[kPlainCluster][Lanes];
 #pragma unroll
@@ -229,8 +232,6 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
           for (int h = 0; h < Lanes; ++h) score[j][h] = (parts[0][h] + parts[1][h]) + (parts[2][h] + parts[3][h]);
         } else {
-#pragma unroll
-          for (int h = 0; h < Lanes; ++h) score[j][h] = 0;
 #pragma unroll 4
           for (int other = 0; other < cluster_size; ++other) {
             float part[Lanes];
