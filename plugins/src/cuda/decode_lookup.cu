@@ -22,6 +22,8 @@ bool make_lookup_plan(const gsrq_layer& layer, int most_shared, LookupPlan* out)
   b.head_dim = d;
   b.width = std::min(layer.values.width, d);
   if (p.key_width % 16 != 0 || b.width % 8 != 0) return false;
+  if ((reinterpret_cast<uintptr_t>(layer.keys.codewords) | reinterpret_cast<uintptr_t>(layer.values.codewords)) % 16 != 0)
+    return false;  // codewords are read 16 bytes at once
   p.key_slots = layer.keys.stages * (d / p.key_width);
   p.key_parts = (p.key_slots + kPartSlots - 1) / kPartSlots;
   p.key_inverse = 65535u / p.key_parts + 1;
@@ -154,11 +156,16 @@ __device__ inline void each_slot(uint2 codes, const Fn& fn) {
   each_slot(codes, fn, std::make_integer_sequence<int, kPartSlots>());
 }
 
-// Entry i of a table or bins, [part][code][slot] in shared memory, in memory: [part][slot][code], so that what is read or written
-// for one slot lies together.
-__device__ inline int by_slot(int i) {
+// The i-th bin of a flush: where it lies in shared memory, [part][code][slot], and in memory, [part][slot][code], so that what is
+// read for one slot lies together. A warp has four codes of eight slots: it writes whole sectors and asks few banks twice.
+struct BinPlace {
+  int shared, memory;
+};
+
+__device__ inline BinPlace bin_place(int i) {
   constexpr int kPart = kCodewords * kPartSlots;
-  return i / kPart * kPart + i % kPartSlots * kCodewords + i % kPart / kPartSlots;
+  const int slot = i / 8 % 2 * 4 + i % 8 / 2, code = i % kPart / 32 * 4 + i / 16 % 2 * 2 + i % 2, part = i / kPart * kPart;
+  return {part + code * kPartSlots + slot, part + slot * kCodewords + code};
 }
 
 // Of a warp.
@@ -266,7 +273,7 @@ __global__ void __launch_bounds__(Threads, 1)
 #pragma unroll 1
       for (int i = thread; i < key_parts * kPartBytes / 16; i += Threads) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 16),
-                     "l"(from + by_slot(i) * 16)
+                     "l"(from + i * 16)
                      : "memory");
       }
     }
@@ -344,8 +351,9 @@ __global__ void __launch_bounds__(Threads, 1)
       }
 #pragma unroll 1
       for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads) {
-        uint4* const bin = reinterpret_cast<uint4*>(bins) + i;
-        float4* const sum = totals + by_slot(i);
+        const BinPlace place = bin_place(i);
+        uint4* const bin = reinterpret_cast<uint4*>(bins) + place.shared;
+        float4* const sum = totals + place.memory;
         const uint4 u = *bin;
         float4 total = make_float4(0, 0, 0, 0);
         if (flushed) total = __ldcg(sum);
@@ -484,7 +492,7 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
   m.parts.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
   m.high = workspace.take<__half>(rows * kLookupLanes * d);
   m.low = workspace.take<__half>(rows * kLookupLanes * d);
-  m.drifts = workspace.take<float2>(rows * kLookupLanes * std::max(layer.half_rope, kCenterPairs));
+  m.drifts = workspace.take<float2>(rows * drift_count(layer));
   m.tables = workspace.take<float>(rows * plan.key_parts * (kPartBytes / 4));
   m.padded = (gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block) + 63) / 64 * 64;
   m.fixed = center_is_fixed(layer);
