@@ -238,18 +238,19 @@ __device__ inline void read_units(const LookupMemory& memory, const Cursor& curs
   out->rest = __ldg(reinterpret_cast<const float4*>(memory.rest) + item);
 }
 
-// Simple: a linear cache whose codes lie in pieces of 8 bytes.
-template <bool Simple, int Threads>
+// Simple: a linear cache whose codes lie in pieces of 8 bytes. Whole: and a token has 16 key and 8 value slots, which a thread
+// copies for itself.
+template <bool Simple, int Threads, bool Whole>
 __global__ void __launch_bounds__(Threads, 1)
     lookup_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int even) {
   __shared__ LookupState state;
   let_next_begin();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int key_parts = plan.key_parts, value_parts = plan.value_parts;
+  const int key_parts = Whole ? 2 : plan.key_parts, value_parts = Whole ? 1 : plan.value_parts;
   char* const tables = shared_memory;                                        // [buffers][key parts][256][8 slots][4 heads] float
   char* const bins = tables + plan.table_buffers * key_parts * kPartBytes;  // [value parts][256][8 slots][4 heads] uint32
-  uint2* const staged = reinterpret_cast<uint2*>(bins + value_parts * kPartBytes);  // [2][parts][threads]
+  uint2* const staged = reinterpret_cast<uint2*>(bins + value_parts * kPartBytes);  // [2][parts][threads]; whole: [2], [threads][2] keys, [threads]
   const int stage = (key_parts + value_parts) * Threads;
   // The eight lanes that read 16 bytes together differ in the slot; all that add together in slot or head.
   const int key_turn = lane % kPartSlots, value_turn = lane / kLookupLanes, head_turn = lane % kLookupLanes;
@@ -284,6 +285,15 @@ __global__ void __launch_bounds__(Threads, 1)
   const auto fetch = [&](const Item& item, const Codes& codes, const gsrq_codebook& book, int parts, uint32_t inverse, int round,
                          int half, int first_part) {
     const int first = round * Threads + warp * 32, tokens = item.count - first;
+    if (Whole) {
+      const int8_t* const from = codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first + lane)) * codes.row_bytes;
+      uint2* const to = staged + half * stage;
+      if (lane < tokens) {
+        if (first_part == 0) copy_async(to + 2 * thread, from, true);
+        else copy_words(to + 2 * Threads + thread, from);
+      }
+      return;
+    }
     if (tokens <= 0) return;
     const int to = half * stage + first_part * Threads + warp * 32;
     if (Simple) {
@@ -327,6 +337,8 @@ __global__ void __launch_bounds__(Threads, 1)
   bool flushed = false;
   const auto look_up = [&](const Item& item, int round, int half, int table, float4 sum) {
     const uint2* const codes = staged + half * stage + thread;
+    uint4 both = make_uint4(0, 0, 0, 0);
+    if (Whole) both = *reinterpret_cast<const uint4*>(codes + thread);
     if (memory.fixed) {
       const float4 unit = item.unit, rest = item.rest;
       const uint32_t low = __float_as_uint(sum.x), high = __float_as_uint(sum.y);
@@ -341,7 +353,8 @@ __global__ void __launch_bounds__(Threads, 1)
     for (int p = 0; p < kMostParts; ++p) {
       if (p >= key_parts) break;
       const uint32_t at = opaque(table_at);
-      each_slot(turned(codes[p * Threads], selector(key_turn)), [&](uint32_t code, int a) {
+      const uint2 own = !Whole ? codes[p * Threads] : p == 0 ? make_uint2(both.x, both.y) : make_uint2(both.z, both.w);
+      each_slot(turned(own, selector(key_turn)), [&](uint32_t code, int a) {
         const float4 v = load_shared((at ^ (a * 16)) + code + p * kPartBytes);
         sum.x += v.x;
         sum.y += v.y;
@@ -426,17 +439,16 @@ __global__ void __launch_bounds__(Threads, 1)
 #pragma unroll 1
     for (int round = 0;; ++round) {
       const int rounds = state.items[k].rounds;
+      const bool last = round + 1 == rounds;
       // Whether the next item follows without a stop; known from the third step on, when it was described a step before.
       const bool follows = round >= 2 && rounds >= 4 && state.items[k ^ 1].rounds >= 2;
       __syncwarp();  // all lanes have read what is copied over
-      if (round + 2 < rounds) fetch_keys(state.items[k], round + 2, parity);
-      else if (follows) fetch_keys(state.items[k ^ 1], round + 2 - rounds, parity);
-      if (round + 1 < rounds) fetch_values(state.items[k], round + 1, parity ^ 1);
-      else if (follows) fetch_values(state.items[k ^ 1], 0, parity ^ 1);
+      const int ahead = round + 2, beyond = ahead - rounds;
+      if (beyond < 0 || follows) fetch_keys(state.items[beyond < 0 ? k : k ^ 1], beyond < 0 ? ahead : beyond, parity);
+      if (!last || follows) fetch_values(state.items[last ? k ^ 1 : k], last ? 0 : round + 1, parity ^ 1);
       if (round == 2 && follows && other_buffer > 0) fetch_table(state.items[k ^ 1], buffer ^ other_buffer);
       commit_async();
       wait_async<1>();
-      const bool last = round + 1 == rounds;
       float4 next;
       {
         float4 now = state.now;
@@ -525,7 +537,7 @@ __global__ void __launch_bounds__(Threads, 1)
 
 template <int Threads>
 auto lookup_of(bool simple) {
-  return simple ? lookup_kernel<true, Threads> : lookup_kernel<false, Threads>;
+  return simple ? lookup_kernel<true, Threads, false> : lookup_kernel<false, Threads, false>;
 }
 
 // Blocks that run at once on the current device and the shared memory that one may have.
@@ -614,7 +626,9 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     };
     const bool simple = call.block_table == nullptr && in_pieces(layer.keys, plan.key_slots) &&
                         in_pieces(layer.values, plan.head.slots);
-    const auto kernel = plan.threads == kManyThreads ? lookup_of<kManyThreads>(simple)
+    const bool whole = simple && plan.threads == kManyThreads && plan.key_slots == 16 && plan.head.slots == 8;
+    const auto kernel = whole                          ? lookup_kernel<true, kManyThreads, true>
+                        : plan.threads == kManyThreads ? lookup_of<kManyThreads>(simple)
                         : plan.threads == kFewThreads ? lookup_of<kFewThreads>(simple)
                                                       : lookup_of<kManyThreads / 2>(simple);
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) != cudaSuccess)
