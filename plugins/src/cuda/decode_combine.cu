@@ -76,7 +76,28 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   load_words(split * Codes);
 
   const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
-  if (warp == 0) {
+  const auto note = [&](int r, int first, int used, int factor) {
+    const int64_t row = first_row + r;
+    owners[r] = used;
+    first_factor[r] = factor;
+    first_partial[r] = static_cast<int64_t>(vhead) * call.batch + row + first;
+    first_bins[r] = first_partial[r] * partial_bins;
+  };
+  static_assert(kRowsAtOnce <= 32, "a lane a row");
+  if (coded.listed != nullptr) {
+    const bool some = warp == 0 && lane < rows && chunks_of(layer, call, first_row + lane) > 0;
+    wait_for_previous();
+    if (warp == 0) {
+      const int2 own = some ? __ldcg(coded.listed + static_cast<int64_t>(vhead) * call.batch + first_row + lane) : make_int2(0, -1);
+      const int used = own.y - own.x + 1;
+      int total = used;
+      for (int o = 1; o < 32; o *= 2) {
+        const int up = __shfl_up_sync(~0u, total, o);
+        if (lane >= o) total += up;
+      }
+      if (lane < rows) note(lane, own.x, used, total - used);
+    }
+  } else if (warp == 0) {
     const Line line = line_of(layer, call, vheads, coded.owners, coded.even);
     int64_t before = chunks_before(layer, call, first_row);
     int factors_before = 0;
@@ -99,13 +120,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
         const int up = __shfl_up_sync(~0u, total, o);
         if (lane >= o) total += up;
       }
-      if (r < rows) {
-        const int64_t row = first_row + r;
-        owners[r] = used;
-        first_factor[r] = factors_before + total - used;
-        first_partial[r] = static_cast<int64_t>(vhead) * call.batch + row + first;
-        first_bins[r] = first_partial[r] * partial_bins;
-      }
+      if (r < rows) note(r, first, used, factors_before + total - used);
       before += __shfl_sync(~0u, sum, 31);
       factors_before += __shfl_sync(~0u, total, 31);
     }

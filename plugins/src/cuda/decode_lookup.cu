@@ -191,6 +191,7 @@ struct Item {
   float4 unit, rest;  // of the center's scores where they are fixed
   int row, first_row;  // first_row: of the row's coded tokens
   int count, rounds;   // tokens; 0 past the last item
+  bool begins, ends;   // it has the row's first tokens, its last
 };
 
 // In shared memory: registers are scarce.
@@ -224,6 +225,8 @@ __device__ __noinline__ void describe(const gsrq_layer& layer, const gsrq_call& 
   out->center = static_cast<const char*>(memory.center) +
                 (item * memory.padded + begin) * static_cast<int64_t>(memory.fixed ? sizeof(uint2) : sizeof(float4));
   out->partial = static_cast<int64_t>(cursor.vhead) * call.batch + row + blockIdx.x;
+  out->begins = cursor.first == 0;
+  out->ends = begin + count == range.count;
   out->row = row;
   out->first_row = first_row;
   out->count = count;
@@ -412,6 +415,11 @@ __global__ void __launch_bounds__(Threads, 1)
         state.sum[h] = ends ? 0.0f : sum;
         state.window[h] = 0;
       }
+    if (ends && thread == 0) {
+      int2* const owners = memory.owners + (item.partial - blockIdx.x);
+      if (item.begins) owners->x = blockIdx.x;
+      if (item.ends) owners->y = blockIdx.x;
+    }
     __syncthreads();
     flushed = !ends;
   };
@@ -447,6 +455,12 @@ __global__ void __launch_bounds__(Threads, 1)
       if (beyond < 0 || follows) fetch_keys(state.items[beyond < 0 ? k : k ^ 1], beyond < 0 ? ahead : beyond, parity);
       if (!last || follows) fetch_values(state.items[last ? k ^ 1 : k], last ? 0 : round + 1, parity ^ 1);
       if (round == 2 && follows && other_buffer > 0) fetch_table(state.items[k ^ 1], buffer ^ other_buffer);
+      if (round == 2 && state.items[k ^ 1].rounds == 0) {  // what the next launch reads
+        const char* const words = static_cast<const char*>(layer.values.codewords);
+        const int64_t bytes = static_cast<int64_t>(layer.kv_heads) * layer.head_dim * layer.values.stages * kCodewords * 2;
+        for (int64_t at = (static_cast<int64_t>(thread) * gridDim.x + blockIdx.x) * 128; at < bytes; at += static_cast<int64_t>(Threads) * gridDim.x * 128)
+          prefetch(words + at);
+      }
       commit_async();
       wait_async<1>();
       float4 next;
@@ -577,6 +591,7 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
       workspace.take<float>(rows * plan.head.slots * value_splits(call, plan.head) * kLookupLanes * plan.head.width);
   m.parts.exact = workspace.take<float>(rows * exact_splits(layer) * kLookupLanes * d);
   m.parts.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
+  m.owners = workspace.take<int2>(rows);
   m.high = workspace.take<__half>(rows * kLookupLanes * d);
   m.low = workspace.take<__half>(rows * kLookupLanes * d);
   m.drifts = workspace.take<float2>(rows * drift_count(layer));
@@ -637,7 +652,7 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
            even);
     if (launched("lookup_kernel")) return 1;
   }
-  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, even, memory.padded > 0, true}, memory.padded == 0,
+  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, even, memory.padded > 0, true, memory.owners}, memory.padded == 0,
                  stream);
 }
 
