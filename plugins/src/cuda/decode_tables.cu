@@ -177,10 +177,12 @@ __global__ void __launch_bounds__(kThreads, Chunks == 4 ? 3 : 2)
     return;  // it waited
   }
   block -= work.tables;
-  if (block >= work.centers && work.wide_exact)
-    attend_exact_wide(layer, call, plan.head, memory.parts, work.vheads, work.splits, block - work.centers);
-  else if (block >= work.centers)
-    attend_exact<kLookupLanes>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block - work.centers);
+  if (block >= work.centers) {
+    block -= work.centers;
+    if (!work.wide_exact) attend_exact<kLookupLanes>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+    else if (call.dtype == GSRQ_F16) attend_exact_wide<true>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+    else attend_exact_wide<false>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+  }
   else if (work.full) score_center<true, Alone>(layer, call, plan.head, memory, work.vheads, work.stretches, block);
   else if (Alone || work.with_offsets)
     score_center<false, Alone>(layer, call, plan.head, memory, work.vheads, work.stretches, block);
