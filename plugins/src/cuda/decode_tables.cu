@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kThreads = kPrepareThreads;
 constexpr int kPadHalves = 32;  // of a table block's queries: two columns that are read together lie in different banks
+constexpr int kTogetherRows = 8;  // of a table block, that are written together
 constexpr int kTableRows = 16, kFewTableCodes = 32, kManyTableCodes = 64;
 constexpr int kAloneRows = 4;        // up to so many rows each block turns the queries it needs: no launch ahead of it
 constexpr int kCenterBlocks = 256;   // at most, unless a block's stretches were more than a row
@@ -20,8 +21,9 @@ static_assert(kThreads == kCombineThreads, "exact tokens are attended to here");
 
 // Blocks of each kind, in their order, and what one of them takes.
 struct Work {
-  int tables, centers, exact;
-  int table_codes, stretches, splits, vheads;  // stretches: of kCenterTokens
+  int exact, centers, tables;
+  int table_codes, splits, vheads;
+  CenterWork center;
   bool with_offsets, full, wide_exact;
 };
 
@@ -66,6 +68,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // Block: some codewords of the eight slots of a part, a warp a slot, times the queries of up to 16 rows. A product's columns are
 // the heads of a row, both summands of each. Its steps take a codeword's elements in an order in which a lane's lie together:
 // eight of 32, for two steps. Exact: a codeword has Chunks times 32 elements, else at most that.
@@ -109,6 +113,9 @@ __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, cons
       }
   };
   load(0);
+  if (real)
+    for (int i = 16 + lane / 2; i < work.table_codes; i += 16)
+      for (int at = lane % 2 * 64; at < plan.key_width; at += 128) prefetch(word + (i - g) * width + at - 8 * t);
   if (Alone) {
     for (int i = thread; i < rows * kLookupLanes * (d / 2); i += kThreads) {
       const int p = i % (d / 2), column = i / (d / 2), row = column / kLookupLanes, h = column % kLookupLanes;
@@ -132,36 +139,50 @@ __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, cons
   }
   __syncthreads();
 
+  // What the warps have of 16 codewords and some rows is gathered, and written in whole lines. A slot's place in a codeword's 128
+  // bytes is turned by the codeword, so that eight of them lie in different banks.
+  float* const gathered = reinterpret_cast<float*>(queries + rows * 2 * kLookupLanes * pitch);  // [kTogetherRows][16][8 slots][4]
   const bool lower = t >= 2;
+  const int own_code = g + (lower ? 8 : 0);
+  float2* const gather = reinterpret_cast<float2*>(gathered + own_code * kPartWords + (warp ^ g) * kLookupLanes + t % 2 * 2);
   const int64_t of_row = static_cast<int64_t>(vheads) * plan.key_parts * (kCodewords * kPartWords);
-  float* const out = memory.tables + first_row * of_row + static_cast<int64_t>(vhead * plan.key_parts + part) * (kCodewords * kPartWords) +
-                     (first_code + g + (lower ? 8 : 0)) * kPartWords + warp * kLookupLanes + t % 2 * 2;
+  float* const out = memory.tables + first_row * of_row +
+                     static_cast<int64_t>(vhead * plan.key_parts + part) * (kCodewords * kPartWords) + first_code * kPartWords;
 #pragma unroll 1
   for (int code = 0; code < work.table_codes; code += 16) {
     if (code > 0) load(code);
     const __half* from = queries + g * pitch + of_head + 8 * t;
-    float* to = out + code * kPartWords;
 #pragma unroll 1
-    for (int row = 0; row < rows; ++row) {
-      float sums[2][4] = {};
+    for (int begin = 0; begin < rows; begin += kTogetherRows) {
+      const int here = min(kTogetherRows, rows - begin);
+#pragma unroll 1
+      for (int row = 0; row < here; ++row) {
+        float sums[2][4] = {};
 #pragma unroll
-      for (int k = 0; k < Chunks; ++k) {
-        uint4 b = make_uint4(0, 0, 0, 0);
-        if (Exact || 32 * k + 8 * t < plan.key_width) b = *reinterpret_cast<const uint4*>(from + 32 * k);
-        multiply(sums[0], a[2 * k], b.x, b.y);
-        multiply(sums[1], a[2 * k + 1], b.z, b.w);
-      }
-      // Columns 2 t: lanes t < 2 have sums with `high`, the others with `low` of the same heads. Those end with code g, these
-      // with g + 8.
-      float kept[2];
+        for (int k = 0; k < Chunks; ++k) {
+          uint4 b = make_uint4(0, 0, 0, 0);
+          if (Exact || 32 * k + 8 * t < plan.key_width) b = *reinterpret_cast<const uint4*>(from + 32 * k);
+          multiply(sums[0], a[2 * k], b.x, b.y);
+          multiply(sums[1], a[2 * k + 1], b.z, b.w);
+        }
+        // Columns 2 t: lanes t < 2 have sums with `high`, the others with `low` of the same heads. Those end with code g, these
+        // with g + 8.
+        float kept[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float x = sums[0][i] + sums[1][i], y = sums[0][2 + i] + sums[1][2 + i];
-        kept[i] = (lower ? y : x) + __shfl_xor_sync(~0u, lower ? x : y, 2);
+        for (int i = 0; i < 2; ++i) {
+          const float x = sums[0][i] + sums[1][i], y = sums[0][2 + i] + sums[1][2 + i];
+          kept[i] = (lower ? y : x) + __shfl_xor_sync(~0u, lower ? x : y, 2);
+        }
+        gather[row * (16 * kPartWords / 2)] = make_float2(kept[0], kept[1]);
+        from += 2 * kLookupLanes * pitch;
       }
-      __stcg(reinterpret_cast<float2*>(to), make_float2(kept[0], kept[1]));
-      from += 2 * kLookupLanes * pitch;
-      to += of_row;
+      __syncthreads();
+      for (int i = thread; i < here * (16 * kPartSlots); i += kThreads) {
+        const int row = i / (16 * kPartSlots), at = i % (16 * kPartSlots), of_code = at / kPartSlots, of_slot = at % kPartSlots;
+        __stcg(reinterpret_cast<float4*>(out + (begin + row) * of_row + code * kPartWords) + at,
+               reinterpret_cast<const float4*>(gathered)[row * (16 * kPartSlots) + of_code * kPartSlots + (of_slot ^ of_code % 8)]);
+      }
+      __syncthreads();
     }
   }
 }
@@ -172,21 +193,19 @@ __global__ void __launch_bounds__(kThreads, Chunks == 4 ? 3 : 2)
                    const __grid_constant__ LookupPlan plan, LookupMemory memory, const __grid_constant__ Work work) {
   int block = blockIdx.x;
   let_next_begin();
-  if (block < work.tables) {
-    fill_tables<Chunks, Exact, Alone>(layer, call, plan, memory, work, block);
-    return;  // it waited
-  }
-  block -= work.tables;
-  if (block >= work.centers) {
-    block -= work.centers;
+  if (block < work.exact) {
     if (!work.wide_exact) attend_exact<kLookupLanes>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
     else if (call.dtype == GSRQ_F16) attend_exact_wide<true>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
     else attend_exact_wide<false>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+  } else if (block < work.exact + work.centers) {
+    block -= work.exact;
+    if (work.full) score_center<true, Alone>(layer, call, plan.head, memory, work.center, block);
+    else if (Alone || work.with_offsets) score_center<false, Alone>(layer, call, plan.head, memory, work.center, block);
+    else score_center_plain(layer, call, memory, work.center, block);
+  } else {
+    fill_tables<Chunks, Exact, Alone>(layer, call, plan, memory, work, block - work.exact - work.centers);
+    return;  // it waited
   }
-  else if (work.full) score_center<true, Alone>(layer, call, plan.head, memory, work.vheads, work.stretches, block);
-  else if (Alone || work.with_offsets)
-    score_center<false, Alone>(layer, call, plan.head, memory, work.vheads, work.stretches, block);
-  else score_center_plain(layer, call, memory, work.vheads, work.stretches, block);
   wait_for_previous();  // also where there was nothing to do
 }
 
@@ -243,9 +262,11 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   work.splits = exact_splits(layer);
   // The queries that a block needs are turned once for all of its stretches.
   const int64_t stretches = (memory.padded + kCenterTokens - 1) / kCenterTokens;
-  const int64_t of_stretch = (vheads + kCenterHeads - 1) / kCenterHeads * batch;
+  const bool alone = batch <= kAloneRows && work.with_offsets;
+  const int center_heads = alone ? kFewCenterHeads : kCenterHeads;
+  const int64_t of_stretch = (vheads + center_heads - 1) / center_heads * batch;
   const int64_t together = std::min(stretches, (stretches * of_stretch + kCenterBlocks - 1) / kCenterBlocks);
-  work.stretches = static_cast<int>(together);
+  work.center = {work.vheads, center_heads, static_cast<int>(together)};
   const int64_t centers = (stretches + together - 1) / together * of_stretch;
   const int64_t tables =
       kCodewords / work.table_codes * plan.key_parts * vheads * ((batch + kTableRows - 1) / kTableRows);
@@ -256,9 +277,9 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   work.centers = static_cast<int>(centers);
   work.exact = static_cast<int>(exact);
   const int table_rows = static_cast<int>(std::min<int64_t>(batch, kTableRows));
-  const int table_bytes = 2 * table_rows * 2 * kLookupLanes * (d + kPadHalves);
+  const int table_bytes = 2 * table_rows * 2 * kLookupLanes * (d + kPadHalves) +
+                          4 * std::min(table_rows, kTogetherRows) * 16 * kPartWords;
   const int bytes = std::max({table_bytes, work.with_offsets ? kCenterBytes : 0, exact_bytes(d)});
-  const bool alone = batch <= kAloneRows && work.with_offsets;
   const PrepareKernel kernel = alone ? prepare_of<true>(plan) : prepare_of<false>(plan);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("prepare_lookup");
