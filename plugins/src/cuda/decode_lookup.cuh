@@ -25,6 +25,7 @@ struct LookupPlan {
   int key_slots, key_parts, value_parts, key_width;
   uint32_t key_inverse, value_inverse;  // 2^16 / parts, rounded up: exact for the pieces of a warp
   int threads;
+  int table_buffers;  // 2: there is room for the next item's table
   int shared_bytes;
 };
 
