@@ -8,7 +8,7 @@
 namespace gsrq::cuda::decoding {
 
 constexpr int kPrepareThreads = 256;
-constexpr int kCenterTokens = kPrepareThreads / 32 * kCenterTiles * 16, kCenterHeads = 8, kFewCenterHeads = 4;
+constexpr int kCenterTokens = kPrepareThreads / 32 * kCenterTiles * 16, kCenterHeads = 8;
 constexpr float kCenterMargin = 1.25f;  // what a table may be off from rotations, and rounding, beside the bound
 static_assert(kPrepareThreads / 32 == kCenterHeads, "a warp turns the queries of one vhead");
 
@@ -16,25 +16,20 @@ static_assert(kPrepareThreads / 32 == kCenterHeads, "a warp turns the queries of
 constexpr int kCenterBytes = kCenterTiles * kCenterSteps * 32 * static_cast<int>(sizeof(uint4)) +
                              kCenterHeads * kCenterPairs * kLookupLanes * static_cast<int>(sizeof(float2));
 
-// How the work is cut into blocks: vheads in all and of one; stretches of kCenterTokens that it has, one after another.
-struct CenterWork {
-  int vheads, heads, stretches;
-};
-
 // What a block has: up to kCenterHeads vheads of a row, and some stretches of kCenterTokens.
 struct CenterBlock {
   int row, first_vhead, here;  // here: vheads
   int begin, end;              // coded tokens
   bool first;                  // of the row's tokens
   Range range;
-  __device__ CenterBlock(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, const CenterWork& work,
+  __device__ CenterBlock(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, int vheads, int stretches,
                          int block)
       : range{} {
-    const int tokens = work.stretches * kCenterTokens, pieces = static_cast<int>((memory.padded + tokens - 1) / tokens);
-    const int groups = (work.vheads + work.heads - 1) / work.heads;
+    const int tokens = stretches * kCenterTokens, pieces = static_cast<int>((memory.padded + tokens - 1) / tokens);
+    const int groups = (vheads + kCenterHeads - 1) / kCenterHeads;
     row = block / (pieces * groups);
-    first_vhead = block / pieces % groups * work.heads;
-    here = min(work.heads, work.vheads - first_vhead);
+    first_vhead = block / pieces % groups * kCenterHeads;
+    here = min(kCenterHeads, vheads - first_vhead);
     range = coded_range(layer, call, row);
     first = block % pieces == 0;
     begin = block % pieces * tokens;
@@ -102,12 +97,11 @@ __device__ inline void turn_center(const gsrq_layer& layer, const gsrq_call& cal
 // Full: half_rope is kCenterPairs, and pairs of cosines and sines are aligned. Alone: no launch has turned the queries.
 template <bool Full, bool Alone>
 __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const LookupMemory& memory,
-                             const CenterWork& work, int block) {
+                             int vheads, int stretches, int block) {
   constexpr int kPairs = 2;  // of vheads that are scored together
   constexpr int kThreads = kPrepareThreads;
   __shared__ __align__(8) float inverses[kCenterHeads * kLookupLanes];  // of units
-  const CenterBlock own(layer, call, memory, work, block);
-  const int vheads = work.vheads;
+  const CenterBlock own(layer, call, memory, vheads, stretches, block);
   if (own.begin >= own.end) return;
   const int here = own.here, end = own.end, half = layer.half_rope;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -201,9 +195,8 @@ __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, con
 
 // The same for any rotary table, in float32: a thread a (token, head). A launch has turned the queries.
 __device__ inline void score_center_plain(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory,
-                                          const CenterWork& work, int block) {
-  const CenterBlock own(layer, call, memory, work, block);
-  const int vheads = work.vheads;
+                                          int vheads, int stretches, int block) {
+  const CenterBlock own(layer, call, memory, vheads, stretches, block);
   if (own.begin >= own.end) return;
   const int half = layer.half_rope, here = own.here, pairs = drift_pairs(layer);
   wait_for_previous();

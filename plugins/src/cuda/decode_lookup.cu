@@ -40,11 +40,9 @@ bool make_lookup_plan(const gsrq_layer& layer, int most_shared, LookupPlan* out)
   b.stride = kPartWords;
   const int parts = p.key_parts + p.value_parts;
   for (p.threads = kManyThreads; p.threads >= kFewThreads; p.threads /= 2) {
-    for (p.table_buffers = 2; p.table_buffers > 0; --p.table_buffers) {
-      p.shared_bytes = parts * (kPartBytes + 2 * p.threads * kPartSlots) + (p.table_buffers - 1) * p.key_parts * kPartBytes;
-      *out = p;
-      if (p.shared_bytes + kFixedShared <= most_shared) return true;
-    }
+    p.shared_bytes = parts * (kPartBytes + 2 * p.threads * kPartSlots);
+    *out = p;
+    if (p.shared_bytes + kFixedShared <= most_shared) return true;
   }
   return false;
 }
@@ -82,7 +80,7 @@ struct Codes {
 __device__ inline Codes codes_of(const gsrq_call& call, const gsrq_codebook& book, const int8_t* codes, int kv_head,
                                  int head_dim, int slots, int parts, int64_t first_row) {
   Codes c;
-  const int64_t first = static_cast<uint32_t>(kv_head * head_dim) / static_cast<uint32_t>(book.width) * book.stages;
+  const int64_t first = static_cast<int64_t>(kv_head) * head_dim / book.width * book.stages;
   c.row_bytes = static_cast<uint32_t>(book.groups * book.stages);
   c.slots = slots;
   c.parts = parts;
@@ -182,287 +180,212 @@ __device__ __noinline__ float4 capped(float4 x, float cap) {
   return make_float4(one(x.x), one(x.y), one(x.z), one(x.w));
 }
 
-// What a block has of one (row, vhead).
-struct Item {
+// What an item is and has gathered, in shared memory: registers are scarce.
+struct ItemState {
   Codes keys, values;
-  const char* table;
   const void* center;
-  int64_t partial;    // of all items' in the line's order
+  int64_t partial;  // of all items' in the line's order
   float4 unit, rest;  // of the center's scores where they are fixed
-  int row, first_row;  // first_row: of the row's coded tokens
-  int count, rounds;   // tokens; 0 past the last item
-  bool begins, ends;   // it has the row's first tokens, its last
-};
-
-// In shared memory: registers are scarce.
-struct LookupState {
-  Item items[2];  // this one and the next
-  Cursor cursor;  // at the latter
-  float4 now;     // reference (log2) of the window
+  float4 now;  // reference (log2) of the window
   float maxima[kManyThreads / 32][kLookupLanes];  // of the warps' scores in a round
   float reference[kLookupLanes], sum[kLookupLanes];  // of the windows that were flushed
   uint32_t window[kLookupLanes];                     // sum of the window's weights
 };
 
-// What the cursor stands at, by one thread.
-__device__ __forceinline__ void describe(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan,
-                                      const LookupMemory& memory, const Cursor& cursor, int vheads, int threads, Item* out) {
-  if (cursor.done()) {
-    out->rounds = 0;
-    return;
-  }
-  const int kv_head = cursor.vhead / plan.head.parts, row = cursor.row;
-  const int64_t item = static_cast<int64_t>(row) * vheads + cursor.vhead;
-  const Range range = coded_range(layer, call, row);
-  const int begin = cursor.first * kChunk, count = min(cursor.stop * kChunk, range.count) - begin;
-  const int first_row = range.first - layer.sinks + begin;
-  const int64_t linear_row = row * call.capacity + first_row;
-  out->keys =
-      codes_of(call, layer.keys, call.key_codes, kv_head, layer.head_dim, plan.key_slots, plan.key_parts, linear_row);
-  out->values =
-      codes_of(call, layer.values, call.value_codes, kv_head, layer.head_dim, plan.head.slots, plan.value_parts, linear_row);
-  out->table = reinterpret_cast<const char*>(memory.tables) + item * plan.key_parts * kPartBytes;
-  out->center = static_cast<const char*>(memory.center) +
-                (item * memory.padded + begin) * static_cast<int64_t>(memory.fixed ? sizeof(uint2) : sizeof(float4));
-  out->partial = static_cast<int64_t>(cursor.vhead) * call.batch + row + blockIdx.x;
-  out->begins = cursor.first == 0;
-  out->ends = begin + count == range.count;
-  out->row = row;
-  out->first_row = first_row;
-  out->count = count;
-  out->rounds = (count + threads - 1) / threads;
-}
-
-// The center's units of what the cursor stands at, which the launch before has written; by one thread.
-__device__ inline void read_units(const LookupMemory& memory, const Cursor& cursor, int vheads, Item* out) {
-  if (cursor.done()) return;
-  const int64_t item = static_cast<int64_t>(cursor.row) * vheads + cursor.vhead;
-  out->unit = __ldg(reinterpret_cast<const float4*>(memory.unit) + item);
-  out->rest = __ldg(reinterpret_cast<const float4*>(memory.rest) + item);
-}
-
-// Simple: a linear cache whose codes lie in pieces of 8 bytes. Whole: and a token has 16 key and 8 value slots, which a thread
-// copies for itself.
-template <bool Simple, int Threads, bool Whole>
+// Simple: a linear cache whose codes lie in pieces of 8 bytes.
+template <bool Simple, int Threads>
 __global__ void __launch_bounds__(Threads, 1)
     lookup_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int even) {
-  __shared__ LookupState state;
+  __shared__ ItemState state;
   let_next_begin();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int key_parts = Whole ? 2 : plan.key_parts, value_parts = Whole ? 1 : plan.value_parts;
-  char* const tables = shared_memory;                                        // [buffers][key parts][256][8 slots][4 heads] float
-  char* const bins = tables + plan.table_buffers * key_parts * kPartBytes;  // [value parts][256][8 slots][4 heads] uint32
-  uint2* const staged = reinterpret_cast<uint2*>(bins + value_parts * kPartBytes);  // [2][parts][threads]; whole: [2], [threads][2] keys, [threads]
+  const int key_parts = plan.key_parts, value_parts = plan.value_parts;
+  char* const tables = shared_memory;                  // [key parts][256][8 slots][4 heads] float
+  char* const bins = tables + key_parts * kPartBytes;  // [value parts][256][8 slots][4 heads] uint32
+  uint2* const staged = reinterpret_cast<uint2*>(bins + value_parts * kPartBytes);  // [2][parts][threads]
   const int stage = (key_parts + value_parts) * Threads;
   // The eight lanes that read 16 bytes together differ in the slot; all that add together in slot or head.
   const int key_turn = lane % kPartSlots, value_turn = lane / kLookupLanes, head_turn = lane % kLookupLanes;
   const auto selector = [](int turn) { return (0x3210u ^ 0x1111u * (turn & 3)) ^ (turn & 4 ? 0x4444u : 0); };
-  const uint32_t tables_at = static_cast<uint32_t>(__cvta_generic_to_shared(tables));
+  const uint32_t table_at = static_cast<uint32_t>(__cvta_generic_to_shared(tables)) + key_turn * 16;
   const uint32_t bins_at = static_cast<uint32_t>(__cvta_generic_to_shared(bins)) + value_turn * 16 + head_turn * 4;
   const uint32_t staged_at = static_cast<uint32_t>(__cvta_generic_to_shared(staged));
-  const int other_buffer = (plan.table_buffers - 1) * key_parts * kPartBytes;  // 0 where there is one
 
-  if (warp == 0) {
-    const Line line = line_of(layer, call, vheads, gridDim.x, even);
-    Cursor cursor{};
-    cursor.start(layer, call, line, blockIdx.x);
-    if (thread == 0) {
-      state.cursor = cursor;
-      describe(layer, call, plan, memory, cursor, vheads, Threads, &state.items[0]);
-    }
-  }
-  // A flush zeroes bins again. (Codes past the last slot may be any.)
+  // Slots past the last stay 0; a flush zeroes bins again.
   for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads)
     reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
-  if (thread < kLookupLanes) {
-    state.reference[thread] = kNone;
-    state.sum[thread] = 0;
-    state.window[thread] = 0;
-  }
-  __syncthreads();
-
-  int k = 0;        // of the two items, this one
-  int parity = 0;   // of the step: which half of `staged` has its codes
-  int buffer = 0;   // bytes before this item's table
-  const auto fetch = [&](const Item& item, const Codes& codes, const gsrq_codebook& book, int parts, uint32_t inverse, int round,
-                         int half, int first_part) {
-    const int first = round * Threads + warp * 32, tokens = item.count - first;
-    if (Whole) {
-      const int8_t* const from = codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first + lane)) * codes.row_bytes;
-      uint2* const to = staged + half * stage;
-      if (lane < tokens) {
-        if (first_part == 0) copy_async(to + 2 * thread, from, true);
-        else copy_words(to + 2 * Threads + thread, from);
-      }
-      return;
+  for (int i = thread; i < stage; i += Threads)
+    reinterpret_cast<uint4*>(staged)[i] = make_uint4(0, 0, 0, 0);
+  const Line line = line_of(layer, call, vheads, gridDim.x, even);
+  Cursor cursor{};
+  cursor.start(layer, call, line, blockIdx.x);
+  for (; !cursor.done(); cursor.next(layer, call)) {
+    const int kv_head = cursor.vhead / plan.head.parts, row = cursor.row;
+    const int64_t item = static_cast<int64_t>(row) * vheads + cursor.vhead;
+    const Range range = coded_range(layer, call, row);
+    const int begin = cursor.first * kChunk, count = min(cursor.stop * kChunk, range.count) - begin;
+    const int rounds = (count + Threads - 1) / Threads, first_row = range.first - layer.sinks + begin;
+    const int64_t linear_row = row * call.capacity + first_row;
+    if (thread == 0) {
+      state.keys =
+          codes_of(call, layer.keys, call.key_codes, kv_head, layer.head_dim, plan.key_slots, key_parts, linear_row);
+      state.values =
+          codes_of(call, layer.values, call.value_codes, kv_head, layer.head_dim, plan.head.slots, value_parts, linear_row);
+      state.center = static_cast<const char*>(memory.center) +
+                     (item * memory.padded + begin) * static_cast<int64_t>(memory.fixed ? sizeof(uint2) : sizeof(float4));
+      state.partial = static_cast<int64_t>(cursor.vhead) * call.batch + row + blockIdx.x;
     }
-    if (tokens <= 0) return;
-    const int to = half * stage + first_part * Threads + warp * 32;
-    if (Simple) {
-      const uint32_t row_bytes = book.groups * book.stages;
-      fetch_pieces<Threads>(codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first)) * row_bytes, row_bytes, parts,
-                            inverse, tokens, lane, staged_at + to * kPartSlots);
-    } else if (call.block_table == nullptr)
-      fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) {
-        return codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first + i)) * codes.row_bytes;
-      });
-    else
-      fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) {
-        return codes.base + code_row(call, item.row, item.first_row + first + i) * codes.row_bytes;
-      });
-  };
-  const auto fetch_keys = [&](const Item& item, int round, int half) {
-    fetch(item, item.keys, layer.keys, key_parts, plan.key_inverse, round, half, 0);
-  };
-  const auto fetch_values = [&](const Item& item, int round, int half) {
-    fetch(item, item.values, layer.values, value_parts, plan.value_inverse, round, half, key_parts);
-  };
-  const auto fetch_table = [&](const Item& item, int to) {
-    const char* const from = item.table;
-#pragma unroll 1
-    for (int i = thread; i < key_parts * kPartBytes / 16; i += Threads) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(tables_at + to + i * 16),
-                   "l"(from + i * 16)
-                   : "memory");
-    }
-  };
-  const auto load_center = [&](const Item& item, int token) {
-    if (token >= item.count) return make_float4(0, 0, 0, 0);
-    if (!memory.fixed) return __ldg(static_cast<const float4*>(item.center) + token);
-    const uint2 both = __ldg(static_cast<const uint2*>(item.center) + token);
-    return make_float4(__uint_as_float(both.x), __uint_as_float(both.y), 0, 0);
-  };
-
-  constexpr uint32_t kMostOfThread = (1ull << 32) / Threads - kLookupLargest;  // then no bin overflows
-  float score[kLookupLanes] = {};
-  uint32_t window_sum[kLookupLanes] = {};  // of the thread's tokens
-  bool flushed = false;
-  const auto look_up = [&](const Item& item, int round, int half, int table, float4 sum) {
-    const uint2* const codes = staged + half * stage + thread;
-    uint4 both = make_uint4(0, 0, 0, 0);
-    if (Whole) both = *reinterpret_cast<const uint4*>(codes + thread);
-    if (memory.fixed) {
-      const float4 unit = item.unit, rest = item.rest;
-      const uint32_t low = __float_as_uint(sum.x), high = __float_as_uint(sum.y);
-      const auto one = [](uint32_t word, uint32_t halves, float by, float beside) {  // above 2^23 + 2^15
-        return fmaf(__uint_as_float(__byte_perm(word, 0x4B000000, halves)) - kCenterZero, by, beside);
-      };
-      sum = make_float4(one(low, 0x7610, unit.x, rest.x), one(low, 0x7632, unit.y, rest.y),
-                        one(high, 0x7610, unit.z, rest.z), one(high, 0x7632, unit.w, rest.w));
-    }
-    const uint32_t table_at = tables_at + table + key_turn * 16;
-#pragma unroll
-    for (int p = 0; p < kMostParts; ++p) {
-      if (p >= key_parts) break;
-      const uint32_t at = opaque(table_at);
-      const uint2 own = !Whole ? codes[p * Threads] : p == 0 ? make_uint2(both.x, both.y) : make_uint2(both.z, both.w);
-      each_slot(turned(own, selector(key_turn)), [&](uint32_t code, int a) {
-        const float4 v = load_shared((at ^ (a * 16)) + code + p * kPartBytes);
-        sum.x += v.x;
-        sum.y += v.y;
-        sum.z += v.z;
-        sum.w += v.w;
-      });
-    }
-    if (layer.softcap > 0) sum = capped(sum, layer.softcap);
-    const bool real = round * Threads + thread < item.count;
-    score[0] = real ? sum.x : kNone;
-    score[1] = real ? sum.y : kNone;
-    score[2] = real ? sum.z : kNone;
-    score[3] = real ? sum.w : kNone;
-  };
-
-  // Adds the window's bins, as floats, to those of the item's earlier windows, and zeroes them; ends: it is the item's last
-  // window. All threads call it together, their adds done. Ends with them in step.
-  const auto flush = [&](const Item& item, bool ends) {
-    float4* const totals = reinterpret_cast<float4*>(memory.parts.bins) + item.partial * value_parts * (kPartBytes / 16);
-    const float4 window = state.now;
-    const float reference[kLookupLanes] = {window.x, window.y, window.z, window.w};
-    float kept[kLookupLanes], added[kLookupLanes];
-#pragma unroll
-    for (int h = 0; h < kLookupLanes; ++h) {
-      const float before = state.reference[h], most = fmaxf(before, reference[h]);
-      kept[h] = before == kNone ? 0.0f : exp2_fast(before - most);
-      added[h] = reference[h] == kNone ? 0.0f : exp2_fast(reference[h] - most - kLookupBits);
-      const uint32_t sum = __reduce_add_sync(~0u, window_sum[h]);
-      if (lane == h) atomicAdd(&state.window[h], sum);
-      window_sum[h] = 0;
-    }
-#pragma unroll 1
-    for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads) {
-      const BinPlace place = bin_place(i);
-      uint4* const bin = reinterpret_cast<uint4*>(bins) + place.shared;
-      float4* const sum = totals + place.memory;
-      const uint4 u = *bin;
-      float4 total = make_float4(0, 0, 0, 0);
-      if (flushed) total = __ldcg(sum);
-      total.x = total.x * kept[0] + static_cast<float>(u.x) * added[0];
-      total.y = total.y * kept[1] + static_cast<float>(u.y) * added[1];
-      total.z = total.z * kept[2] + static_cast<float>(u.z) * added[2];
-      total.w = total.w * kept[3] + static_cast<float>(u.w) * added[3];
-      *bin = make_uint4(0, 0, 0, 0);
-      __stcg(sum, total);
+    if (thread < kLookupLanes) {
+      state.reference[thread] = kNone;
+      state.sum[thread] = 0;
+      state.window[thread] = 0;
     }
     __syncthreads();
-#pragma unroll
-    for (int h = 0; h < kLookupLanes; ++h)
-      if (thread == h) {
-        const float most = fmaxf(state.reference[h], reference[h]);
-        const float sum = state.sum[h] * kept[h] + static_cast<float>(state.window[h]) * added[h];
-        if (ends) memory.parts.state[item.partial * kLookupLanes + h] = make_float2(most, sum);
-        state.reference[h] = ends ? kNone : most;
-        state.sum[h] = ends ? 0.0f : sum;
-        state.window[h] = 0;
-      }
-    if (ends && thread == 0) {
-      int2* const owners = memory.owners + (item.partial - blockIdx.x);
-      if (item.begins) owners->x = blockIdx.x;
-      if (item.ends) owners->y = blockIdx.x;
-    }
-    __syncthreads();
-    flushed = !ends;
-  };
-
-  bool waited = false;
-  // A turn is a run of items of which each but the last is long enough for the next one's codes and table to come ahead.
+    const auto fetch = [&](const Codes& codes, const gsrq_codebook& book, int parts, uint32_t inverse, int round,
+                           int first_part) {
+      const int first = round * Threads + warp * 32, tokens = count - first;
+      if (tokens <= 0) return;
+      const int to = (round & 1) * stage + first_part * Threads + warp * 32;
+      if (Simple) {
+        const uint32_t row_bytes = book.groups * book.stages;
+        fetch_pieces<Threads>(codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first)) * row_bytes, row_bytes, parts,
+                              inverse, tokens, lane, staged_at + to * kPartSlots);
+      } else if (call.block_table == nullptr)
+        fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) {
+          return codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first + i)) * codes.row_bytes;
+        });
+      else
+        fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) {
+          return codes.base + code_row(call, row, first_row + first + i) * codes.row_bytes;
+        });
+    };
+    const auto fetch_keys = [&](int round) { fetch(state.keys, layer.keys, key_parts, plan.key_inverse, round, 0); };
+    const auto fetch_values = [&](int round) {
+      fetch(state.values, layer.values, value_parts, plan.value_inverse, round, key_parts);
+    };
+    fetch_keys(0);  // codes are older than the launch before
+    commit_async();
+    wait_for_previous();
+    {
+      const char* const from = reinterpret_cast<const char*>(memory.tables) + item * key_parts * kPartBytes;
+      const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(tables));
 #pragma unroll 1
-  while (state.items[k].rounds > 0) {
-    fetch_keys(state.items[k], 0, parity);  // codes are older than the launch before
+      for (int i = thread; i < key_parts * kPartBytes / 16; i += Threads) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 16),
+                     "l"(from + i * 16)
+                     : "memory");
+      }
+    }
     commit_async();
-    if (!waited) wait_for_previous();
-    waited = true;
-    fetch_table(state.items[k], buffer);
+    fetch_keys(1);
+    fetch_values(0);
     commit_async();
-    fetch_keys(state.items[k], 1, parity ^ 1);
-    fetch_values(state.items[k], 0, parity);
-    commit_async();
-    if (thread == 0) read_units(memory, state.cursor, vheads, &state.items[k]);
-    const float4 first_center = load_center(state.items[k], thread);
+    if (thread == 0) {
+      state.unit = __ldg(reinterpret_cast<const float4*>(memory.unit) + item);
+      state.rest = __ldg(reinterpret_cast<const float4*>(memory.rest) + item);
+    }
+    const auto load_center = [&](int token) {
+      if (token >= count) return make_float4(0, 0, 0, 0);
+      if (!memory.fixed) return __ldg(static_cast<const float4*>(state.center) + token);
+      const uint2 both = __ldg(static_cast<const uint2*>(state.center) + token);
+      return make_float4(__uint_as_float(both.x), __uint_as_float(both.y), 0, 0);
+    };
+    const float4 first_center = load_center(thread);
     wait_async<1>();
     __syncthreads();
-    look_up(state.items[k], 0, parity, buffer, first_center);
-    // In a step weights of a round are added, then the next one's scores are looked up; codes come for later.
-    bool joined = false;  // the step is the first of an item, and not of the turn
-#pragma unroll 1
-    for (int round = 0;; ++round) {
-      const int rounds = state.items[k].rounds;
-      const bool last = round + 1 == rounds;
-      // Whether the next item follows without a stop; known from the third step on, when it was described a step before.
-      const bool follows = round >= 2 && rounds >= 4 && state.items[k ^ 1].rounds >= 2;
-      __syncwarp();  // all lanes have read what is copied over
-      const int ahead = round + 2, beyond = ahead - rounds;
-      if (beyond < 0 || follows) fetch_keys(state.items[beyond < 0 ? k : k ^ 1], beyond < 0 ? ahead : beyond, parity);
-      if (!last || follows) fetch_values(state.items[last ? k ^ 1 : k], last ? 0 : round + 1, parity ^ 1);
-      if (round == 2 && follows && other_buffer > 0) fetch_table(state.items[k ^ 1], buffer ^ other_buffer);
-      if (round == 2 && state.items[k ^ 1].rounds == 0) {  // what the next launch reads
-        const char* const words = static_cast<const char*>(layer.values.codewords);
-        const int64_t bytes = static_cast<int64_t>(layer.kv_heads) * layer.head_dim * layer.values.stages * kCodewords * 2;
-        for (int64_t at = (static_cast<int64_t>(thread) * gridDim.x + blockIdx.x) * 128; at < bytes; at += static_cast<int64_t>(Threads) * gridDim.x * 128)
-          prefetch(words + at);
+    if (cursor.chunk + cursor.stop - cursor.first < cursor.end && row + 1 < call.batch) {
+      const char* const from = reinterpret_cast<const char*>(memory.tables) + (item + vheads) * key_parts * kPartBytes;
+      for (int i = thread * 128; i < key_parts * kPartBytes; i += Threads * 128) prefetch(from + i);  // the next item's
+    }
+    float score[kLookupLanes] = {};
+    const auto look_up = [&](int round, float4 sum) {
+      const uint2* const codes = staged + (round & 1) * stage + thread;
+      if (memory.fixed) {
+        const float4 unit = state.unit, rest = state.rest;
+        const uint32_t low = __float_as_uint(sum.x), high = __float_as_uint(sum.y);
+        const auto one = [](uint32_t word, uint32_t halves, float by, float beside) {  // above 2^23 + 2^15
+          return fmaf(__uint_as_float(__byte_perm(word, 0x4B000000, halves)) - kCenterZero, by, beside);
+        };
+        sum = make_float4(one(low, 0x7610, unit.x, rest.x), one(low, 0x7632, unit.y, rest.y),
+                          one(high, 0x7610, unit.z, rest.z), one(high, 0x7632, unit.w, rest.w));
       }
+#pragma unroll
+      for (int p = 0; p < kMostParts; ++p) {
+        if (p >= key_parts) break;
+        const uint32_t at = opaque(table_at);
+        each_slot(turned(codes[p * Threads], selector(key_turn)), [&](uint32_t code, int a) {
+          const float4 v = load_shared((at ^ (a * 16)) + code + p * kPartBytes);
+          sum.x += v.x;
+          sum.y += v.y;
+          sum.z += v.z;
+          sum.w += v.w;
+        });
+      }
+      if (layer.softcap > 0) sum = capped(sum, layer.softcap);
+      const bool real = round * Threads + thread < count;
+      score[0] = real ? sum.x : kNone;
+      score[1] = real ? sum.y : kNone;
+      score[2] = real ? sum.z : kNone;
+      score[3] = real ? sum.w : kNone;
+    };
+
+    constexpr uint32_t kMostOfThread = (1ull << 32) / Threads - kLookupLargest;  // then no bin overflows
+    uint32_t window_sum[kLookupLanes] = {};  // of the thread's tokens
+    bool flushed = false;
+    // Adds the window's bins, as floats, to those of the item's earlier windows, and zeroes them. All threads call it
+    // together, their adds done. Ends with them in step.
+    const auto flush = [&] {
+      float4* const totals = reinterpret_cast<float4*>(memory.parts.bins) + state.partial * value_parts * (kPartBytes / 16);
+      const float4 window = state.now;
+      const float reference[kLookupLanes] = {window.x, window.y, window.z, window.w};
+      float kept[kLookupLanes], added[kLookupLanes];
+#pragma unroll
+      for (int h = 0; h < kLookupLanes; ++h) {
+        const float before = state.reference[h], most = fmaxf(before, reference[h]);
+        kept[h] = before == kNone ? 0.0f : exp2_fast(before - most);
+        added[h] = reference[h] == kNone ? 0.0f : exp2_fast(reference[h] - most - kLookupBits);
+        const uint32_t sum = __reduce_add_sync(~0u, window_sum[h]);
+        if (lane == h) atomicAdd(&state.window[h], sum);
+        window_sum[h] = 0;
+      }
+#pragma unroll 1
+      for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads) {
+        const BinPlace place = bin_place(i);
+        uint4* const bin = reinterpret_cast<uint4*>(bins) + place.shared;
+        float4* const sum = totals + place.memory;
+        const uint4 u = *bin;
+        float4 total = make_float4(0, 0, 0, 0);
+        if (flushed) total = __ldcg(sum);
+        total.x = total.x * kept[0] + static_cast<float>(u.x) * added[0];
+        total.y = total.y * kept[1] + static_cast<float>(u.y) * added[1];
+        total.z = total.z * kept[2] + static_cast<float>(u.z) * added[2];
+        total.w = total.w * kept[3] + static_cast<float>(u.w) * added[3];
+        *bin = make_uint4(0, 0, 0, 0);
+        __stcg(sum, total);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int h = 0; h < kLookupLanes; ++h)
+        if (thread == h) {
+          state.sum[h] = state.sum[h] * kept[h] + static_cast<float>(state.window[h]) * added[h];
+          state.window[h] = 0;
+          state.reference[h] = fmaxf(state.reference[h], reference[h]);
+        }
+      __syncthreads();
+      flushed = true;
+    };
+
+    look_up(0, first_center);
+    // In step `round` weights of that round are added, then the next one's scores are looked up; codes come for later.
+#pragma unroll 1
+    for (int round = 0; round < rounds; ++round) {
+      __syncwarp();  // all lanes have read what is copied over
+      fetch_keys(round + 2);
+      fetch_values(round + 1);
       commit_async();
       wait_async<1>();
+      const int token = round * Threads + thread;
       float4 next;
       {
         float4 now = state.now;
@@ -471,8 +394,7 @@ __global__ void __launch_bounds__(Threads, 1)
         const uint32_t fullest = max(max(window_sum[0], window_sum[1]), max(window_sum[2], window_sum[3]));
         // All earlier adds are done.
         if (__syncthreads_or(exceeds || fullest > kMostOfThread)) {
-          if (round > 0 || joined) flush(state.items[joined ? k ^ 1 : k], joined);
-          joined = false;
+          if (round > 0) flush();
 #pragma unroll
           for (int h = 0; h < kLookupLanes; ++h) {
             const float most = largest(score[h]);
@@ -487,21 +409,8 @@ __global__ void __launch_bounds__(Threads, 1)
           if (thread == 0) state.now = now;
           __syncthreads();  // the next round reads it
         }
-        if (round == 0 && thread == 0) {  // the item before is done with
-          Cursor cursor = state.cursor;
-          cursor.next(layer, call);
-          state.cursor = cursor;
-          describe(layer, call, plan, memory, cursor, vheads, Threads, &state.items[k ^ 1]);
-        }
-        if (round == 1 && thread == 32) read_units(memory, state.cursor, vheads, &state.items[k ^ 1]);
-        __syncwarp();
-        if (last && follows && other_buffer == 0) {  // all have looked up what they need of the table
-          fetch_table(state.items[k ^ 1], buffer);
-          commit_async();
-        }
-        next = last ? (follows ? load_center(state.items[k ^ 1], thread) : make_float4(0, 0, 0, 0))
-                    : load_center(state.items[k], (round + 1) * Threads + thread);
-        if (round * Threads + thread < state.items[k].count) {
+        next = load_center(token + Threads);
+        if (token < count) {
           const float references[kLookupLanes] = {now.x, now.y, now.z, now.w};
           uint32_t weight[kLookupLanes];
 #pragma unroll
@@ -514,7 +423,7 @@ __global__ void __launch_bounds__(Threads, 1)
           const uint32_t w23 = head_turn & 1 ? weight[3] : weight[2], w32 = head_turn & 1 ? weight[2] : weight[3];
           const uint32_t own[kLookupLanes] = {head_turn & 2 ? w23 : w01, head_turn & 2 ? w32 : w10,
                                               head_turn & 2 ? w01 : w23, head_turn & 2 ? w10 : w32};
-          const uint2* const codes = staged + parity * stage + key_parts * Threads + thread;
+          const uint2* const codes = staged + (round & 1) * stage + key_parts * Threads + thread;
 #pragma unroll
           for (int p = 0; p < kMostParts; ++p) {
             if (p >= value_parts) break;
@@ -527,31 +436,21 @@ __global__ void __launch_bounds__(Threads, 1)
           }
         }
       }
-      if (last && follows && other_buffer == 0) {
-        wait_async<0>();
-        __syncthreads();
-      } else {
-        __syncwarp();
-      }
-      parity ^= 1;
-      if (last) {
-        k ^= 1;
-        buffer ^= other_buffer;
-        if (!follows) break;
-        joined = true;
-        round = -1;
-      }
-      look_up(state.items[k], round + 1, parity, buffer, next);
+      __syncwarp();
+      if (round + 1 < rounds) look_up(round + 1, next);
     }
     __syncthreads();
-    flush(state.items[k ^ 1], true);
+    flush();
+    if (thread < kLookupLanes)
+      memory.parts.state[state.partial * kLookupLanes + thread] = make_float2(state.reference[thread], state.sum[thread]);
+    __syncwarp();  // before the next item's
   }
-  if (!waited) wait_for_previous();
+  wait_for_previous();  // also where there was nothing to do
 }
 
 template <int Threads>
 auto lookup_of(bool simple) {
-  return simple ? lookup_kernel<true, Threads, false> : lookup_kernel<false, Threads, false>;
+  return simple ? lookup_kernel<true, Threads> : lookup_kernel<false, Threads>;
 }
 
 // Blocks that run at once on the current device and the shared memory that one may have.
@@ -591,7 +490,6 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
       workspace.take<float>(rows * plan.head.slots * value_splits(call, plan.head) * kLookupLanes * plan.head.width);
   m.parts.exact = workspace.take<float>(rows * exact_splits(layer) * kLookupLanes * d);
   m.parts.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
-  m.owners = workspace.take<int2>(rows);
   m.high = workspace.take<__half>(rows * kLookupLanes * d);
   m.low = workspace.take<__half>(rows * kLookupLanes * d);
   m.drifts = workspace.take<float2>(rows * drift_count(layer));
@@ -641,9 +539,7 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     };
     const bool simple = call.block_table == nullptr && in_pieces(layer.keys, plan.key_slots) &&
                         in_pieces(layer.values, plan.head.slots);
-    const bool whole = simple && plan.threads == kManyThreads && plan.key_slots == 16 && plan.head.slots == 8;
-    const auto kernel = whole                          ? lookup_kernel<true, kManyThreads, true>
-                        : plan.threads == kManyThreads ? lookup_of<kManyThreads>(simple)
+    const auto kernel = plan.threads == kManyThreads ? lookup_of<kManyThreads>(simple)
                         : plan.threads == kFewThreads ? lookup_of<kFewThreads>(simple)
                                                       : lookup_of<kManyThreads / 2>(simple);
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) != cudaSuccess)
@@ -652,7 +548,7 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
            even);
     if (launched("lookup_kernel")) return 1;
   }
-  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, even, memory.padded > 0, true, memory.owners}, memory.padded == 0,
+  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, even, memory.padded > 0, true}, memory.padded == 0,
                  stream);
 }
 

@@ -25,13 +25,11 @@ struct LookupPlan {
   int key_slots, key_parts, value_parts, key_width;
   uint32_t key_inverse, value_inverse;  // 2^16 / parts, rounded up: exact for the pieces of a warp
   int threads;
-  int table_buffers;  // 2: there is room for the next item's table
   int shared_bytes;
 };
 
 struct LookupMemory {
   Memory parts;           // what blocks leave to combine()
-  int2* owners;           // [vheads][batch]: the first and the last block that had some of a row with coded tokens
   __half *high, *low;     // [batch][vheads][4 heads][head_dim]: turned and scaled queries = high + low
   float2* drifts;         // [batch][vheads][drift_count]: u and v of q . RoPE_t(m) = sum of u cos(t) + v sin(t)
   float* tables;          // [batch][vheads][key parts][256][8 slots][4 heads]: query times codeword

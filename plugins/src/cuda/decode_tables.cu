@@ -21,9 +21,8 @@ static_assert(kThreads == kCombineThreads, "exact tokens are attended to here");
 
 // Blocks of each kind, in their order, and what one of them takes.
 struct Work {
-  int exact, centers, tables;
-  int table_codes, splits, vheads;
-  CenterWork center;
+  int tables, centers, exact;
+  int table_codes, stretches, splits, vheads;  // stretches: of kCenterTokens
   bool with_offsets, full, wide_exact;
 };
 
@@ -193,19 +192,19 @@ __global__ void __launch_bounds__(kThreads, Chunks == 4 ? 3 : 2)
                    const __grid_constant__ LookupPlan plan, LookupMemory memory, const __grid_constant__ Work work) {
   int block = blockIdx.x;
   let_next_begin();
-  if (block < work.exact) {
-    if (!work.wide_exact) attend_exact<kLookupLanes>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
-    else if (call.dtype == GSRQ_F16) attend_exact_wide<true>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
-    else attend_exact_wide<false>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
-  } else if (block < work.exact + work.centers) {
-    block -= work.exact;
-    if (work.full) score_center<true, Alone>(layer, call, plan.head, memory, work.center, block);
-    else if (Alone || work.with_offsets) score_center<false, Alone>(layer, call, plan.head, memory, work.center, block);
-    else score_center_plain(layer, call, memory, work.center, block);
-  } else {
-    fill_tables<Chunks, Exact, Alone>(layer, call, plan, memory, work, block - work.exact - work.centers);
+  if (block < work.tables) {
+    fill_tables<Chunks, Exact, Alone>(layer, call, plan, memory, work, block);
     return;  // it waited
   }
+  block -= work.tables;
+  if (block >= work.centers && work.wide_exact)
+    attend_exact_wide(layer, call, plan.head, memory.parts, work.vheads, work.splits, block - work.centers);
+  else if (block >= work.centers)
+    attend_exact<kLookupLanes>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block - work.centers);
+  else if (work.full) score_center<true, Alone>(layer, call, plan.head, memory, work.vheads, work.stretches, block);
+  else if (Alone || work.with_offsets)
+    score_center<false, Alone>(layer, call, plan.head, memory, work.vheads, work.stretches, block);
+  else score_center_plain(layer, call, memory, work.vheads, work.stretches, block);
   wait_for_previous();  // also where there was nothing to do
 }
 
@@ -262,11 +261,9 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   work.splits = exact_splits(layer);
   // The queries that a block needs are turned once for all of its stretches.
   const int64_t stretches = (memory.padded + kCenterTokens - 1) / kCenterTokens;
-  const bool alone = batch <= kAloneRows && work.with_offsets;
-  const int center_heads = alone ? kFewCenterHeads : kCenterHeads;
-  const int64_t of_stretch = (vheads + center_heads - 1) / center_heads * batch;
+  const int64_t of_stretch = (vheads + kCenterHeads - 1) / kCenterHeads * batch;
   const int64_t together = std::min(stretches, (stretches * of_stretch + kCenterBlocks - 1) / kCenterBlocks);
-  work.center = {work.vheads, center_heads, static_cast<int>(together)};
+  work.stretches = static_cast<int>(together);
   const int64_t centers = (stretches + together - 1) / together * of_stretch;
   const int64_t tables =
       kCodewords / work.table_codes * plan.key_parts * vheads * ((batch + kTableRows - 1) / kTableRows);
@@ -280,6 +277,7 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   const int table_bytes = 2 * table_rows * 2 * kLookupLanes * (d + kPadHalves) +
                           4 * std::min(table_rows, kTogetherRows) * 16 * kPartWords;
   const int bytes = std::max({table_bytes, work.with_offsets ? kCenterBytes : 0, exact_bytes(d)});
+  const bool alone = batch <= kAloneRows && work.with_offsets;
   const PrepareKernel kernel = alone ? prepare_of<true>(plan) : prepare_of<false>(plan);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("prepare_lookup");
