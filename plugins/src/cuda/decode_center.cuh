@@ -94,8 +94,8 @@ __device__ inline void turn_center(const gsrq_layer& layer, const gsrq_call& cal
 // A warp takes 128 tokens: their offsets from the first are constant, so the matrix of their cosines and sines, as float16, lies
 // in shared memory, and the first token's row turns u and v. A product's columns are the heads of two vheads; two products share
 // a read of the matrix.
-// Full: half_rope is kCenterPairs, and pairs of cosines and sines are aligned. Alone: no launch has turned the queries.
-template <bool Full, bool Alone>
+// Full: half_rope is kCenterPairs, and pairs of cosines and sines are aligned.
+template <bool Full>
 __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const LookupMemory& memory,
                              int vheads, int stretches, int block) {
   constexpr int kPairs = 2;  // of vheads that are scored together
@@ -109,21 +109,8 @@ __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, con
   uint4* const offsets = reinterpret_cast<uint4*>(shared_memory);  // [tiles][steps][32]
   float2* const drifts = reinterpret_cast<float2*>(offsets + kCenterTiles * kCenterSteps * 32);  // [vheads][pairs * 4]
   for (int i = thread; i < kCenterTiles * kCenterSteps * 32; i += kThreads) copy_async(offsets + i, memory.offsets + i, true);
-  const int used = here * kCenterPairs * kLookupLanes / 2;
-  if (Alone) {
-    commit_async();
-    turn_center(layer, call, plan, memory, own, vheads, drifts, inverses);
-  } else {
-    wait_for_previous();
-    const float4* const from = reinterpret_cast<const float4*>(memory.drifts + item * kCenterPairs * kLookupLanes);
-    for (int i = thread; i < kCenterHeads * kCenterPairs * kLookupLanes / 2; i += kThreads)
-      copy_async(reinterpret_cast<float4*>(drifts) + i, from + (i < used ? i : 0), i < used);  // zeros past them
-    commit_async();
-    if (thread < here * kLookupLanes) {
-      const float unit = __ldg(memory.unit + item * kLookupLanes + thread);
-      inverses[thread] = unit > 0 ? 1 / unit : 0.0f;
-    }
-  }
+  commit_async();
+  turn_center(layer, call, plan, memory, own, vheads, drifts, inverses);
   wait_async<0>();
   __syncthreads();
   // Columns 2 t and 2 t + 1: heads of vhead t / 2 of the two. An even lane writes all heads of token g, its neighbour of g + 8.
@@ -190,26 +177,6 @@ __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, con
         }
       }
     }
-  }
-}
-
-// The same for any rotary table, in float32: a thread a (token, head). A launch has turned the queries.
-__device__ inline void score_center_plain(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory,
-                                          int vheads, int stretches, int block) {
-  const CenterBlock own(layer, call, memory, vheads, stretches, block);
-  if (own.begin >= own.end) return;
-  const int half = layer.half_rope, here = own.here, pairs = drift_pairs(layer);
-  wait_for_previous();
-  for (int i = threadIdx.x; i < (own.end - own.begin) * here * kLookupLanes; i += kPrepareThreads) {
-    const int h = i % kLookupLanes, v = i / kLookupLanes % here, token = own.begin + i / (kLookupLanes * here);
-    const int64_t at = static_cast<int64_t>(own.range.first + token) * half;
-    const int64_t item = static_cast<int64_t>(own.row) * vheads + own.first_vhead + v;
-    float sum = memory.rest[item * kLookupLanes + h];
-    for (int p = 0; p < half; ++p) {
-      const float2 x = memory.drifts[item * pairs * kLookupLanes + drift_at(p, h)];
-      sum += x.x * __ldg(layer.cos + at + p) + x.y * __ldg(layer.sin + at + p);
-    }
-    static_cast<float*>(memory.center)[(item * memory.padded + token) * kLookupLanes + h] = sum;
   }
 }
 

@@ -168,6 +168,12 @@ __device__ inline BinPlace bin_place(int i) {
   return {part + code * kPartSlots + slot, part + slot * kCodewords + code};
 }
 
+// Entry i of a table in shared memory, [part][code][slot], in memory where it lies by slot.
+__device__ inline int by_slot(int i) {
+  constexpr int kPart = kCodewords * kPartSlots;
+  return i / kPart * kPart + i % kPartSlots * kCodewords + i % kPart / kPartSlots;
+}
+
 // Of a warp.
 __device__ inline float largest(float x) {
 #pragma unroll
@@ -273,7 +279,7 @@ __global__ void __launch_bounds__(Threads, 1)
 #pragma unroll 1
       for (int i = thread; i < key_parts * kPartBytes / 16; i += Threads) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 16),
-                     "l"(from + i * 16)
+                     "l"(from + (memory.by_slot ? by_slot(i) : i) * 16)
                      : "memory");
       }
     }
@@ -492,7 +498,7 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
   m.parts.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
   m.high = workspace.take<__half>(rows * kLookupLanes * d);
   m.low = workspace.take<__half>(rows * kLookupLanes * d);
-  m.drifts = workspace.take<float2>(rows * drift_count(layer));
+  m.drifts = workspace.take<float2>(rows * kLookupLanes * std::max(layer.half_rope, kCenterPairs));
   m.tables = workspace.take<float>(rows * plan.key_parts * (kPartBytes / 4));
   m.padded = (gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block) + 63) / 64 * 64;
   m.fixed = center_is_fixed(layer);
@@ -533,7 +539,9 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
   const int vheads = layer.kv_heads * plan.head.parts;
   const int even = even_blocks(static_cast<int64_t>(vheads) * call.batch, found.blocks);
   if (memory.padded > 0) {
-    if (prepare_lookup(layer, call, plan, memory, stream)) return 1;
+    memory.by_slot = !queries_are_few(layer, call);
+    if (memory.by_slot ? prepare_rows(layer, call, plan, memory, stream) : prepare_lookup(layer, call, plan, memory, stream))
+      return 1;
     const auto in_pieces = [](const gsrq_codebook& book, int slots) {
       return book.stages % 8 == 0 && book.groups * book.stages % 8 == 0 && slots % 8 == 0;
     };
