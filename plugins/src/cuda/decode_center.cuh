@@ -8,7 +8,7 @@
 namespace gsrq::cuda::decoding {
 
 constexpr int kPrepareThreads = 256;
-constexpr int kCenterTokens = kPrepareThreads / 32 * kCenterTiles * 16, kCenterHeads = 8;
+constexpr int kCenterTokens = kPrepareThreads / 32 * kCenterTiles * 16, kCenterHeads = 8, kFewCenterHeads = 4;
 constexpr float kCenterMargin = 1.25f;  // what a table may be off from rotations, and rounding, beside the bound
 static_assert(kPrepareThreads / 32 == kCenterHeads, "a warp turns the queries of one vhead");
 
@@ -16,20 +16,25 @@ static_assert(kPrepareThreads / 32 == kCenterHeads, "a warp turns the queries of
 constexpr int kCenterBytes = kCenterTiles * kCenterSteps * 32 * static_cast<int>(sizeof(uint4)) +
                              kCenterHeads * kCenterPairs * kLookupLanes * static_cast<int>(sizeof(float2));
 
+// How the work is cut into blocks: vheads in all and of one; stretches of kCenterTokens that it has, one after another.
+struct CenterWork {
+  int vheads, heads, stretches;
+};
+
 // What a block has: up to kCenterHeads vheads of a row, and some stretches of kCenterTokens.
 struct CenterBlock {
   int row, first_vhead, here;  // here: vheads
   int begin, end;              // coded tokens
   bool first;                  // of the row's tokens
   Range range;
-  __device__ CenterBlock(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, int vheads, int stretches,
+  __device__ CenterBlock(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, const CenterWork& work,
                          int block)
       : range{} {
-    const int tokens = stretches * kCenterTokens, pieces = static_cast<int>((memory.padded + tokens - 1) / tokens);
-    const int groups = (vheads + kCenterHeads - 1) / kCenterHeads;
+    const int tokens = work.stretches * kCenterTokens, pieces = static_cast<int>((memory.padded + tokens - 1) / tokens);
+    const int groups = (work.vheads + work.heads - 1) / work.heads;
     row = block / (pieces * groups);
-    first_vhead = block / pieces % groups * kCenterHeads;
-    here = min(kCenterHeads, vheads - first_vhead);
+    first_vhead = block / pieces % groups * work.heads;
+    here = min(work.heads, work.vheads - first_vhead);
     range = coded_range(layer, call, row);
     first = block % pieces == 0;
     begin = block % pieces * tokens;
@@ -46,7 +51,8 @@ __device__ inline void turn_center(const gsrq_layer& layer, const gsrq_call& cal
                                    float* inverses) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = lane % kLookupLanes, d = layer.head_dim;
   if (warp >= own.here) {
-    for (int i = lane; i < kCenterPairs * kLookupLanes; i += 32) drifts[warp * kCenterPairs * kLookupLanes + i] = make_float2(0, 0);
+    for (int i = lane; i < kCenterPairs * kLookupLanes; i += 32)
+      drifts[warp * kCenterPairs * kLookupLanes + i] = make_float2(0, 0);
     return;
   }
   const TurnedQuery query(layer, call, plan, own.row, own.first_vhead + warp, h);
@@ -94,14 +100,15 @@ __device__ inline void turn_center(const gsrq_layer& layer, const gsrq_call& cal
 // A warp takes 128 tokens: their offsets from the first are constant, so the matrix of their cosines and sines, as float16, lies
 // in shared memory, and the first token's row turns u and v. A product's columns are the heads of two vheads; two products share
 // a read of the matrix.
-// Full: half_rope is kCenterPairs, and pairs of cosines and sines are aligned.
-template <bool Full>
+// Full: half_rope is kCenterPairs, and pairs of cosines and sines are aligned. Alone: no launch has turned the queries.
+template <bool Full, bool Alone>
 __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const LookupMemory& memory,
-                             int vheads, int stretches, int block) {
+                             const CenterWork& work, int block) {
   constexpr int kPairs = 2;  // of vheads that are scored together
   constexpr int kThreads = kPrepareThreads;
   __shared__ __align__(8) float inverses[kCenterHeads * kLookupLanes];  // of units
-  const CenterBlock own(layer, call, memory, vheads, stretches, block);
+  const CenterBlock own(layer, call, memory, work, block);
+  const int vheads = work.vheads;
   if (own.begin >= own.end) return;
   const int here = own.here, end = own.end, half = layer.half_rope;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -109,8 +116,21 @@ __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, con
   uint4* const offsets = reinterpret_cast<uint4*>(shared_memory);  // [tiles][steps][32]
   float2* const drifts = reinterpret_cast<float2*>(offsets + kCenterTiles * kCenterSteps * 32);  // [vheads][pairs * 4]
   for (int i = thread; i < kCenterTiles * kCenterSteps * 32; i += kThreads) copy_async(offsets + i, memory.offsets + i, true);
-  commit_async();
-  turn_center(layer, call, plan, memory, own, vheads, drifts, inverses);
+  const int used = here * kCenterPairs * kLookupLanes / 2;
+  if (Alone) {
+    commit_async();
+    turn_center(layer, call, plan, memory, own, vheads, drifts, inverses);
+  } else {
+    wait_for_previous();
+    const float4* const from = reinterpret_cast<const float4*>(memory.drifts + item * kCenterPairs * kLookupLanes);
+    for (int i = thread; i < kCenterHeads * kCenterPairs * kLookupLanes / 2; i += kThreads)
+      copy_async(reinterpret_cast<float4*>(drifts) + i, from + (i < used ? i : 0), i < used);  // zeros past them
+    commit_async();
+    if (thread < here * kLookupLanes) {
+      const float unit = __ldg(memory.unit + item * kLookupLanes + thread);
+      inverses[thread] = unit > 0 ? 1 / unit : 0.0f;
+    }
+  }
   wait_async<0>();
   __syncthreads();
   // Columns 2 t and 2 t + 1: heads of vhead t / 2 of the two. An even lane writes all heads of token g, its neighbour of g + 8.
@@ -177,6 +197,27 @@ __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, con
         }
       }
     }
+  }
+}
+
+// The same for any rotary table, in float32: a thread a (token, head). A launch has turned the queries.
+__device__ inline void score_center_plain(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory,
+                                          const CenterWork& work, int block) {
+  const CenterBlock own(layer, call, memory, work, block);
+  const int vheads = work.vheads;
+  if (own.begin >= own.end) return;
+  const int half = layer.half_rope, here = own.here, pairs = drift_pairs(layer);
+  wait_for_previous();
+  for (int i = threadIdx.x; i < (own.end - own.begin) * here * kLookupLanes; i += kPrepareThreads) {
+    const int h = i % kLookupLanes, v = i / kLookupLanes % here, token = own.begin + i / (kLookupLanes * here);
+    const int64_t at = static_cast<int64_t>(own.range.first + token) * half;
+    const int64_t item = static_cast<int64_t>(own.row) * vheads + own.first_vhead + v;
+    float sum = memory.rest[item * kLookupLanes + h];
+    for (int p = 0; p < half; ++p) {
+      const float2 x = memory.drifts[item * pairs * kLookupLanes + drift_at(p, h)];
+      sum += x.x * __ldg(layer.cos + at + p) + x.y * __ldg(layer.sin + at + p);
+    }
+    static_cast<float*>(memory.center)[(item * memory.padded + token) * kLookupLanes + h] = sum;
   }
 }
 

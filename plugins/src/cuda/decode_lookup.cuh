@@ -30,31 +30,27 @@ struct LookupPlan {
 
 struct LookupMemory {
   Memory parts;           // what blocks leave to combine()
+  int2* owners;           // [vheads][batch]: the first and the last block that had some of a row with coded tokens
   __half *high, *low;     // [batch][vheads][4 heads][head_dim]: turned and scaled queries = high + low
-  float2* drifts;         // [batch][vheads][pairs][4]: u and v of q . RoPE_t(m) = sum of u cos(t) + v sin(t)
-  float* tables;          // [batch][vheads][key parts][256][8 slots][4 heads]: query times codeword; by_slot: [8 slots][256]
+  float2* drifts;         // [batch][vheads][drift_count]: u and v of q . RoPE_t(m) = sum of u cos(t) + v sin(t)
+  float* tables;          // [batch][vheads][key parts][256][8 slots][4 heads]: query times codeword
   void* center;           // [batch][vheads][padded][4 heads]: query times the turned center, by coded token. As center_is_fixed
                           // says uint16, integers of `unit` above 2^15 beside `rest`, or float
   float *unit, *rest;     // [batch][vheads][4 heads]; rest: of the pairs that do not turn
   int64_t padded;         // coded tokens of a row, rounded up
   const uint4* offsets;   // of prepare: [tiles][steps][32 lanes], cosines and sines of positions 0 to 127
   bool fixed;             // center_is_fixed
-  bool by_slot;           // the order of `tables`
 };
 
 // Whether the tensor-core kernel scores the center.
 bool center_is_fixed(const gsrq_layer& layer);
 
+// Drifts of a vhead.
+int64_t drift_count(const gsrq_layer& layer);
+
 // Launches what must be known of the queries before coded tokens are looked up, and the exact tokens.
 int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan, const LookupMemory& memory,
                    cudaStream_t stream);
-
-// The same for many rows, or for any rotary table.
-int prepare_rows(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan, const LookupMemory& memory,
-                 cudaStream_t stream);
-
-// Whether the blocks of prepare_lookup turn the queries they need.
-bool queries_are_few(const gsrq_layer& layer, const gsrq_call& call);
 
 // Fills LookupMemory::offsets.
 int fill_offsets(const gsrq_layer& layer, uint4* offsets, cudaStream_t stream);

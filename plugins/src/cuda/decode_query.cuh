@@ -65,6 +65,10 @@ __device__ inline float length_of(float2 x) {
 
 // Where the drift of pair p and head h of a vhead lies: a lane's two pairs of eight side by side, a head's eight as well.
 __host__ __device__ inline int drift_at(int p, int h) { return (p / 8 * kLookupLanes + h) * 8 + p % 8; }
+// Pairs that there is room for.
+__host__ __device__ inline int drift_pairs(const gsrq_layer& layer) {
+  return layer.half_rope > kCenterPairs ? (layer.half_rope + 7) / 8 * 8 : kCenterPairs;
+}
 
 // x as the sum of two float16.
 __device__ inline void split(float x, __half* high, __half* low) {

@@ -1,5 +1,6 @@
-// What a query is multiplied with once, before the coded tokens of a cache in the rotated frame are scored; and the row's exact
-// tokens, which wait for nothing. Code is compact: with one row a block runs it once, and reading it takes longer than running it.
+// What a query is multiplied with once, before the coded tokens of a cache in the rotated frame are scored; and the row's
+// exact tokens, which wait for nothing. Code is compact: with one row a block runs it once, and reading it takes longer than
+// running it.
 #include <algorithm>
 
 #include "decode_center.cuh"
@@ -12,39 +13,83 @@ namespace {
 
 constexpr int kThreads = kPrepareThreads;
 constexpr int kPadHalves = 32;  // of a table block's queries: two columns that are read together lie in different banks
-constexpr int kTableCodes = 32;      // of a table block
-constexpr int kFewRows = 4;          // for so many each block turns the queries it needs: no launch ahead of it
-constexpr int kCenterBlocks = 256;   // at most, unless a block's stretches were more than a row
+constexpr int kTogetherRows = 8;  // of a table block, that are written together
+constexpr int kTableRows = 16, kFewTableCodes = 32, kManyTableCodes = 64;
+constexpr int kAloneRows = 4;        // up to so many rows each block turns the queries it needs: no launch ahead of it
+constexpr int kCenterBlocks = 256;   // about so many, each with some stretches of a row
 static_assert(kThreads / 32 == kPartSlots, "a warp fills one slot's tables");
 static_assert(kThreads == kCombineThreads, "exact tokens are attended to here");
 
 // Blocks of each kind, in their order, and what one of them takes.
 struct Work {
-  int tables, centers, exact;
-  int stretches, splits, vheads;  // stretches: of kCenterTokens, one after another
-  bool full, wide_exact;
+  int exact, centers, tables;
+  int table_codes, splits, vheads;
+  CenterWork center;
+  bool with_offsets, full, wide_exact;
 };
 
-// Block: some codewords of the eight slots of a part, a warp a slot, times the queries of all rows. A product's columns are
+// Grid: (vheads, batch). Turned queries, their drifts with the center, and what bounds the sum of those.
+__global__ void __launch_bounds__(kThreads)
+    turn_queries(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
+                 const __grid_constant__ LookupPlan plan, LookupMemory memory) {
+  __shared__ float2 sums[kThreads / 32][kLookupLanes];
+  let_next_begin();
+  const int vhead = blockIdx.x, vheads = gridDim.x, row = blockIdx.y, d = layer.head_dim, half = layer.half_rope;
+  const int thread = threadIdx.x, lane = thread % 32, h = thread % kLookupLanes, pairs = drift_pairs(layer);
+  const int64_t item = static_cast<int64_t>(row) * vheads + vhead;
+  const TurnedQuery query(layer, call, plan.head, row, vhead, h);
+  float bound = 0, rest = 0;
+#pragma unroll 1
+  for (int p = thread / kLookupLanes; p < max(d / 2, pairs); p += kThreads / kLookupLanes) {
+    float2 drift = make_float2(0, 0);
+    if (p < d / 2) {
+      const TurnedPair pair(layer, call, query, p);
+      const float2 q = pair.turned(query);
+      drift = drift_of(q, __ldg(query.center + pair.e0), __ldg(query.center + pair.e1));
+      if (p < half) bound += length_of(drift) * fabsf(__ldg(layer.cos + p));  // row 0 has the table's scale
+      else rest += drift.x;
+      const int64_t to = (item * kLookupLanes + h) * d;
+      split(q.x, memory.high + to + pair.e0, memory.low + to + pair.e0);
+      split(q.y, memory.high + to + pair.e1, memory.low + to + pair.e1);
+    }
+    if (p < pairs) memory.drifts[item * pairs * kLookupLanes + drift_at(p, h)] = p < half ? drift : make_float2(0, 0);
+  }
+#pragma unroll
+  for (int o = kLookupLanes; o < 32; o *= 2) {
+    bound += __shfl_xor_sync(~0u, bound, o);
+    rest += __shfl_xor_sync(~0u, rest, o);
+  }
+  if (lane < kLookupLanes) sums[thread / 32][lane] = make_float2(bound, rest);
+  __syncthreads();
+  if (thread < kLookupLanes) {
+    float2 all = make_float2(0, 0);
+    for (int w = 0; w < kThreads / 32; ++w) all = make_float2(all.x + sums[w][thread].x, all.y + sums[w][thread].y);
+    memory.unit[item * kLookupLanes + thread] = all.x * (kCenterMargin / kCenterMost);
+    memory.rest[item * kLookupLanes + thread] = all.y;
+  }
+}
+
+__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
+// Block: some codewords of the eight slots of a part, a warp a slot, times the queries of up to 16 rows. A product's columns are
 // the heads of a row, both summands of each. Its steps take a codeword's elements in an order in which a lane's lie together:
 // eight of 32, for two steps. Exact: a codeword has Chunks times 32 elements, else at most that.
-template <int Chunks, bool Exact>
+template <int Chunks, bool Exact, bool Alone>
 __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan,
                             const LookupMemory& memory, const Work& work, int block) {
-  constexpr int kGroups = kCodewords / kTableCodes;
-  const int vheads = work.vheads, rows = call.batch;
-  const int first_code = block % kGroups * kTableCodes, part = block / kGroups % plan.key_parts;
-  const int vhead = block / (kGroups * plan.key_parts), kv_head = vhead / plan.head.parts;
+  const int groups = kCodewords / work.table_codes, vheads = work.vheads;
+  const int first_code = block % groups * work.table_codes, part = block / groups % plan.key_parts;
+  const int vhead = block / (groups * plan.key_parts) % vheads, kv_head = vhead / plan.head.parts;
+  const int first_row = block / (groups * plan.key_parts * vheads) * kTableRows, rows = min(kTableRows, call.batch - first_row);
   const int d = layer.head_dim, pitch = d + kPadHalves, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int g = lane / 4, t = lane % 4, slot = part * kPartSlots + warp;
   __half* const queries = reinterpret_cast<__half*>(shared_memory);  // [rows][high, low][4 heads][pitch]
   const bool real = slot < plan.key_slots;  // slots past the last are zeros
   const int used = real ? slot : 0, of_head = used / layer.keys.stages * plan.key_width;
   const int element = kv_head * d + of_head, width = layer.keys.width;
-  const __half* const word =
-      static_cast<const __half*>(layer.keys.codewords) +
-      (static_cast<int64_t>(element / width * layer.keys.stages + used % layer.keys.stages) * kCodewords + first_code + g) * width +
-      element % width + 8 * t;
+  const int64_t stage = static_cast<int64_t>(element / width) * layer.keys.stages + used % layer.keys.stages;
+  const __half* const word = static_cast<const __half*>(layer.keys.codewords) + (stage * kCodewords + first_code + g) * width +
+                             element % width + 8 * t;
   uint32_t same = 0x3210;  // moves with it are made once and not in each row's turn
   asm volatile("" : "+r"(same));
   uint32_t a[2 * Chunks][4];
@@ -68,76 +113,110 @@ __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, cons
       }
   };
   load(0);
-  for (int i = thread; i < rows * kLookupLanes * (d / 2); i += kThreads) {
-    const int p = i % (d / 2), column = i / (d / 2), row = column / kLookupLanes, h = column % kLookupLanes;
-    const TurnedQuery query(layer, call, plan.head, row, vhead, h);
-    const TurnedPair pair(layer, call, query, p);
-    const float2 q = pair.turned(query);
-    __half* const high = queries + (row * 2 * kLookupLanes + h) * pitch;
-    split(q.x, high + pair.e0, high + kLookupLanes * pitch + pair.e0);
-    split(q.y, high + pair.e1, high + kLookupLanes * pitch + pair.e1);
+  if (real)
+    for (int i = 16 + lane / 2; i < work.table_codes; i += 16)
+      for (int at = lane % 2 * 64; at < plan.key_width; at += 128) prefetch(word + (i - g) * width + at - 8 * t);
+  if (Alone) {
+    for (int i = thread; i < rows * kLookupLanes * (d / 2); i += kThreads) {
+      const int p = i % (d / 2), column = i / (d / 2), row = column / kLookupLanes, h = column % kLookupLanes;
+      const TurnedQuery query(layer, call, plan.head, first_row + row, vhead, h);
+      const TurnedPair pair(layer, call, query, p);
+      const float2 q = pair.turned(query);
+      __half* const high = queries + (row * 2 * kLookupLanes + h) * pitch;
+      split(q.x, high + pair.e0, high + kLookupLanes * pitch + pair.e0);
+      split(q.y, high + pair.e1, high + kLookupLanes * pitch + pair.e1);
+    }
+  } else {
+    wait_for_previous();
+    const int pieces = d / 8;
+    for (int i = thread; i < rows * 2 * kLookupLanes * pieces; i += kThreads) {
+      const int at = i % pieces * 8, column = i / pieces, row = column / (2 * kLookupLanes), h = column % kLookupLanes;
+      const int64_t from = ((static_cast<int64_t>(first_row + row) * vheads + vhead) * kLookupLanes + h) * d + at;
+      copy_async(queries + column * pitch + at, (column / kLookupLanes % 2 ? memory.low : memory.high) + from, true);
+    }
+    commit_async();
+    wait_async<0>();
   }
   __syncthreads();
 
+  // What the warps have of 16 codewords and some rows is gathered, and written in whole lines. A slot's place in a codeword's 128
+  // bytes is turned by the codeword, so that eight of them lie in different banks.
+  float* const gathered = reinterpret_cast<float*>(queries + rows * 2 * kLookupLanes * pitch);  // [kTogetherRows][16][8 slots][4]
   const bool lower = t >= 2;
+  const int own_code = g + (lower ? 8 : 0);
+  float2* const gather = reinterpret_cast<float2*>(gathered + own_code * kPartWords + (warp ^ g) * kLookupLanes + t % 2 * 2);
   const int64_t of_row = static_cast<int64_t>(vheads) * plan.key_parts * (kCodewords * kPartWords);
-  float* const out = memory.tables + static_cast<int64_t>(vhead * plan.key_parts + part) * (kCodewords * kPartWords) +
-                     (first_code + g + (lower ? 8 : 0)) * kPartWords + warp * kLookupLanes + t % 2 * 2;
+  float* const out = memory.tables + first_row * of_row +
+                     static_cast<int64_t>(vhead * plan.key_parts + part) * (kCodewords * kPartWords) + first_code * kPartWords;
 #pragma unroll 1
-  for (int code = 0; code < kTableCodes; code += 16) {
+  for (int code = 0; code < work.table_codes; code += 16) {
     if (code > 0) load(code);
     const __half* from = queries + g * pitch + of_head + 8 * t;
-    float* to = out + code * kPartWords;
 #pragma unroll 1
-    for (int row = 0; row < rows; ++row) {
-      float sums[2][4] = {};
+    for (int begin = 0; begin < rows; begin += kTogetherRows) {
+      const int here = min(kTogetherRows, rows - begin);
+#pragma unroll 1
+      for (int row = 0; row < here; ++row) {
+        float sums[2][4] = {};
 #pragma unroll
-      for (int k = 0; k < Chunks; ++k) {
-        uint4 b = make_uint4(0, 0, 0, 0);
-        if (Exact || 32 * k + 8 * t < plan.key_width) b = *reinterpret_cast<const uint4*>(from + 32 * k);
-        multiply(sums[0], a[2 * k], b.x, b.y);
-        multiply(sums[1], a[2 * k + 1], b.z, b.w);
-      }
-      // Columns 2 t: lanes t < 2 have sums with `high`, the others with `low` of the same heads. Those end with code g, these
-      // with g + 8.
-      float kept[2];
+        for (int k = 0; k < Chunks; ++k) {
+          uint4 b = make_uint4(0, 0, 0, 0);
+          if (Exact || 32 * k + 8 * t < plan.key_width) b = *reinterpret_cast<const uint4*>(from + 32 * k);
+          multiply(sums[0], a[2 * k], b.x, b.y);
+          multiply(sums[1], a[2 * k + 1], b.z, b.w);
+        }
+        // Columns 2 t: lanes t < 2 have sums with `high`, the others with `low` of the same heads. Those end with code g, these
+        // with g + 8.
+        float kept[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float x = sums[0][i] + sums[1][i], y = sums[0][2 + i] + sums[1][2 + i];
-        kept[i] = (lower ? y : x) + __shfl_xor_sync(~0u, lower ? x : y, 2);
+        for (int i = 0; i < 2; ++i) {
+          const float x = sums[0][i] + sums[1][i], y = sums[0][2 + i] + sums[1][2 + i];
+          kept[i] = (lower ? y : x) + __shfl_xor_sync(~0u, lower ? x : y, 2);
+        }
+        gather[row * (16 * kPartWords / 2)] = make_float2(kept[0], kept[1]);
+        from += 2 * kLookupLanes * pitch;
       }
-      __stcg(reinterpret_cast<float2*>(to), make_float2(kept[0], kept[1]));
-      from += 2 * kLookupLanes * pitch;
-      to += of_row;
+      __syncthreads();
+      for (int i = thread; i < here * (16 * kPartSlots); i += kThreads) {
+        const int row = i / (16 * kPartSlots), at = i % (16 * kPartSlots), of_code = at / kPartSlots, of_slot = at % kPartSlots;
+        __stcg(reinterpret_cast<float4*>(out + (begin + row) * of_row + code * kPartWords) + at,
+               reinterpret_cast<const float4*>(gathered)[row * (16 * kPartSlots) + of_code * kPartSlots + (of_slot ^ of_code % 8)]);
+      }
+      __syncthreads();
     }
   }
 }
 
-template <int Chunks, bool Exact>
+template <int Chunks, bool Exact, bool Alone>
 __global__ void __launch_bounds__(kThreads, Chunks == 4 ? 3 : 2)
     prepare_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                    const __grid_constant__ LookupPlan plan, LookupMemory memory, const __grid_constant__ Work work) {
   int block = blockIdx.x;
   let_next_begin();
-  if (block < work.tables) {
-    fill_tables<Chunks, Exact>(layer, call, plan, memory, work, block);
-    return;
+  if (block < work.exact) {
+    if (!work.wide_exact) attend_exact<kLookupLanes>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+    else if (call.dtype == GSRQ_F16)
+      attend_exact_wide<true>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+    else attend_exact_wide<false>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+  } else if (block < work.exact + work.centers) {
+    block -= work.exact;
+    if (work.full) score_center<true, Alone>(layer, call, plan.head, memory, work.center, block);
+    else if (Alone || work.with_offsets) score_center<false, Alone>(layer, call, plan.head, memory, work.center, block);
+    else score_center_plain(layer, call, memory, work.center, block);
+  } else {
+    fill_tables<Chunks, Exact, Alone>(layer, call, plan, memory, work, block - work.exact - work.centers);
+    return;  // it waited, where there was what to wait for
   }
-  block -= work.tables;
-  if (block >= work.centers && work.wide_exact)
-    attend_exact_wide(layer, call, plan.head, memory.parts, work.vheads, work.splits, block - work.centers);
-  else if (block >= work.centers)
-    attend_exact<kLookupLanes>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block - work.centers);
-  else if (work.full) score_center<true>(layer, call, plan.head, memory, work.vheads, work.stretches, block);
-  else score_center<false>(layer, call, plan.head, memory, work.vheads, work.stretches, block);
+  wait_for_previous();  // also where there was nothing to do
 }
 
 using PrepareKernel = void (*)(gsrq_layer, gsrq_call, LookupPlan, LookupMemory, Work);
 
+template <bool Alone>
 PrepareKernel prepare_of(const LookupPlan& plan) {
-  return plan.key_width == 128  ? prepare_kernel<4, true>
-         : plan.key_width < 128 ? prepare_kernel<4, false>
-                                : prepare_kernel<8, false>;
+  return plan.key_width == 128  ? prepare_kernel<4, true, Alone>
+         : plan.key_width < 128 ? prepare_kernel<4, false, Alone>
+                                : prepare_kernel<8, false, Alone>;
 }
 
 // Block: a tile; thread: a lane's fragment of a step. Scaled tables: the scale is the first row's cosine.
@@ -162,7 +241,7 @@ bool center_is_fixed(const gsrq_layer& layer) {
   return layer.geometric && layer.half_rope > 0 && layer.half_rope <= kCenterPairs;
 }
 
-bool queries_are_few(const gsrq_layer& layer, const gsrq_call& call) { return call.batch <= kFewRows && center_is_fixed(layer); }
+int64_t drift_count(const gsrq_layer& layer) { return static_cast<int64_t>(drift_pairs(layer)) * kLookupLanes; }
 
 int fill_offsets(const gsrq_layer& layer, uint4* offsets, cudaStream_t stream) {
   if (!center_is_fixed(layer)) return 0;
@@ -176,27 +255,41 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   const int d = layer.head_dim;
   Work work{};
   work.vheads = static_cast<int>(vheads);
-  work.full = layer.half_rope == kCenterPairs &&
+  work.with_offsets = center_is_fixed(layer);
+  work.full = work.with_offsets && layer.half_rope == kCenterPairs &&
               (reinterpret_cast<uintptr_t>(layer.cos) | reinterpret_cast<uintptr_t>(layer.sin)) % 8 == 0;
   work.wide_exact = exact_is_wide(layer, call);
+  work.table_codes = batch > kTableRows ? kManyTableCodes : kFewTableCodes;
   work.splits = exact_splits(layer);
   // The queries that a block needs are turned once for all of its stretches.
   const int64_t stretches = (memory.padded + kCenterTokens - 1) / kCenterTokens;
-  const int64_t of_stretch = (vheads + kCenterHeads - 1) / kCenterHeads * batch;
+  const bool alone = batch <= kAloneRows && work.with_offsets;
+  const int center_heads = alone ? kFewCenterHeads : kCenterHeads;
+  const int64_t of_stretch = (vheads + center_heads - 1) / center_heads * batch;
   const int64_t together = std::min(stretches, (stretches * of_stretch + kCenterBlocks - 1) / kCenterBlocks);
-  work.stretches = static_cast<int>(together);
+  work.center = {work.vheads, center_heads, static_cast<int>(together)};
   const int64_t centers = (stretches + together - 1) / together * of_stretch;
-  const int64_t tables = kCodewords / kTableCodes * plan.key_parts * vheads;
+  const int64_t tables =
+      kCodewords / work.table_codes * plan.key_parts * vheads * ((batch + kTableRows - 1) / kTableRows);
   const int64_t exact = work.splits * vheads * batch;
+  if (batch > 65535 || centers + tables + exact > INT32_MAX)
+    return fail("decode: %lld rows are too many", static_cast<long long>(batch));
   work.tables = static_cast<int>(tables);
   work.centers = static_cast<int>(centers);
   work.exact = static_cast<int>(exact);
-  const int table_bytes = 2 * call.batch * 2 * kLookupLanes * (d + kPadHalves);
-  const int bytes = std::max({table_bytes, kCenterBytes, exact_bytes(d)});
-  const PrepareKernel kernel = prepare_of(plan);
+  const int table_rows = static_cast<int>(std::min<int64_t>(batch, kTableRows));
+  const int table_bytes = 2 * table_rows * 2 * kLookupLanes * (d + kPadHalves) +
+                          4 * std::min(table_rows, kTogetherRows) * 16 * kPartWords;
+  const int bytes = std::max({table_bytes, work.with_offsets ? kCenterBytes : 0, exact_bytes(d)});
+  const PrepareKernel kernel = alone ? prepare_of<true>(plan) : prepare_of<false>(plan);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("prepare_lookup");
-  launch(false, kernel, static_cast<unsigned>(centers + tables + exact), kThreads, bytes, stream, layer, call, plan, memory,
+  if (!alone) {
+    turn_queries<<<dim3(static_cast<unsigned>(vheads), static_cast<unsigned>(batch)), kThreads, 0, stream>>>(layer, call, plan,
+                                                                                                            memory);
+    if (launched("turn_queries")) return 1;
+  }
+  launch(!alone, kernel, static_cast<unsigned>(centers + tables + exact), kThreads, bytes, stream, layer, call, plan, memory,
          work);
   return launched("prepare_lookup");
 }
