@@ -190,6 +190,18 @@ def test_long_caches(traits: dict[str, object], dtype: torch.dtype) -> None:
     check(stage, 20012)
 
 
+@pytest.mark.parametrize("stages", [(16, 8), (24, 8)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 9])
+def test_few_and_many_rows_in_the_rotated_frame(rows: int, stages: tuple[int, int]) -> None:
+    """Up to four rows turn their queries beside the tables, more have a launch for it; long, short and empty rows."""
+    past = (5003, 700, 0, 90, 3100, 64, 1500, 2, 4099)[:rows]
+    scene = replace(WIDE, keys=(128, stages[0]), values=(128, stages[1]), past=past, new=(1,) * rows, rotated=True)
+    check(Stage(scene, DEVICE))
+    check(
+        Stage(replace(scene, keys=(256, stages[0]), values=(256, stages[1]), dtype=torch.bfloat16, seed=rows), DEVICE)
+    )
+
+
 @pytest.mark.parametrize("past", [(300,) * 100, tuple(range(150, 350, 2))], ids=["equal", "ragged"])
 def test_more_rows_than_blocks(past: tuple[int, ...]) -> None:
     """A block goes through several rows, whole ones or with a stretch of one."""

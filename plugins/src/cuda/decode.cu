@@ -222,7 +222,7 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     if (cudaLaunchKernelEx(&config, kernel, layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
   }
-  return combine(layer, call, plan, memory, {vheads, clusters, 0, has_coded, false}, true, stream);
+  return combine(layer, call, plan, memory, {vheads, clusters, 0, has_coded, false, nullptr}, true, stream);
 }
 
 }  // namespace gsrq::cuda

@@ -76,7 +76,29 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   load_words(split * Codes);
 
   const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
-  if (warp == 0) {
+  const auto note = [&](int r, int first, int used, int factor) {
+    const int64_t row = first_row + r;
+    owners[r] = used;
+    first_factor[r] = factor;
+    first_partial[r] = static_cast<int64_t>(vhead) * call.batch + row + first;
+    first_bins[r] = first_partial[r] * partial_bins;
+  };
+  static_assert(kRowsAtOnce <= 32, "a lane a row");
+  if (coded.listed != nullptr) {
+    const bool some = warp == 0 && lane < rows && chunks_of(layer, call, first_row + lane) > 0;
+    wait_for_previous();
+    if (warp == 0) {
+      const int2* const listed = coded.listed + static_cast<int64_t>(vhead) * call.batch + first_row;
+      const int2 own = some ? __ldcg(listed + lane) : make_int2(0, -1);
+      const int used = own.y - own.x + 1;
+      int total = used;
+      for (int o = 1; o < 32; o *= 2) {
+        const int up = __shfl_up_sync(~0u, total, o);
+        if (lane >= o) total += up;
+      }
+      if (lane < rows) note(lane, own.x, used, total - used);
+    }
+  } else if (warp == 0) {
     const Line line = line_of(layer, call, vheads, coded.owners, coded.even);
     int64_t before = chunks_before(layer, call, first_row);
     int factors_before = 0;
@@ -99,13 +121,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
         const int up = __shfl_up_sync(~0u, total, o);
         if (lane >= o) total += up;
       }
-      if (r < rows) {
-        const int64_t row = first_row + r;
-        owners[r] = used;
-        first_factor[r] = factors_before + total - used;
-        first_partial[r] = static_cast<int64_t>(vhead) * call.batch + row + first;
-        first_bins[r] = first_partial[r] * partial_bins;
-      }
+      if (r < rows) note(r, first, used, factors_before + total - used);
       before += __shfl_sync(~0u, sum, 31);
       factors_before += __shfl_sync(~0u, total, 31);
     }
@@ -273,18 +289,41 @@ __device__ inline void add_scaled(float4& sum, float4 x, float by) {
   sum = make_float4(sum.x + x.x * by, sum.y + x.y * by, sum.z + x.z * by, sum.w + x.w * by);
 }
 
-// The sum of the coded and exact parts of one (row, vhead); a thread has four dims of a head.
+// Four elements, where `to` may hold such at once.
+__device__ inline void store_four(void* to, int64_t i, float4 x, int dtype, bool aligned) {
+  if (aligned && dtype != GSRQ_F32) {
+    uint2 words;
+    if (dtype == GSRQ_F16) {
+      words = make_uint2(packed(x.x, x.y), packed(x.z, x.w));
+    } else {
+      const __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y), high = __floats2bfloat162_rn(x.z, x.w);
+      words = make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+    }
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(to) + i) = words;
+  } else {
+    store(to, i, x.x, dtype);
+    store(to, i + 1, x.y, dtype);
+    store(to, i + 2, x.z, dtype);
+    store(to, i + 3, x.w, dtype);
+  }
+}
+
+// The sum of the coded and exact parts of one (row, vhead); a thread has four dims of a head. Usual: heads and value sub-vectors
+// of 128.
+template <bool Usual>
 __global__ void __launch_bounds__(kFinishThreads)
     finish(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
            const __grid_constant__ DecodePlan plan, Memory memory, int has_coded, int splits, int code_splits) {
   const int vhead = blockIdx.x, vheads = gridDim.x, row = blockIdx.y, kv_head = vhead / plan.parts, part = vhead % plan.parts;
-  const int d = layer.head_dim, heads = min(plan.part_heads, plan.group - part * plan.part_heads), width = plan.width;
+  const int d = Usual ? 128 : layer.head_dim, width = Usual ? 128 : plan.width;
+  const int heads = min(plan.part_heads, plan.group - part * plan.part_heads);
   const int64_t first_head = static_cast<int64_t>(row) * layer.heads + kv_head * plan.group + part * plan.part_heads;
   const bool live = call.new_lengths[row] > 0, aligned = reinterpret_cast<uintptr_t>(call.output) % 16 == 0;
   const int used = live ? (ExactTokens(layer, call, row).count + kExactTokens - 1) / kExactTokens : 0;
   const int64_t first = (static_cast<int64_t>(row) * vheads + vhead) * splits;
   const int64_t slot_stride = static_cast<int64_t>(call.batch) * plan.lanes * width;
   wait_for_previous();
+#pragma unroll 1
   for (int i = threadIdx.x; i < heads * (d / 4); i += kFinishThreads) {
     const int h = i / (d / 4), e = i % (d / 4) * 4;
     float4 value = make_float4(0, 0, 0, 0);
@@ -292,45 +331,36 @@ __global__ void __launch_bounds__(kFinishThreads)
       float2 coded = make_float2(kNone, 0);
       if (has_coded) coded = memory.combined[(static_cast<int64_t>(vhead) * call.batch + row) * plan.lanes + h];
       const float2* const states = memory.exact_state + first * plan.lanes + h;
-      const float4* const exact = reinterpret_cast<const float4*>(memory.exact + (first * plan.lanes + h) * d + e);
+      const float4* exact = reinterpret_cast<const float4*>(memory.exact + (first * plan.lanes + h) * d + e);
       const float4* from = reinterpret_cast<const float4*>(
           memory.values + (static_cast<int64_t>(vhead) * plan.slots + e / width * layer.values.stages) * code_splits * slot_stride +
           (static_cast<int64_t>(row) * plan.lanes + h) * width + e % width);
       float4 all = value;
       if (has_coded)
 #pragma unroll 16
-        for (int r = 0; r < layer.values.stages * code_splits; ++r) add_scaled(all, __ldcg(from + r * (slot_stride / 4)), 1.0f);
+        for (int r = 0; r < layer.values.stages * code_splits; ++r) {
+          add_scaled(all, __ldcg(from), 1.0f);
+          from += slot_stride / 4;
+        }
       float most = coded.y > 0 ? coded.x : kNone, sum = 0;
-#pragma unroll 8
+#pragma unroll 4
       for (int k = 0; k < used; ++k) most = fmaxf(most, states[k * plan.lanes].x);
       if (coded.y > 0) {
         sum = coded.y * exp2f(coded.x - most);
         add_scaled(value, all, sum);
       }
-#pragma unroll 8
+#pragma unroll 4
       for (int k = 0; k < used; ++k) {
         const float2 state = states[k * plan.lanes];
         const float factor = state.x == kNone ? 0.0f : exp2f(state.x - most);
         sum += state.y * factor;
-        add_scaled(value, __ldcg(exact + k * plan.lanes * (d / 4)), factor);
+        add_scaled(value, __ldcg(exact), factor);
+        exact += plan.lanes * (d / 4);
       }
-      value = make_float4(value.x / sum, value.y / sum, value.z / sum, value.w / sum);
+      const float inverse = 1 / sum;
+      value = make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
     }
-    const int64_t to = (first_head + h) * d + e;
-    if (aligned && call.dtype != GSRQ_F32) {
-      __align__(8) uint16_t words[4];
-      store(words, 0, value.x, call.dtype);
-      store(words, 1, value.y, call.dtype);
-      store(words, 2, value.z, call.dtype);
-      store(words, 3, value.w, call.dtype);
-      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(call.output) + to) =
-          make_uint2(words[0] | static_cast<uint32_t>(words[1]) << 16, words[2] | static_cast<uint32_t>(words[3]) << 16);
-    } else {
-      store(call.output, to, value.x, call.dtype);
-      store(call.output, to + 1, value.y, call.dtype);
-      store(call.output, to + 2, value.z, call.dtype);
-      store(call.output, to + 3, value.w, call.dtype);
-    }
+    store_four(call.output, (first_head + h) * d + e, value, call.dtype, aligned);
   }
 }
 
@@ -387,7 +417,8 @@ int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& pl
            static_cast<int>(exact_blocks), splits);
   if (launched("combine")) return 1;
   const dim3 heads(static_cast<unsigned>(coded.vheads), static_cast<unsigned>(call.batch));
-  launch(true, finish, heads, kFinishThreads, 0, stream, layer, call, plan, memory, static_cast<int>(coded.any), splits,
+  const bool usual = plan.head_dim == 128 && plan.width == 128;
+  launch(true, usual ? finish<true> : finish<false>, heads, kFinishThreads, 0, stream, layer, call, plan, memory, static_cast<int>(coded.any), splits,
          code_splits);
   return launched("finish");
 }

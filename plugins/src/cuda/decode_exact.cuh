@@ -225,10 +225,10 @@ __device__ void attend_exact(const gsrq_layer& layer, const gsrq_call& call, con
       memory.exact[(own.at * Lanes + h) * d + e] = out[h] + (groups == 2 ? keys[h * d + e] : 0.0f);
 }
 
-// What attend_exact_wide takes: the usual head, in 16 bits.
+// What attend_exact_wide takes: the usual head, all in one 16-bit type.
 inline bool exact_is_wide(const gsrq_layer& layer, const gsrq_call& call) {
   return layer.head_dim == 128 && layer.half_rope == 64 && !layer.rope_interleaved && call.exact_dtype != GSRQ_F32 &&
-         call.dtype != GSRQ_F32 && reinterpret_cast<uintptr_t>(call.query) % 4 == 0 &&
+         call.dtype == call.exact_dtype && reinterpret_cast<uintptr_t>(call.query) % 4 == 0 &&
          (reinterpret_cast<uintptr_t>(layer.cos) | reinterpret_cast<uintptr_t>(layer.sin)) % 8 == 0;
 }
 
@@ -243,8 +243,15 @@ __device__ inline void exchange(float (&x)[16], int lane) {
   }
 }
 
+// Two consecutive elements: float16, or bfloat16.
+template <bool Half>
+__device__ inline float2 unpacked(uint32_t word) {
+  return load_pair(word, Half ? GSRQ_F16 : GSRQ_BF16);
+}
+
 // attend_exact for head_dim 128, four lanes: a warp has four tokens, whose loads are all under way at once, and a lane two pairs
 // of their keys; warps meet once.
+template <bool Half>
 __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan,
                                          const Memory& memory, int vheads, int splits, int block) {
   constexpr int kLanes = 4, kDim = 128, kHalf = 64, kOwn = 4, kWarps = kCombineThreads / 32;
@@ -257,21 +264,22 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
   if (here <= 0) return;
   float* const sums = reinterpret_cast<float*>(shared_memory);  // [warps][4][128]
   __shared__ float2 states[kWarps][kLanes];
-  const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
+  const int ring = layer.window + layer.block, slots = layer.sinks + ring;
+  const int first_place = static_cast<uint32_t>(exact.first_recent - layer.sinks) % static_cast<uint32_t>(ring);
 
   uint32_t key[kOwn][2];
   uint2 value[kOwn];
   float2 c[kOwn], s[kOwn];
-  int type[kOwn];
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
-    const int token = exact.token(first + min(warp * kOwn + j, here - 1));
+    const int i = first + min(warp * kOwn + j, here - 1), token = exact.token(i);
     const bool is_new = token == exact.past;
-    const int64_t slot = gsrq_slot32(is_new ? 0 : token, layer.sinks, layer.window, layer.block);
+    int place = first_place + i - exact.sinks;  // of the newest in the ring
+    if (place >= ring) place -= ring;
+    const int slot = i < exact.sinks ? i : layer.sinks + place;
     const int64_t from = (is_new ? own.head_row : own.head_row * slots + slot) * kDim;
     const uint16_t* const k = static_cast<const uint16_t*>(is_new ? call.key : call.key_exact) + from;
     const uint16_t* const v = static_cast<const uint16_t*>(is_new ? call.value : call.value_exact) + from;
-    type[j] = is_new ? call.dtype : call.exact_dtype;
     key[j][0] = __ldg(reinterpret_cast<const uint32_t*>(k) + lane);
     key[j][1] = __ldg(reinterpret_cast<const uint32_t*>(k + kHalf) + lane);
     value[j] = __ldg(reinterpret_cast<const uint2*>(v) + lane);
@@ -286,13 +294,10 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
     const float2 qc = __ldg(reinterpret_cast<const float2*>(layer.cos + table) + lane);
     const float2 qs = __ldg(reinterpret_cast<const float2*>(layer.sin + table) + lane);
 #pragma unroll
-    for (int h = 0; h < kLanes; ++h) {
-      float2 x = make_float2(0, 0), y = x;
-      if (h < own.heads) {
-        const uint16_t* const from = static_cast<const uint16_t*>(call.query) + (own.first_query + h) * kDim;
-        x = load_pair(__ldg(reinterpret_cast<const uint32_t*>(from) + lane), call.dtype);
-        y = load_pair(__ldg(reinterpret_cast<const uint32_t*>(from + kHalf) + lane), call.dtype);
-      }
+    for (int h = 0; h < kLanes; ++h) {  // heads past the last are multiplied like the first
+      const uint16_t* const from = static_cast<const uint16_t*>(call.query) + (own.first_query + (h < own.heads ? h : 0)) * kDim;
+      float2 x = unpacked<Half>(__ldg(reinterpret_cast<const uint32_t*>(from) + lane));
+      float2 y = unpacked<Half>(__ldg(reinterpret_cast<const uint32_t*>(from + kHalf) + lane));
       x.x *= scale, x.y *= scale, y.x *= scale, y.y *= scale;
       q[h][0] = x.x * qc.x - y.x * qs.x;
       q[h][1] = x.y * qc.y - y.y * qs.y;
@@ -304,11 +309,7 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
   float dots[kOwn * kLanes];
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
-    float2 x = load_pair(key[j][0], type[j]), y = load_pair(key[j][1], type[j]);
-    if (type[j] != call.exact_dtype) {  // as the cache will have it
-      x = make_float2(rounded(x.x, call.exact_dtype), rounded(x.y, call.exact_dtype));
-      y = make_float2(rounded(y.x, call.exact_dtype), rounded(y.y, call.exact_dtype));
-    }
+    const float2 x = unpacked<Half>(key[j][0]), y = unpacked<Half>(key[j][1]);
     const float k[4] = {x.x * c[j].x - y.x * s[j].x, x.y * c[j].y - y.y * s[j].y, y.x * c[j].x + x.x * s[j].x,
                         y.y * c[j].y + x.y * s[j].y};
 #pragma unroll
@@ -334,11 +335,7 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
   float out[kLanes][4] = {};  // of dims 4 lane to 4 lane + 3
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
-    float2 x = load_pair(value[j].x, type[j]), y = load_pair(value[j].y, type[j]);
-    if (type[j] != call.exact_dtype) {
-      x = make_float2(rounded(x.x, call.exact_dtype), rounded(x.y, call.exact_dtype));
-      y = make_float2(rounded(y.x, call.exact_dtype), rounded(y.y, call.exact_dtype));
-    }
+    const float2 x = unpacked<Half>(value[j].x), y = unpacked<Half>(value[j].y);
 #pragma unroll
     for (int h = 0; h < kLanes; ++h) {
       const float w = __shfl_sync(~0u, weight, j * 8 + h * 2);

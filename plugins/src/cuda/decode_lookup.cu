@@ -22,6 +22,8 @@ bool make_lookup_plan(const gsrq_layer& layer, int most_shared, LookupPlan* out)
   b.head_dim = d;
   b.width = std::min(layer.values.width, d);
   if (p.key_width % 16 != 0 || b.width % 8 != 0) return false;
+  if ((reinterpret_cast<uintptr_t>(layer.keys.codewords) | reinterpret_cast<uintptr_t>(layer.values.codewords)) % 16 != 0)
+    return false;  // codewords are read 16 bytes at once
   p.key_slots = layer.keys.stages * (d / p.key_width);
   p.key_parts = (p.key_slots + kPartSlots - 1) / kPartSlots;
   p.key_inverse = 65535u / p.key_parts + 1;
@@ -154,11 +156,16 @@ __device__ inline void each_slot(uint2 codes, const Fn& fn) {
   each_slot(codes, fn, std::make_integer_sequence<int, kPartSlots>());
 }
 
-// Entry i of a table or bins, [part][code][slot] in shared memory, in memory: [part][slot][code], so that what is read or written
-// for one slot lies together.
-__device__ inline int by_slot(int i) {
+// The i-th bin of a flush: where it lies in shared memory, [part][code][slot], and in memory, [part][slot][code], so that what is
+// read for one slot lies together. A warp has four codes of eight slots: it writes whole sectors and asks few banks twice.
+struct BinPlace {
+  int shared, memory;
+};
+
+__device__ inline BinPlace bin_place(int i) {
   constexpr int kPart = kCodewords * kPartSlots;
-  return i / kPart * kPart + i % kPartSlots * kCodewords + i % kPart / kPartSlots;
+  const int slot = i / 8 % 2 * 4 + i % 8 / 2, code = i % kPart / 32 * 4 + i / 16 % 2 * 2 + i % 2, part = i / kPart * kPart;
+  return {part + code * kPartSlots + slot, part + slot * kCodewords + code};
 }
 
 // Of a warp.
@@ -185,18 +192,20 @@ struct ItemState {
   uint32_t window[kLookupLanes];                     // sum of the window's weights
 };
 
-// Simple: a linear cache whose codes lie in pieces of 8 bytes.
-template <bool Simple, int Threads>
+// Simple: a linear cache whose codes lie in pieces of 8 bytes. Whole: and a token has 16 key and 8 value slots, which a thread
+// copies for itself.
+template <bool Simple, int Threads, bool Whole>
 __global__ void __launch_bounds__(Threads, 1)
     lookup_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int even) {
   __shared__ ItemState state;
   let_next_begin();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int key_parts = plan.key_parts, value_parts = plan.value_parts;
+  const int key_parts = Whole ? 2 : plan.key_parts, value_parts = Whole ? 1 : plan.value_parts;
   char* const tables = shared_memory;                  // [key parts][256][8 slots][4 heads] float
   char* const bins = tables + key_parts * kPartBytes;  // [value parts][256][8 slots][4 heads] uint32
-  uint2* const staged = reinterpret_cast<uint2*>(bins + value_parts * kPartBytes);  // [2][parts][threads]
+  // [2][parts][threads]; whole: [2], each [threads][2] of keys and [threads] of values
+  uint2* const staged = reinterpret_cast<uint2*>(bins + value_parts * kPartBytes);
   const int stage = (key_parts + value_parts) * Threads;
   // The eight lanes that read 16 bytes together differ in the slot; all that add together in slot or head.
   const int key_turn = lane % kPartSlots, value_turn = lane / kLookupLanes, head_turn = lane % kLookupLanes;
@@ -205,11 +214,9 @@ __global__ void __launch_bounds__(Threads, 1)
   const uint32_t bins_at = static_cast<uint32_t>(__cvta_generic_to_shared(bins)) + value_turn * 16 + head_turn * 4;
   const uint32_t staged_at = static_cast<uint32_t>(__cvta_generic_to_shared(staged));
 
-  // Slots past the last stay 0; a flush zeroes bins again.
+  // A flush zeroes bins again. (Codes past the last slot may be any.)
   for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads)
     reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
-  for (int i = thread; i < stage; i += Threads)
-    reinterpret_cast<uint4*>(staged)[i] = make_uint4(0, 0, 0, 0);
   const Line line = line_of(layer, call, vheads, gridDim.x, even);
   Cursor cursor{};
   cursor.start(layer, call, line, blockIdx.x);
@@ -238,6 +245,15 @@ __global__ void __launch_bounds__(Threads, 1)
     const auto fetch = [&](const Codes& codes, const gsrq_codebook& book, int parts, uint32_t inverse, int round,
                            int first_part) {
       const int first = round * Threads + warp * 32, tokens = count - first;
+      if (Whole) {
+        const int8_t* const from = codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first + lane)) * codes.row_bytes;
+        uint2* const to = staged + (round & 1) * stage;
+        if (lane < tokens) {
+          if (first_part == 0) copy_async(to + 2 * thread, from, true);
+          else copy_words(to + 2 * Threads + thread, from);
+        }
+        return;
+      }
       if (tokens <= 0) return;
       const int to = (round & 1) * stage + first_part * Threads + warp * 32;
       if (Simple) {
@@ -266,7 +282,7 @@ __global__ void __launch_bounds__(Threads, 1)
 #pragma unroll 1
       for (int i = thread; i < key_parts * kPartBytes / 16; i += Threads) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 16),
-                     "l"(from + by_slot(i) * 16)
+                     "l"(from + i * 16)
                      : "memory");
       }
     }
@@ -290,10 +306,18 @@ __global__ void __launch_bounds__(Threads, 1)
     if (cursor.chunk + cursor.stop - cursor.first < cursor.end && row + 1 < call.batch) {
       const char* const from = reinterpret_cast<const char*>(memory.tables) + (item + vheads) * key_parts * kPartBytes;
       for (int i = thread * 128; i < key_parts * kPartBytes; i += Threads * 128) prefetch(from + i);  // the next item's
+    } else if (cursor.chunk + cursor.stop - cursor.first >= cursor.end) {  // what the next launch reads
+      const char* const words = static_cast<const char*>(layer.values.codewords);
+      const int64_t bytes = static_cast<int64_t>(layer.kv_heads) * layer.head_dim * layer.values.stages * kCodewords * 2;
+      const int64_t step = static_cast<int64_t>(Threads) * gridDim.x * 128;
+      for (int64_t at = (static_cast<int64_t>(thread) * gridDim.x + blockIdx.x) * 128; at < bytes; at += step)
+        prefetch(words + at);
     }
     float score[kLookupLanes] = {};
     const auto look_up = [&](int round, float4 sum) {
       const uint2* const codes = staged + (round & 1) * stage + thread;
+      uint4 both = make_uint4(0, 0, 0, 0);
+      if (Whole) both = *reinterpret_cast<const uint4*>(codes + thread);
       if (memory.fixed) {
         const float4 unit = state.unit, rest = state.rest;
         const uint32_t low = __float_as_uint(sum.x), high = __float_as_uint(sum.y);
@@ -307,7 +331,8 @@ __global__ void __launch_bounds__(Threads, 1)
       for (int p = 0; p < kMostParts; ++p) {
         if (p >= key_parts) break;
         const uint32_t at = opaque(table_at);
-        each_slot(turned(codes[p * Threads], selector(key_turn)), [&](uint32_t code, int a) {
+        const uint2 own = !Whole ? codes[p * Threads] : p == 0 ? make_uint2(both.x, both.y) : make_uint2(both.z, both.w);
+        each_slot(turned(own, selector(key_turn)), [&](uint32_t code, int a) {
           const float4 v = load_shared((at ^ (a * 16)) + code + p * kPartBytes);
           sum.x += v.x;
           sum.y += v.y;
@@ -344,8 +369,9 @@ __global__ void __launch_bounds__(Threads, 1)
       }
 #pragma unroll 1
       for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads) {
-        uint4* const bin = reinterpret_cast<uint4*>(bins) + i;
-        float4* const sum = totals + by_slot(i);
+        const BinPlace place = bin_place(i);
+        uint4* const bin = reinterpret_cast<uint4*>(bins) + place.shared;
+        float4* const sum = totals + place.memory;
         const uint4 u = *bin;
         float4 total = make_float4(0, 0, 0, 0);
         if (flushed) total = __ldcg(sum);
@@ -433,6 +459,11 @@ __global__ void __launch_bounds__(Threads, 1)
     }
     __syncthreads();
     flush();
+    if (thread == 0) {
+      int2* const owners = memory.owners + (state.partial - blockIdx.x);
+      if (cursor.first == 0) owners->x = blockIdx.x;
+      if (begin + count == range.count) owners->y = blockIdx.x;
+    }
     if (thread < kLookupLanes)
       memory.parts.state[state.partial * kLookupLanes + thread] = make_float2(state.reference[thread], state.sum[thread]);
     __syncwarp();  // before the next item's
@@ -442,7 +473,7 @@ __global__ void __launch_bounds__(Threads, 1)
 
 template <int Threads>
 auto lookup_of(bool simple) {
-  return simple ? lookup_kernel<true, Threads> : lookup_kernel<false, Threads>;
+  return simple ? lookup_kernel<true, Threads, false> : lookup_kernel<false, Threads, false>;
 }
 
 // Blocks that run at once on the current device and the shared memory that one may have.
@@ -482,9 +513,10 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
       workspace.take<float>(rows * plan.head.slots * value_splits(call, plan.head) * kLookupLanes * plan.head.width);
   m.parts.exact = workspace.take<float>(rows * exact_splits(layer) * kLookupLanes * d);
   m.parts.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
+  m.owners = workspace.take<int2>(rows);
   m.high = workspace.take<__half>(rows * kLookupLanes * d);
   m.low = workspace.take<__half>(rows * kLookupLanes * d);
-  m.drifts = workspace.take<float2>(rows * kLookupLanes * std::max(layer.half_rope, kCenterPairs));
+  m.drifts = workspace.take<float2>(rows * drift_count(layer));
   m.tables = workspace.take<float>(rows * plan.key_parts * (kPartBytes / 4));
   m.padded = (gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block) + 63) / 64 * 64;
   m.fixed = center_is_fixed(layer);
@@ -531,7 +563,9 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     };
     const bool simple = call.block_table == nullptr && in_pieces(layer.keys, plan.key_slots) &&
                         in_pieces(layer.values, plan.head.slots);
-    const auto kernel = plan.threads == kManyThreads ? lookup_of<kManyThreads>(simple)
+    const bool whole = simple && plan.threads == kManyThreads && plan.key_slots == 16 && plan.head.slots == 8;
+    const auto kernel = whole                          ? lookup_kernel<true, kManyThreads, true>
+                        : plan.threads == kManyThreads ? lookup_of<kManyThreads>(simple)
                         : plan.threads == kFewThreads ? lookup_of<kFewThreads>(simple)
                                                       : lookup_of<kManyThreads / 2>(simple);
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) != cudaSuccess)
@@ -540,8 +574,8 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
            even);
     if (launched("lookup_kernel")) return 1;
   }
-  return combine(layer, call, plan.head, memory.parts, {vheads, found.blocks, even, memory.padded > 0, true}, memory.padded == 0,
-                 stream);
+  const Stretches coded{vheads, found.blocks, even, memory.padded > 0, true, memory.owners};
+  return combine(layer, call, plan.head, memory.parts, coded, memory.padded == 0, stream);
 }
 
 }  // namespace gsrq::cuda

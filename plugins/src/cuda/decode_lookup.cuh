@@ -30,9 +30,10 @@ struct LookupPlan {
 
 struct LookupMemory {
   Memory parts;           // what blocks leave to combine()
+  int2* owners;           // [vheads][batch]: the first and the last block that had some of a row with coded tokens
   __half *high, *low;     // [batch][vheads][4 heads][head_dim]: turned and scaled queries = high + low
-  float2* drifts;         // [batch][vheads][pairs][4]: u and v of q . RoPE_t(m) = sum of u cos(t) + v sin(t)
-  float* tables;          // [batch][vheads][key parts * 8 slots][256][4 heads]: query times codeword
+  float2* drifts;         // [batch][vheads][drift_count]: u and v of q . RoPE_t(m) = sum of u cos(t) + v sin(t)
+  float* tables;          // [batch][vheads][key parts][256][8 slots][4 heads]: query times codeword
   void* center;           // [batch][vheads][padded][4 heads]: query times the turned center, by coded token. As center_is_fixed
                           // says uint16, integers of `unit` above 2^15 beside `rest`, or float
   float *unit, *rest;     // [batch][vheads][4 heads]; rest: of the pairs that do not turn
@@ -43,6 +44,9 @@ struct LookupMemory {
 
 // Whether the tensor-core kernel scores the center.
 bool center_is_fixed(const gsrq_layer& layer);
+
+// Drifts of a vhead.
+int64_t drift_count(const gsrq_layer& layer);
 
 // Launches what must be known of the queries before coded tokens are looked up, and the exact tokens.
 int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan, const LookupMemory& memory,

@@ -1,76 +1,58 @@
-// What a query is multiplied with once, before the coded tokens of a cache in the rotated frame are scored; and the row's exact
-// tokens, which wait for nothing. Code is compact: with one row a block runs it once, and reading it takes longer than running it.
+// What a query is multiplied with once, before the coded tokens of a cache in the rotated frame are scored; and the row's
+// exact tokens, which wait for nothing. Code is compact: with one row a block runs it once, and reading it takes longer than
+// running it.
 #include <algorithm>
 
+#include "decode_center.cuh"
 #include "decode_combine.cuh"
 #include "decode_exact.cuh"
-#include "decode_lookup.cuh"
 #include "launch.cuh"
-#include "mma.cuh"
 
 namespace gsrq::cuda::decoding {
 namespace {
 
-constexpr int kThreads = 256, kPad = 8;
-constexpr int kTableRows = 16, kTablePairs = kTableRows * kLookupLanes, kFewTableCodes = 32, kManyTableCodes = 64;
-constexpr int kCenterTokens = kThreads / 32 * kCenterTiles * 16, kCenterHeads = 8;
-constexpr float kCenterMargin = 1.25f;  // what a table may be off from rotations, and rounding, beside the bound
+constexpr int kThreads = kPrepareThreads;
+constexpr int kPadHalves = 32;  // of a table block's queries: two columns that are read together lie in different banks
+constexpr int kTogetherRows = 8;  // of a table block, that are written together
+constexpr int kTableRows = 16, kFewTableCodes = 32, kManyTableCodes = 64;
+constexpr int kAloneRows = 4;        // up to so many rows each block turns the queries it needs: no launch ahead of it
+constexpr int kCenterBlocks = 256;   // about so many, each with some stretches of a row
 static_assert(kThreads / 32 == kPartSlots, "a warp fills one slot's tables");
 static_assert(kThreads == kCombineThreads, "exact tokens are attended to here");
 
 // Blocks of each kind, in their order, and what one of them takes.
 struct Work {
-  int tables, centers, exact;
-  int table_codes, center_heads, splits, vheads;
-  bool with_offsets, wide_exact;
+  int exact, centers, tables;
+  int table_codes, splits, vheads;
+  CenterWork center;
+  bool with_offsets, full, wide_exact;
 };
 
-__device__ inline int position_of(const gsrq_call& call, int row) {
-  return static_cast<int>(max(min(call.past_lengths[row], call.max_total - 1), static_cast<int64_t>(0)));
-}
-
-// Grid: (vheads, batch). Queries turned to their position, in units of log2 save where softcap needs them plain; their products
-// with the center, pair by pair, and what bounds the sum of those.
+// Grid: (vheads, batch). Turned queries, their drifts with the center, and what bounds the sum of those.
 __global__ void __launch_bounds__(kThreads)
     turn_queries(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                  const __grid_constant__ LookupPlan plan, LookupMemory memory) {
   __shared__ float2 sums[kThreads / 32][kLookupLanes];
   let_next_begin();
   const int vhead = blockIdx.x, vheads = gridDim.x, row = blockIdx.y, d = layer.head_dim, half = layer.half_rope;
-  const int kv_head = vhead / plan.head.parts, thread = threadIdx.x, lane = thread % 32, h = thread % kLookupLanes;
-  const int head = vhead % plan.head.parts * plan.head.part_heads + h, position = position_of(call, row);
-  const float scale = query_scale(layer);
+  const int thread = threadIdx.x, lane = thread % 32, h = thread % kLookupLanes, pairs = drift_pairs(layer);
   const int64_t item = static_cast<int64_t>(row) * vheads + vhead;
-  const bool live = call.new_lengths[row] > 0 && h < plan.head.part_heads && head < plan.head.group;
-  const int64_t base = (static_cast<int64_t>(row) * layer.heads + kv_head * plan.head.group + head) * d;
-  const int pairs = max(half, kCenterPairs);
+  const TurnedQuery query(layer, call, plan.head, row, vhead, h);
   float bound = 0, rest = 0;
 #pragma unroll 1
   for (int p = thread / kLookupLanes; p < max(d / 2, pairs); p += kThreads / kLookupLanes) {
-    float2 q = make_float2(0, 0), drift = q;
+    float2 drift = make_float2(0, 0);
     if (p < d / 2) {
-      int e0, e1;
-      pair_elements(layer, p, &e0, &e1);
-      if (live) {
-        const int64_t at = static_cast<int64_t>(position) * half + p;
-        const float c = p < half ? __ldg(layer.cos + at) : 1.0f, s = p < half ? __ldg(layer.sin + at) : 0.0f;
-        const float* m = layer.key_center + kv_head * d;
-        const float mx = __ldg(m + e0), my = __ldg(m + e1), size = p < half ? __ldg(layer.cos + p) : 0.0f;
-        const float x = load_constant(call.query, base + e0, call.dtype) * scale;
-        const float y = load_constant(call.query, base + e1, call.dtype) * scale;
-        q = make_float2(x * c - y * s, y * c + x * s);
-        drift = make_float2(q.x * mx + q.y * my, q.y * mx - q.x * my);
-        if (p < half) bound += sqrtf(drift.x * drift.x + drift.y * drift.y) * fabsf(size);  // row 0 has the table's scale
-        else rest += drift.x;
-      }
+      const TurnedPair pair(layer, call, query, p);
+      const float2 q = pair.turned(query);
+      drift = drift_of(q, __ldg(query.center + pair.e0), __ldg(query.center + pair.e1));
+      if (p < half) bound += length_of(drift) * fabsf(__ldg(layer.cos + p));  // row 0 has the table's scale
+      else rest += drift.x;
       const int64_t to = (item * kLookupLanes + h) * d;
-      const __half x = __float2half_rn(q.x), y = __float2half_rn(q.y);
-      memory.high[to + e0] = x;
-      memory.high[to + e1] = y;
-      memory.low[to + e0] = __float2half_rn(q.x - __half2float(x));
-      memory.low[to + e1] = __float2half_rn(q.y - __half2float(y));
+      split(q.x, memory.high + to + pair.e0, memory.low + to + pair.e0);
+      split(q.y, memory.high + to + pair.e1, memory.low + to + pair.e1);
     }
-    if (p < pairs) memory.drifts[(item * pairs + p) * kLookupLanes + h] = p < half ? drift : make_float2(0, 0);
+    if (p < pairs) memory.drifts[item * pairs * kLookupLanes + drift_at(p, h)] = p < half ? drift : make_float2(0, 0);
   }
 #pragma unroll
   for (int o = kLookupLanes; o < 32; o *= 2) {
@@ -89,246 +71,152 @@ __global__ void __launch_bounds__(kThreads)
 
 __device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
-// Block: some codewords of the eight slots of a part, a warp a slot, times the queries of up to 16 rows. Exact: a codeword has
-// Steps times 16 elements, else at most that.
-template <int Steps, bool Exact>
+// Block: some codewords of the eight slots of a part, a warp a slot, times the queries of up to 16 rows. A product's columns are
+// the heads of a row, both summands of each. Its steps take a codeword's elements in an order in which a lane's lie together:
+// eight of 32, for two steps. Exact: a codeword has Chunks times 32 elements, else at most that.
+template <int Chunks, bool Exact, bool Alone>
 __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan,
                             const LookupMemory& memory, const Work& work, int block) {
   const int groups = kCodewords / work.table_codes, vheads = work.vheads;
   const int first_code = block % groups * work.table_codes, part = block / groups % plan.key_parts;
   const int vhead = block / (groups * plan.key_parts) % vheads, kv_head = vhead / plan.head.parts;
   const int first_row = block / (groups * plan.key_parts * vheads) * kTableRows, rows = min(kTableRows, call.batch - first_row);
-  const int d = layer.head_dim, pitch = d + kPad, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int g = lane / 4, t = lane % 4, slot = part * kPartSlots + warp, tiles = (rows + 1) / 2;
-  __half* const high = reinterpret_cast<__half*>(shared_memory);  // [64][pitch]: turned queries = high + low
-  __half* const low = high + kTablePairs * pitch;
+  const int d = layer.head_dim, pitch = d + kPadHalves, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int g = lane / 4, t = lane % 4, slot = part * kPartSlots + warp;
+  __half* const queries = reinterpret_cast<__half*>(shared_memory);  // [rows][high, low][4 heads][pitch]
   const bool real = slot < plan.key_slots;  // slots past the last are zeros
   const int used = real ? slot : 0, of_head = used / layer.keys.stages * plan.key_width;
   const int element = kv_head * d + of_head, width = layer.keys.width;
-  const __half* const first_word =
-      static_cast<const __half*>(layer.keys.codewords) +
-      (static_cast<int64_t>(element / width * layer.keys.stages + used % layer.keys.stages) * kCodewords + first_code) * width +
-      element % width;
+  const int64_t stage = static_cast<int64_t>(element / width) * layer.keys.stages + used % layer.keys.stages;
+  const __half* const word = static_cast<const __half*>(layer.keys.codewords) + (stage * kCodewords + first_code + g) * width +
+                             element % width + 8 * t;
+  uint32_t same = 0x3210;  // moves with it are made once and not in each row's turn
+  asm volatile("" : "+r"(same));
+  uint32_t a[2 * Chunks][4];
+  const auto load = [&](int code) {
+    const __half* const from[2] = {word + code * width, word + (code + 8) * width};
+    uint4 x[Chunks][2];
+#pragma unroll
+    for (int k = 0; k < Chunks; ++k)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        x[k][r] = real && (Exact || 32 * k + 8 * t < plan.key_width)
+                      ? __ldg(reinterpret_cast<const uint4*>(from[r] + 32 * k))
+                      : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int k = 0; k < Chunks; ++k)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t words[4] = {x[k][r].x, x[k][r].y, x[k][r].z, x[k][r].w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[2 * k + i / 2][i % 2 * 2 + r] = __byte_perm(words[i], 0, same);
+      }
+  };
+  load(0);
   if (real)
-    for (int i = lane; i < work.table_codes; i += 32)
-      for (int at = 0; at < plan.key_width; at += 64) prefetch(first_word + i * width + at);
-  wait_for_previous();
-  const __half* const queries = lane < 16 ? memory.high : memory.low;
-  __half* const to_queries = lane < 16 ? high : low;
-  for (int pair = warp; pair < 2 * tiles * kLookupLanes; pair += kThreads / 32) {
-    const int row = first_row + min(pair / kLookupLanes, rows - 1);
-    const int64_t from = ((static_cast<int64_t>(row) * vheads + vhead) * kLookupLanes + pair % kLookupLanes) * d;
-    for (int at = lane % 16 * 8; at < d; at += 16 * 8) copy_async(to_queries + pair * pitch + at, queries + from + at, true);
+    for (int i = 16 + lane / 2; i < work.table_codes; i += 16)
+      for (int at = lane % 2 * 64; at < plan.key_width; at += 128) prefetch(word + (i - g) * width + at - 8 * t);
+  if (Alone) {
+    for (int i = thread; i < rows * kLookupLanes * (d / 2); i += kThreads) {
+      const int p = i % (d / 2), column = i / (d / 2), row = column / kLookupLanes, h = column % kLookupLanes;
+      const TurnedQuery query(layer, call, plan.head, first_row + row, vhead, h);
+      const TurnedPair pair(layer, call, query, p);
+      const float2 q = pair.turned(query);
+      __half* const high = queries + (row * 2 * kLookupLanes + h) * pitch;
+      split(q.x, high + pair.e0, high + kLookupLanes * pitch + pair.e0);
+      split(q.y, high + pair.e1, high + kLookupLanes * pitch + pair.e1);
+    }
+  } else {
+    wait_for_previous();
+    const int pieces = d / 8;
+    for (int i = thread; i < rows * 2 * kLookupLanes * pieces; i += kThreads) {
+      const int at = i % pieces * 8, column = i / pieces, row = column / (2 * kLookupLanes), h = column % kLookupLanes;
+      const int64_t from = ((static_cast<int64_t>(first_row + row) * vheads + vhead) * kLookupLanes + h) * d + at;
+      copy_async(queries + column * pitch + at, (column / kLookupLanes % 2 ? memory.low : memory.high) + from, true);
+    }
+    commit_async();
+    wait_async<0>();
   }
-  commit_async();
-  wait_async<0>();
   __syncthreads();
 
-  const __half* const words = first_word + g * width + 2 * t;
-  const int below = 8 * width, slots = plan.key_parts * kPartSlots;
-  float* const out = memory.tables +
-                     ((static_cast<int64_t>(first_row) * vheads + vhead) * slots + slot) * (kCodewords * kLookupLanes) +
-                     (first_code + g) * kLookupLanes + t % 2 * 2;
-  // Of load_matrices: matrices 0 and 1 are the two halves of a step of `high`, 2 and 3 of `low`.
-  const __half* const from = (lane < 16 ? high : low) + lane % 8 * pitch + of_head + lane / 8 % 2 * 8;
+  // What the warps have of 16 codewords and some rows is gathered, and written in whole lines. A slot's place in a codeword's 128
+  // bytes is turned by the codeword, so that eight of them lie in different banks.
+  float* const gathered = reinterpret_cast<float*>(queries + rows * 2 * kLookupLanes * pitch);  // [kTogetherRows][16][8 slots][4]
+  const bool lower = t >= 2;
+  const int own_code = g + (lower ? 8 : 0);
+  float2* const gather = reinterpret_cast<float2*>(gathered + own_code * kPartWords + (warp ^ g) * kLookupLanes + t % 2 * 2);
+  const int64_t of_row = static_cast<int64_t>(vheads) * plan.key_parts * (kCodewords * kPartWords);
+  float* const out = memory.tables + first_row * of_row +
+                     static_cast<int64_t>(vhead * plan.key_parts + part) * (kCodewords * kPartWords) + first_code * kPartWords;
 #pragma unroll 1
   for (int code = 0; code < work.table_codes; code += 16) {
-    uint32_t a[Steps][4];
-#pragma unroll
-    for (int k = 0; k < Steps; ++k) {
-      const __half* word = words + code * width + k * 16;
-      const bool here = real && (Exact || k * 16 < plan.key_width);
-      a[k][0] = here ? __ldg(reinterpret_cast<const uint32_t*>(word)) : 0;
-      a[k][1] = here ? __ldg(reinterpret_cast<const uint32_t*>(word + below)) : 0;
-      a[k][2] = here ? __ldg(reinterpret_cast<const uint32_t*>(word + 8)) : 0;
-      a[k][3] = here ? __ldg(reinterpret_cast<const uint32_t*>(word + below + 8)) : 0;
-    }
+    if (code > 0) load(code);
+    const __half* from = queries + g * pitch + of_head + 8 * t;
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; tile += 2) {  // two at a time
-      float sums[2][2][4] = {};
-      const __half* const at[2] = {from + tile * 8 * pitch, from + min(tile + 1, tiles - 1) * 8 * pitch};
-      uint32_t b[2][2][4];  // of this step and the next
-#pragma unroll
-      for (int i = 0; i < 2; ++i) load_matrices(b[0][i], at[i]);
-#pragma unroll
-      for (int k = 0; k < Steps; ++k) {
-        if (!Exact && k * 16 >= plan.key_width) break;
-        if (k + 1 < Steps && (Exact || (k + 1) * 16 < plan.key_width))
-#pragma unroll
-          for (int i = 0; i < 2; ++i) load_matrices(b[(k + 1) % 2][i], at[i] + (k + 1) * 16);
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) multiply(sums[i][j], a[k], b[k % 2][i][2 * j], b[k % 2][i][2 * j + 1]);
-      }
-      // Column 2 t of a tile: row of two, head.
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = (tile + i) * 2 + t / 2;
-        if (row >= rows) continue;
-        float* const to = out + (row * vheads * slots * kCodewords + code) * static_cast<int64_t>(kLookupLanes);
-        const float(&high_sum)[4] = sums[i][0];
-        const float(&low_sum)[4] = sums[i][1];
-        *reinterpret_cast<float2*>(to) = make_float2(high_sum[0] + low_sum[0], high_sum[1] + low_sum[1]);
-        *reinterpret_cast<float2*>(to + 8 * kLookupLanes) = make_float2(high_sum[2] + low_sum[2], high_sum[3] + low_sum[3]);
-      }
-    }
-  }
-}
-
-// Tokens and vheads of a block that scores the center.
-struct CenterBlock {
-  int row, first_vhead, here;  // here: vheads
-  int stretch, begin, end;     // coded tokens
-  Range range;
-  __device__ CenterBlock(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, const Work& work,
-                         int block)
-      : range{} {
-    const int stretches = static_cast<int>((memory.padded + kCenterTokens - 1) / kCenterTokens);
-    const int groups = (work.vheads + work.center_heads - 1) / work.center_heads;
-    row = block / (stretches * groups);
-    first_vhead = block / stretches % groups * work.center_heads;
-    here = min(work.center_heads, work.vheads - first_vhead);
-    range = coded_range(layer, call, row);
-    stretch = block % stretches;
-    begin = stretch * kCenterTokens;
-    end = min(begin + kCenterTokens, range.count);
-  }
-};
-
-// A score as an integer of 1 / inverse above 2^15, in the low 16 bits: those of a float of 2^23 or more are an integer.
-__device__ inline uint32_t fixed(float x, float inverse) { return __float_as_uint(fmaf(x, inverse, kCenterZero)); }
-
-// A warp takes 128 tokens: their offsets from the first are constant, so the matrix of their cosines and sines, as float16, lies
-// in shared memory, and the first token's row turns u and v. A product's columns are the heads of two vheads; two products share
-// a read of the matrix.
-// Full: half_rope is kCenterPairs.
-template <bool Full>
-__device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, const Work& work,
-                             int block) {
-  constexpr int kPairs = 2;  // of vheads that are scored together
-  const CenterBlock own(layer, call, memory, work, block);
-  if (own.begin >= own.end) return;
-  const int here = own.here, end = own.end, half = layer.half_rope;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-  const int64_t item = static_cast<int64_t>(own.row) * work.vheads + own.first_vhead;
-  uint4* const offsets = reinterpret_cast<uint4*>(shared_memory);  // [tiles][steps][32]
-  float2* const drifts = reinterpret_cast<float2*>(offsets + kCenterTiles * kCenterSteps * 32);  // [vheads][pairs][4]
-  const int first = own.begin + warp * kCenterTiles * 16;
-  const int64_t at = static_cast<int64_t>(own.range.first + first) * half;
-  if (first < end && lane < 2 * half / 32 + 2)
-    prefetch((lane % 2 ? layer.sin : layer.cos) + at + min(lane / 2 * 32, half - 1));
-  for (int i = thread; i < kCenterTiles * kCenterSteps * 32; i += kThreads) copy_async(offsets + i, memory.offsets + i, true);
-  wait_for_previous();
-  const float4* const from = reinterpret_cast<const float4*>(memory.drifts + item * kCenterPairs * kLookupLanes);
-  const int used = here * kCenterPairs * kLookupLanes / 2;
-  for (int i = thread; i < kCenterHeads * kCenterPairs * kLookupLanes / 2; i += kThreads)
-    copy_async(reinterpret_cast<float4*>(drifts) + i, from + (i < used ? i : 0), i < used);  // zeros past them
-  commit_async();
-  wait_async<0>();
-  __syncthreads();
-  if (first >= end) return;
-  const float* const cosines = layer.cos + at + 2 * t;
-  const float* const sines = layer.sin + at + 2 * t;
-  const float2* const own_drifts = drifts + (g / kLookupLanes * kCenterPairs + 2 * t) * kLookupLanes + g % kLookupLanes;
+    for (int begin = 0; begin < rows; begin += kTogetherRows) {
+      const int here = min(kTogetherRows, rows - begin);
 #pragma unroll 1
-  for (int v = 0; v < here; v += 2 * kPairs) {
-    uint32_t b[kPairs][kCenterSteps][2];
+      for (int row = 0; row < here; ++row) {
+        float sums[2][4] = {};
 #pragma unroll
-    for (int s = 0; s < kCenterSteps; ++s) {
-      float turned[kPairs][2][2];
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int pair = Full ? 8 * s + k : min(8 * s + k, half - 1 - 2 * t);  // from 2 t on; drifts past the last are zero
-        const float c = __ldg(cosines + pair), d = __ldg(sines + pair);
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-          const float2 x = own_drifts[((v + 2 * i) * kCenterPairs + 8 * s + k) * kLookupLanes];
-          turned[i][0][k] = x.x * c + x.y * d;
-          turned[i][1][k] = x.y * c - x.x * d;
+        for (int k = 0; k < Chunks; ++k) {
+          uint4 b = make_uint4(0, 0, 0, 0);
+          if (Exact || 32 * k + 8 * t < plan.key_width) b = *reinterpret_cast<const uint4*>(from + 32 * k);
+          multiply(sums[0], a[2 * k], b.x, b.y);
+          multiply(sums[1], a[2 * k + 1], b.z, b.w);
         }
+        // Columns 2 t: lanes t < 2 have sums with `high`, the others with `low` of the same heads. Those end with code g, these
+        // with g + 8.
+        float kept[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float x = sums[0][i] + sums[1][i], y = sums[0][2 + i] + sums[1][2 + i];
+          kept[i] = (lower ? y : x) + __shfl_xor_sync(~0u, lower ? x : y, 2);
+        }
+        gather[row * (16 * kPartWords / 2)] = make_float2(kept[0], kept[1]);
+        from += 2 * kLookupLanes * pitch;
       }
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) b[i][s][j] = packed(turned[i][j][0], turned[i][j][1]);
-    }
-    // Columns 2 t and 2 t + 1: heads of vhead t / 2 of the two. An even lane writes all heads of token g, its neighbour of g + 8.
-    const bool odd = t % 2 != 0;
-    const int own_token = first + g + (odd ? 8 : 0);
-    float2 inverse[kPairs];
-    uint2* to[kPairs];
-    int left[kPairs];  // tokens from own_token on
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int vhead = v + 2 * i + t / 2;
-      const float2 unit = __ldg(reinterpret_cast<const float2*>(memory.unit + (item + min(vhead, here - 1)) * kLookupLanes) + t % 2);
-      inverse[i] = make_float2(unit.x > 0 ? 1 / unit.x : 0.0f, unit.y > 0 ? 1 / unit.y : 0.0f);
-      to[i] = static_cast<uint2*>(memory.center) + (item + vhead) * memory.padded + own_token;
-      left[i] = vhead < here ? end - own_token : 0;
-    }
-#pragma unroll 2
-    for (int tile = 0; tile < kCenterTiles; ++tile) {
-      float sums[kPairs][4] = {};
-#pragma unroll
-      for (int s = 0; s < kCenterSteps; ++s) {
-        const uint4 x = offsets[(tile * kCenterSteps + s) * 32 + lane];
-        const uint32_t a[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) multiply(sums[i], a, b[i][s][0], b[i][s][1]);
+      __syncthreads();
+      for (int i = thread; i < here * (16 * kPartSlots); i += kThreads) {
+        const int row = i / (16 * kPartSlots), at = i % (16 * kPartSlots), of_code = at / kPartSlots, of_slot = at % kPartSlots;
+        __stcg(reinterpret_cast<float4*>(out + (begin + row) * of_row + code * kPartWords) + at,
+               reinterpret_cast<const float4*>(gathered)[row * (16 * kPartSlots) + of_code * kPartSlots + (of_slot ^ of_code % 8)]);
       }
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        uint32_t words[2];  // two heads of tokens g and g + 8
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          words[r] = __byte_perm(fixed(sums[i][2 * r], inverse[i].x), fixed(sums[i][2 * r + 1], inverse[i].y), 0x5410);
-        const uint32_t other = __shfl_xor_sync(~0u, odd ? words[0] : words[1], 1);
-        if (tile * 16 < left[i]) to[i][tile * 16] = odd ? make_uint2(other, words[1]) : make_uint2(words[0], other);
-      }
+      __syncthreads();
     }
   }
 }
 
-// The same for any rotary table, in float32: a thread a (token, head).
-__device__ void score_center_plain(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory,
-                                   const Work& work, int block) {
-  const CenterBlock own(layer, call, memory, work, block);
-  if (own.begin >= own.end) return;
-  const int half = layer.half_rope, here = own.here, pairs = max(half, kCenterPairs);
-  wait_for_previous();
-  for (int i = threadIdx.x; i < (own.end - own.begin) * here * kLookupLanes; i += kThreads) {
-    const int h = i % kLookupLanes, v = i / kLookupLanes % here, token = own.begin + i / (kLookupLanes * here);
-    const int64_t at = static_cast<int64_t>(own.range.first + token) * half;
-    const int64_t item = static_cast<int64_t>(own.row) * work.vheads + own.first_vhead + v;
-    float sum = memory.rest[item * kLookupLanes + h];
-    for (int p = 0; p < half; ++p) {
-      const float2 x = memory.drifts[(item * pairs + p) * kLookupLanes + h];
-      sum += x.x * __ldg(layer.cos + at + p) + x.y * __ldg(layer.sin + at + p);
-    }
-    static_cast<float*>(memory.center)[(item * memory.padded + token) * kLookupLanes + h] = sum;
-  }
-}
-
-template <int Steps, bool Exact>
-__global__ void __launch_bounds__(kThreads, 3)
+template <int Chunks, bool Exact, bool Alone>
+__global__ void __launch_bounds__(kThreads, Chunks == 4 ? 3 : 2)
     prepare_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                    const __grid_constant__ LookupPlan plan, LookupMemory memory, const __grid_constant__ Work work) {
   int block = blockIdx.x;
   let_next_begin();
-  if (block < work.tables) {
-    fill_tables<Steps, Exact>(layer, call, plan, memory, work, block);
-    return;  // it waited
+  if (block < work.exact) {
+    if (!work.wide_exact) attend_exact<kLookupLanes>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+    else if (call.dtype == GSRQ_F16)
+      attend_exact_wide<true>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+    else attend_exact_wide<false>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+  } else if (block < work.exact + work.centers) {
+    block -= work.exact;
+    if (work.full) score_center<true, Alone>(layer, call, plan.head, memory, work.center, block);
+    else if (Alone || work.with_offsets) score_center<false, Alone>(layer, call, plan.head, memory, work.center, block);
+    else score_center_plain(layer, call, memory, work.center, block);
+  } else {
+    fill_tables<Chunks, Exact, Alone>(layer, call, plan, memory, work, block - work.exact - work.centers);
+    return;  // it waited, where there was what to wait for
   }
-  block -= work.tables;
-  if (block >= work.centers && work.wide_exact)
-    attend_exact_wide(layer, call, plan.head, memory.parts, work.vheads, work.splits, block - work.centers);
-  else if (block >= work.centers)
-    attend_exact<kLookupLanes>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block - work.centers);
-  else if (work.with_offsets && layer.half_rope == kCenterPairs) score_center<true>(layer, call, memory, work, block);
-  else if (work.with_offsets) score_center<false>(layer, call, memory, work, block);
-  else score_center_plain(layer, call, memory, work, block);
   wait_for_previous();  // also where there was nothing to do
+}
+
+using PrepareKernel = void (*)(gsrq_layer, gsrq_call, LookupPlan, LookupMemory, Work);
+
+template <bool Alone>
+PrepareKernel prepare_of(const LookupPlan& plan) {
+  return plan.key_width == 128  ? prepare_kernel<4, true, Alone>
+         : plan.key_width < 128 ? prepare_kernel<4, false, Alone>
+                                : prepare_kernel<8, false, Alone>;
 }
 
 // Block: a tile; thread: a lane's fragment of a step. Scaled tables: the scale is the first row's cosine.
@@ -353,6 +241,8 @@ bool center_is_fixed(const gsrq_layer& layer) {
   return layer.geometric && layer.half_rope > 0 && layer.half_rope <= kCenterPairs;
 }
 
+int64_t drift_count(const gsrq_layer& layer) { return static_cast<int64_t>(drift_pairs(layer)) * kLookupLanes; }
+
 int fill_offsets(const gsrq_layer& layer, uint4* offsets, cudaStream_t stream) {
   if (!center_is_fixed(layer)) return 0;
   offsets_kernel<<<kCenterTiles, 32 * kCenterSteps, 0, stream>>>(layer, offsets);
@@ -366,12 +256,19 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   Work work{};
   work.vheads = static_cast<int>(vheads);
   work.with_offsets = center_is_fixed(layer);
+  work.full = work.with_offsets && layer.half_rope == kCenterPairs &&
+              (reinterpret_cast<uintptr_t>(layer.cos) | reinterpret_cast<uintptr_t>(layer.sin)) % 8 == 0;
   work.wide_exact = exact_is_wide(layer, call);
-  work.center_heads = kCenterHeads;
   work.table_codes = batch > kTableRows ? kManyTableCodes : kFewTableCodes;
   work.splits = exact_splits(layer);
-  const int64_t centers =
-      (memory.padded + kCenterTokens - 1) / kCenterTokens * ((vheads + work.center_heads - 1) / work.center_heads) * batch;
+  // The queries that a block needs are turned once for all of its stretches.
+  const int64_t stretches = (memory.padded + kCenterTokens - 1) / kCenterTokens;
+  const bool alone = batch <= kAloneRows && work.with_offsets;
+  const int center_heads = alone ? kFewCenterHeads : kCenterHeads;
+  const int64_t of_stretch = (vheads + center_heads - 1) / center_heads * batch;
+  const int64_t together = std::min(stretches, (stretches * of_stretch + kCenterBlocks - 1) / kCenterBlocks);
+  work.center = {work.vheads, center_heads, static_cast<int>(together)};
+  const int64_t centers = (stretches + together - 1) / together * of_stretch;
   const int64_t tables =
       kCodewords / work.table_codes * plan.key_parts * vheads * ((batch + kTableRows - 1) / kTableRows);
   const int64_t exact = work.splits * vheads * batch;
@@ -380,18 +277,19 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   work.tables = static_cast<int>(tables);
   work.centers = static_cast<int>(centers);
   work.exact = static_cast<int>(exact);
-  const int center_bytes = static_cast<int>(kCenterHeads * kCenterPairs * kLookupLanes * sizeof(float2) +
-                                            kCenterTiles * kCenterSteps * 32 * sizeof(uint4));
-  const int bytes = std::max({4 * kTablePairs * (d + kPad), center_bytes, exact_bytes(d)});
-  const auto kernel = plan.key_width == 128   ? prepare_kernel<8, true>
-                      : plan.key_width < 128 ? prepare_kernel<8, false>
-                                             : prepare_kernel<16, false>;
+  const int table_rows = static_cast<int>(std::min<int64_t>(batch, kTableRows));
+  const int table_bytes = 2 * table_rows * 2 * kLookupLanes * (d + kPadHalves) +
+                          4 * std::min(table_rows, kTogetherRows) * 16 * kPartWords;
+  const int bytes = std::max({table_bytes, work.with_offsets ? kCenterBytes : 0, exact_bytes(d)});
+  const PrepareKernel kernel = alone ? prepare_of<true>(plan) : prepare_of<false>(plan);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("prepare_lookup");
-  turn_queries<<<dim3(static_cast<unsigned>(vheads), static_cast<unsigned>(batch)), kThreads, 0, stream>>>(layer, call, plan,
-                                                                                                          memory);
-  if (launched("turn_queries")) return 1;
-  launch(true, kernel, static_cast<unsigned>(centers + tables + exact), kThreads, bytes, stream, layer, call, plan, memory,
+  if (!alone) {
+    turn_queries<<<dim3(static_cast<unsigned>(vheads), static_cast<unsigned>(batch)), kThreads, 0, stream>>>(layer, call, plan,
+                                                                                                            memory);
+    if (launched("turn_queries")) return 1;
+  }
+  launch(!alone, kernel, static_cast<unsigned>(centers + tables + exact), kThreads, bytes, stream, layer, call, plan, memory,
          work);
   return launched("prepare_lookup");
 }
