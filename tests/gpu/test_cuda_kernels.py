@@ -388,8 +388,9 @@ def test_codes_of_many_vectors(total: int, width: int, stages: int, transform: b
 @pytest.mark.parametrize("metric", ["identity", "diagonal", "full"])
 @pytest.mark.parametrize("words", ["random", "twins", "one side", "small"])
 def test_codes_for_every_kind_of_codebook(width: int, metric: str, words: str) -> None:
-    """Twins differ in the last bit of one element; codewords on one side have negative products with half of the
-    vectors; small ones stand far below the vectors. Some vectors are zero, tiny, large or a codeword."""
+    """Twins differ in the last bit of one element, a large one: else a vector that is a codeword is as near to its twin
+    in float64. Codewords on one side have negative products with half of the vectors; small ones stand far below the
+    vectors. Some vectors are zero, tiny, large or a codeword."""
     generator = torch.Generator().manual_seed(width)
     book = random_codebook(2 * width, width, 3, width, metric == "full")
     codewords, transform = book.codewords.float(), book.transform
@@ -401,6 +402,7 @@ def test_codes_for_every_kind_of_codebook(width: int, metric: str, words: str) -
         codewords = codewords * 1e-3
     half = codewords.half()
     if words == "twins":
+        half[..., width // 2] += half[..., width // 2].sign() + 0.5
         half[:, :, 1::2] = half[:, :, ::2]
         bits = half.view(torch.int16)
         bits[:, :, 1::2, width // 2] ^= 1

@@ -71,9 +71,6 @@ __device__ inline void mma_int8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-constexpr int kBias = 0x4b400000;  // an integer v added to this pattern reads as the float 12582912 + v
-constexpr float kBiasValue = 12582912.0f;
-
 // Keeps a value in a register instead of computing it again where it is used.
 template <class T>
 __device__ inline void keep(T& x) {
@@ -96,17 +93,10 @@ __device__ inline int64_t row_of(const gsrq_call& call, int b, int row) {
          (static_cast<uint32_t>(row) - at * page);
 }
 
-// Bytes first .. last - 1 of a token's codes, as words; past the last: 0. Fast: all words are there and aligned, four also
-// together.
+// Bytes first .. last - 1 of a token's codes, as words; past the last: 0. Fast: all words are there and aligned.
 template <int Words, bool Fast>
 __device__ inline void load_codes(uint32_t (&out)[Words], const int8_t* row, int first, int last) {
-  if constexpr (Fast && Words == 4) {
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(row + first));
-    out[0] = v.x;
-    out[1] = v.y;
-    out[2] = v.z;
-    out[3] = v.w;
-  } else if constexpr (Fast) {
+  if constexpr (Fast) {
 #pragma unroll
     for (int i = 0; i < Words; ++i) out[i] = __ldg(reinterpret_cast<const uint32_t*>(row + first) + i);
   } else {

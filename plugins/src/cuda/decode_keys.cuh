@@ -117,9 +117,9 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       for (int o = 0; o < 2; ++o)
 #pragma unroll
         for (int j = 0; j < kPacked; ++j)
-          out[m][o][j] = kOneWord ? from[m][o][0] :
-                         __byte_perm(__byte_perm(word(m, o, 4 * j), word(m, o, 4 * j + 1), byte_pair),
-                                     __byte_perm(word(m, o, 4 * j + 2), word(m, o, 4 * j + 3), byte_pair), 0x5410);
+          out[m][o][j] = kOneWord ? from[m][o][0]
+                                  : __byte_perm(__byte_perm(word(m, o, 4 * j), word(m, o, 4 * j + 1), byte_pair),
+                                                __byte_perm(word(m, o, 4 * j + 2), word(m, o, 4 * j + 3), byte_pair), 0x5410);
   };
   const auto gather = [&](uint4 (&out)[2][2], const uint32_t (&from)[2][kPacked], int i) {
 #pragma unroll
@@ -257,107 +257,107 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     }
 #pragma unroll 1
     for (int chunk = cursor.first; chunk < cursor.stop; chunk += kAnchorChunks) {
-    anchor(chunk);  // rounding errors of the turns must not add up
+      anchor(chunk);  // rounding errors of the turns must not add up
 #pragma unroll 1
-    for (int left = min(cursor.stop - chunk, kAnchorChunks); left > 0; --left, ++chunk_index) {
-      uint32_t next_codes[2][2][kPacked];
-      pack(next_codes, coming);
-      fetch(coming, source, ahead++);
-      if (--left_ahead == 0) {
-        ahead = 0;
-        go_on();
-      }
-      const uint32_t buffer = chunk_index & (plan.buffers - 1);
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        int sums[2][2][4];  // [octet][half]
-#pragma unroll
-        for (int o = 0; o < 2; ++o)
-#pragma unroll
-          for (int u = 0; u < 2; ++u)
-#pragma unroll
-            for (int k = 0; k < 4; ++k) sums[o][u][k] = 0;
-#pragma unroll
-        for (int i = 0; i < Blocks; ++i) {
-          const int next = i + kAhead;
-          if (next < Blocks) gather(gathered[next], codes[m], next);
-          else gather(gathered[next], m == 0 ? codes[1] : next_codes[0], next - Blocks);
-#pragma unroll
-          for (int o = 0; o < 2; ++o)
-#pragma unroll
-            for (int u = 0; u < 2; ++u) {
-              const uint4 v = gathered[i][o][u];
-              mma_int8(sums[o][u], v.x, v.y, v.z, v.w, low[i], high[i]);
-            }
+      for (int left = min(cursor.stop - chunk, kAnchorChunks); left > 0; --left, ++chunk_index) {
+        uint32_t next_codes[2][2][kPacked];
+        pack(next_codes, coming);
+        fetch(coming, source, ahead++);
+        if (--left_ahead == 0) {
+          ahead = 0;
+          go_on();
         }
+        const uint32_t buffer = chunk_index & (plan.buffers - 1);
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i)
+        for (int m = 0; m < 2; ++m) {
+          int sums[2][2][4];  // [octet][half]
 #pragma unroll
           for (int o = 0; o < 2; ++o)
 #pragma unroll
-            for (int u = 0; u < 2; ++u) gathered[i][o][u] = gathered[Blocks + i][o][u];
-
-        if (m == 0) barrier_wait(empty + 8 * buffer, (chunk_index & plan.buffers) == 0);
-        uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
+            for (int u = 0; u < 2; ++u)
 #pragma unroll
-        for (int o = 0; o < 2; ++o)
+              for (int k = 0; k < 4; ++k) sums[o][u][k] = 0;
+#pragma unroll
+          for (int i = 0; i < Blocks; ++i) {
+            const int next = i + kAhead;
+            if (next < Blocks) gather(gathered[next], codes[m], next);
+            else gather(gathered[next], m == 0 ? codes[1] : next_codes[0], next - Blocks);
+#pragma unroll
+            for (int o = 0; o < 2; ++o)
+#pragma unroll
+              for (int u = 0; u < 2; ++u) {
+                const uint4 v = gathered[i][o][u];
+                mma_int8(sums[o][u], v.x, v.y, v.z, v.w, low[i], high[i]);
+              }
+          }
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i)
+#pragma unroll
+            for (int o = 0; o < 2; ++o)
+#pragma unroll
+              for (int u = 0; u < 2; ++u) gathered[i][o][u] = gathered[Blocks + i][o][u];
+
+          if (m == 0) barrier_wait(empty + 8 * buffer, (chunk_index & plan.buffers) == 0);
+          uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
+#pragma unroll
+          for (int o = 0; o < 2; ++o)
+#pragma unroll
+            for (int u = 0; u < 2; ++u)
+#pragma unroll
+              for (int k = 0; k < 2; ++k) {
+                const float x = static_cast<float>(sums[o][u][2 * k]), y = static_cast<float>(sums[o][u][2 * k + 1]);
+                const float c = turn_c[o][u][k], s = turn_s[o][u][k];
+                keys[o][u][k] = packed(x * c - y * s, y * c + x * s);
+              }
+          float products[4] = {0, 0, 0, 0};
+#pragma unroll
+          for (int u = 0; u < 2; ++u) {
+            const uint32_t b0 = packed(query_x[u][0], query_y[u][0]), b1 = packed(query_x[u][1], query_y[u][1]);
+            const auto key = [&](int o, int k) { return !kTwice && parity ? keys[o][1 - u][k] : keys[o][u][k]; };
+            const uint32_t a0 = key(0, 0), a1 = key(1, 0), a2 = key(0, 1), a3 = key(1, 1);
+            asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                : "+f"(products[0]), "+f"(products[1]), "+f"(products[2]), "+f"(products[3])
+                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+          }
 #pragma unroll
           for (int u = 0; u < 2; ++u)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-              const float x = static_cast<float>(sums[o][u][2 * k]), y = static_cast<float>(sums[o][u][2 * k + 1]);
-              const float c = turn_c[o][u][k], s = turn_s[o][u][k];
-              keys[o][u][k] = packed(x * c - y * s, y * c + x * s);
+              const float x = query_x[u][k], y = query_y[u][k];
+              query_x[u][k] = x * step_c[u][k] + y * step_s[u][k];
+              query_y[u][k] = y * step_c[u][k] - x * step_s[u][k];
             }
-        float products[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int u = 0; u < 2; ++u) {
-          const uint32_t b0 = packed(query_x[u][0], query_y[u][0]), b1 = packed(query_x[u][1], query_y[u][1]);
-          const auto key = [&](int o, int k) { return !kTwice && parity ? keys[o][1 - u][k] : keys[o][u][k]; };
-          const uint32_t a0 = key(0, 0), a1 = key(1, 0), a2 = key(0, 1), a3 = key(1, 1);
-          asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-              : "+f"(products[0]), "+f"(products[1]), "+f"(products[2]), "+f"(products[3])
-              : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-        }
-#pragma unroll
-        for (int u = 0; u < 2; ++u)
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            const float x = query_x[u][k], y = query_y[u][k];
-            query_x[u][k] = x * step_c[u][k] + y * step_s[u][k];
-            query_y[u][k] = y * step_c[u][k] - x * step_s[u][k];
-          }
-        const auto store = [&](uint32_t to, uint32_t barrier) {
-          if constexpr (kTwice) {
-            const float first = stores_upper ? products[2] : products[0], second = stores_upper ? products[3] : products[1];
-            store_remote(to, first * scale_0, second * scale_1, barrier);
-          } else if constexpr (Lanes == 1) {
-            if (t > 0) return;
-            store_remote(to, products[0] * scale_0, barrier);
-            store_remote(to + 8 * Lanes * 4, products[2] * scale_0, barrier);
-          } else {
-            store_remote(to, products[0] * scale_0, products[1] * scale_1, barrier);
-            store_remote(to + 8 * Lanes * 4, products[2] * scale_0, products[3] * scale_1, barrier);
-          }
-        };
-        store(targets[m] + buffer * buffer_bytes, remote(full + 8 * buffer, owners >> (8 * m) & 0xff));
-        if constexpr (!Fast) {  // fast: one way
+          const auto store = [&](uint32_t to, uint32_t barrier) {
+            if constexpr (kTwice) {
+              const float first = stores_upper ? products[2] : products[0], second = stores_upper ? products[3] : products[1];
+              store_remote(to, first * scale_0, second * scale_1, barrier);
+            } else if constexpr (Lanes == 1) {
+              if (t > 0) return;
+              store_remote(to, products[0] * scale_0, barrier);
+              store_remote(to + 8 * Lanes * 4, products[2] * scale_0, barrier);
+            } else {
+              store_remote(to, products[0] * scale_0, products[1] * scale_1, barrier);
+              store_remote(to + 8 * Lanes * 4, products[2] * scale_0, products[3] * scale_1, barrier);
+            }
+          };
+          store(targets[m] + buffer * buffer_bytes, remote(full + 8 * buffer, owners >> (8 * m) & 0xff));
+          if constexpr (!Fast) {  // fast: one way
 #pragma unroll 1
-          for (int way = 1; way < plan.ways; ++way) {
-            const int tile = m * kKeyWarps + warp, other = tile % plan.owners + way * plan.owners;
-            const int place = (buffer * plan.cluster + rank) * plan.own_tiles + tile / plan.owners;
-            store(remote(shared_address(shared.scores) + ((place * kTile + stored_token) * Lanes + stored_head) * 4, other),
-                  remote(shared.full + 8 * buffer, other));
+            for (int way = 1; way < plan.ways; ++way) {
+              const int tile = m * kKeyWarps + warp, other = tile % plan.owners + way * plan.owners;
+              const int place = (buffer * plan.cluster + rank) * plan.own_tiles + tile / plan.owners;
+              store(remote(shared_address(shared.scores) + ((place * kTile + stored_token) * Lanes + stored_head) * 4, other),
+                    remote(shared.full + 8 * buffer, other));
+            }
           }
         }
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int o = 0; o < 2; ++o)
+#pragma unroll
+            for (int j = 0; j < kPacked; ++j) codes[m][o][j] = next_codes[m][o][j];
       }
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int o = 0; o < 2; ++o)
-#pragma unroll
-          for (int j = 0; j < kPacked; ++j) codes[m][o][j] = next_codes[m][o][j];
-    }
     }
     cursor = unpark(parked);
     if (cursor.done()) break;
