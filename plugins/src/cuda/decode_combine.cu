@@ -32,8 +32,9 @@ __device__ inline void load_lanes(float (&to)[Lanes], const float* from) {
 
 constexpr int kWarps = kCombineThreads / 32;
 
-// Pieces: of 8 dims, a warp has. One value slot of one head: the bins of up to Rows (row, query head) pairs times the slot's 256 codewords, or a quarter of
-// them. The bins, at most 1 after division by their sum, are split into two float16 of 22 bits together.
+// Pieces: of 8 dims, a warp has. One value slot of one head: the bins of up to Rows (row, query head) pairs times the slot's
+// 256 codewords, or a quarter of them. The bins, at most 1 after division by their sum, are split into two float16 of 22 bits
+// together.
 template <int Rows, int Codes, int Lanes, int Pieces>
 __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                                const Stretches& coded, int block) {
@@ -418,8 +419,8 @@ int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& pl
   if (launched("combine")) return 1;
   const dim3 heads(static_cast<unsigned>(coded.vheads), static_cast<unsigned>(call.batch));
   const bool usual = plan.head_dim == 128 && plan.width == 128;
-  launch(true, usual ? finish<true> : finish<false>, heads, kFinishThreads, 0, stream, layer, call, plan, memory, static_cast<int>(coded.any), splits,
-         code_splits);
+  launch(true, usual ? finish<true> : finish<false>, heads, kFinishThreads, 0, stream, layer, call, plan, memory,
+         static_cast<int>(coded.any), splits, code_splits);
   return launched("finish");
 }
 

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     score_keys<Blocks, Lanes, Fast>(layer, call, plan, constants, shared, cursor, rank);
   } else {
     set_registers<96, false>();
-    const bool plain = Fast && plan.cluster == kPlainCluster && plan.tiles_of(0) * (Stride / 32) <= kValueWarps && !(layer.softcap > 0);
+    const bool plain = Fast && plan.cluster == kPlainCluster && plan.tiles_of(0) * (Stride / 32) <= kValueWarps &&
+                       !(layer.softcap > 0);
     if (plain) bin_values<Lanes, Stride, Fast, Fast>(layer, call, plan, memory, shared, cursor, rank, cluster);
     else bin_values<Lanes, Stride, Fast, false>(layer, call, plan, memory, shared, cursor, rank, cluster);
   }

@@ -22,7 +22,9 @@ constexpr int kBlockBytes = kCodewords * kBlockStages * kSliceDims;
 constexpr int kMostBlocks = 6, kMostSlots = 32, kMostCluster = 16;
 // Of a CTA with so many blocks, the stage that lies in a slot of a block. A thread gathers one slot of all blocks: of four
 // blocks its codes are one word.
-__host__ __device__ constexpr int stage_of(int blocks, int block, int slot) { return blocks == 4 ? slot * 4 + block : block * kBlockStages + slot; }
+__host__ __device__ constexpr int stage_of(int blocks, int block, int slot) {
+  return blocks == 4 ? slot * 4 + block : block * kBlockStages + slot;
+}
 constexpr int kExponentSpread = 6;  // key stages are multiplied by up to 2^6 in int8
 constexpr int kSharedLimit = 227 * 1024;
 

@@ -59,7 +59,8 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   constexpr int kParts = kPadded / kPartSlots, kSlots = kPartSlots / 2, kWords = (kSlots + 3) / 4;
   const int owner = rank % plan.owners, way = rank / plan.owners, own_tiles = plan.tiles_of(owner);
   const int bytes = layer.values.groups * layer.values.stages;
-  const int cluster_size = Plain ? kPlainCluster : plan.cluster, most_tiles = Plain ? kChunkTiles / kPlainCluster : plan.own_tiles;
+  const int cluster_size = Plain ? kPlainCluster : plan.cluster;
+  const int most_tiles = Plain ? kChunkTiles / kPlainCluster : plan.own_tiles;
   const int units = own_tiles * kParts, round_bits = Plain || units <= kValueWarps ? 0 : units <= 2 * kValueWarps ? 1 : 2;
   constexpr int round_tokens = kTile * kValueWarps / kParts;  // no round has more
   static_assert(kChunkTiles * kParts <= 4 * kValueWarps, "four rounds at most");
