@@ -1,6 +1,7 @@
 // What a block of the decode kernel does with its cluster, its shared memory and the tensor cores; sm_90 and later.
 #pragma once
 
+#include "barrier.cuh"
 #include "decode_common.cuh"
 #include "mma.cuh"
 
@@ -10,7 +11,6 @@ constexpr int kKeyThreads = 32 * kKeyWarps, kValueThreads = 32 * kValueWarps;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 __device__ inline uint32_t cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -27,20 +27,8 @@ __device__ inline void cluster_sync() {
 
 // Hand-over of score buffers: full[b] completes when all of a chunk's scores have come in, by their bytes; empty[b] when
 // every CTA of the cluster has read them. Unlike the cluster's own barrier they wait for no other memory traffic.
-__device__ inline void barrier_init(uint32_t barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
 __device__ inline void barrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n\t.reg .pred done;\n\t"
-      "again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
-      "@!done bra again%=;\n\t}" ::"r"(barrier), "r"(parity) : "memory");
 }
 __device__ inline void store_remote(uint32_t address, float x, float y, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),

@@ -21,6 +21,23 @@ extern __shared__ __align__(128) char shared_memory[];
 // What queries are multiplied with: scores in units of log2, save where softcap needs them plain.
 __device__ inline float query_scale(const gsrq_layer& layer) { return layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e); }
 
+// x as the sum of two float16.
+__device__ inline void split_in_two(float x, __half* high, __half* low) {
+  const __half h = __float2half_rn(x);
+  *high = h;
+  *low = __float2half_rn(x - __half2float(h));
+}
+
+// Of a warp: the sum of the lanes' x up to the thread's own.
+template <class T>
+__device__ inline T running_sum(T x) {
+  for (int o = 1; o < 32; o *= 2) {
+    const T up = __shfl_up_sync(~0u, x, o);
+    if (threadIdx.x % 32 >= o) x += up;
+  }
+  return x;
+}
+
 __device__ inline float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -120,12 +137,7 @@ struct Cursor {
     row = 0;
     for (int at = 0; at < call.batch; at += 32) {  // 32 rows at a time
       const int b = at + threadIdx.x % 32;
-      int64_t sum = b < call.batch ? chunks_of(layer, call, b) : 0;
-      const int64_t own = sum;
-      for (int o = 1; o < 32; o *= 2) {
-        const int64_t up = __shfl_up_sync(~0u, sum, o);
-        if (threadIdx.x % 32 >= o) sum += up;
-      }
+      const int64_t own = b < call.batch ? chunks_of(layer, call, b) : 0, sum = running_sum(own);
       const unsigned found = __ballot_sync(~0u, sum > rest);
       if (found != 0) {
         const int lane = __ffs(found) - 1;

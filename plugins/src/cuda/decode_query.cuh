@@ -70,11 +70,4 @@ __host__ __device__ inline int drift_pairs(const gsrq_layer& layer) {
   return layer.half_rope > kCenterPairs ? (layer.half_rope + 7) / 8 * 8 : kCenterPairs;
 }
 
-// x as the sum of two float16.
-__device__ inline void split(float x, __half* high, __half* low) {
-  const __half h = __float2half_rn(x);
-  *high = h;
-  *low = __float2half_rn(x - __half2float(h));
-}
-
 }  // namespace gsrq::cuda::decoding

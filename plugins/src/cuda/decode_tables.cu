@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads)
       if (p < half) bound += length_of(drift) * fabsf(__ldg(layer.cos + p));  // row 0 has the table's scale
       else rest += drift.x;
       const int64_t to = (item * kLookupLanes + h) * d;
-      split(q.x, memory.high + to + pair.e0, memory.low + to + pair.e0);
-      split(q.y, memory.high + to + pair.e1, memory.low + to + pair.e1);
+      split_in_two(q.x, memory.high + to + pair.e0, memory.low + to + pair.e0);
+      split_in_two(q.y, memory.high + to + pair.e1, memory.low + to + pair.e1);
     }
     if (p < pairs) memory.drifts[item * pairs * kLookupLanes + drift_at(p, h)] = p < half ? drift : make_float2(0, 0);
   }
@@ -68,8 +68,6 @@ __global__ void __launch_bounds__(kThreads)
     memory.rest[item * kLookupLanes + thread] = all.y;
   }
 }
-
-__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // Block: some codewords of the eight slots of a part, a warp a slot, times the queries of up to 16 rows. A product's columns are
 // the heads of a row, both summands of each. Its steps take a codeword's elements in an order in which a lane's lie together:
@@ -123,8 +121,8 @@ __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, cons
       const TurnedPair pair(layer, call, query, p);
       const float2 q = pair.turned(query);
       __half* const high = queries + (row * 2 * kLookupLanes + h) * pitch;
-      split(q.x, high + pair.e0, high + kLookupLanes * pitch + pair.e0);
-      split(q.y, high + pair.e1, high + kLookupLanes * pitch + pair.e1);
+      split_in_two(q.x, high + pair.e0, high + kLookupLanes * pitch + pair.e0);
+      split_in_two(q.y, high + pair.e1, high + kLookupLanes * pitch + pair.e1);
     }
   } else {
     wait_for_previous();

@@ -5,6 +5,7 @@
 // products, choice and update of a row stay within four lanes.
 #pragma once
 
+#include "barrier.cuh"
 #include "encode_choice.cuh"
 #include "encode_tiled_rows.cuh"
 #include "mma.cuh"
@@ -85,21 +86,8 @@ __device__ inline void left_over(const Residual<Steps>& r, const float (&inverse
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ inline void barrier_init(uint32_t barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
 __device__ inline void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n\t.reg .pred done;\n\t"
-      "again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
-      "@!done bra again%=;\n\t}" ::"r"(barrier), "r"(parity) : "memory");
 }
 // Ordinary accesses to shared memory before come before bulk copies after.
 __device__ inline void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -109,6 +97,7 @@ __device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uin
 }
 
 constexpr int kPartWords = 32;  // codewords of a product: two are under way, or one while another's scores are looked at
+constexpr int kStepBytes = 2 * kTiledWords * 16, kNextWords = 128;  // of a chunk: to the next step's elements, the next 8 words
 
 // The low half of the descriptor of codewords or rows that lie as chunks do: 8 x 8 matrices of 128 bytes, those of the next 8
 // codewords beside, of the next 8 elements after.
@@ -117,17 +106,21 @@ __device__ inline uint32_t description(const __half* chunk) {
   return __reduce_or_sync(kAll, (shared_address(chunk) & 0x3ffff) >> 4 | kTiledWords * 16 >> 4 << 16);
 }
 
+// Between products and other uses of a sum, which they have to themselves while they are under way.
+__device__ inline void hold(float (&sum)[4][4]) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(sum[n][j])::"memory");
+}
+
 // sum = a w of 16 rows a warp and 32 codewords, in the order of mma.cuh's multiply; sum and a are not to be touched before
 // finish_products. words: the first of the 32, described: the description of the chunk and its distance / 16.
 template <int Steps>
 __device__ inline void start_products(float (&sum)[4][4], const uint32_t (&a)[Steps][4], const __half* words,
                                       uint32_t described) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
-  constexpr int kStepBytes = 2 * kTiledWords * 16, kNextWords = 128;
-#pragma unroll
-  for (int n = 0; n < 4; ++n)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(sum[n][j])::"memory");
+  hold(sum);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int s = 0; s < Steps; ++s)
@@ -166,11 +159,7 @@ template <int Steps>
 __device__ inline void start_products(float (&sum)[4][4], const char* mine, uint32_t rows, const __half* words,
                                       uint32_t described) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
-  constexpr int kStepBytes = 2 * kTiledWords * 16, kNextWords = 128;
-#pragma unroll
-  for (int n = 0; n < 4; ++n)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(sum[n][j])::"memory");
+  hold(sum);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int s = 0; s < Steps; ++s)
@@ -201,10 +190,7 @@ template <int Left>
 __device__ inline void finish_products(float (&sum)[4][4]) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
-#pragma unroll
-  for (int n = 0; n < 4; ++n)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(sum[n][j])::"memory");
+  hold(sum);
 #endif
 }
 
