@@ -77,58 +77,31 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   load_words(split * Codes);
 
   const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
-  const auto note = [&](int r, int first, int used, int factor) {
-    const int64_t row = first_row + r;
-    owners[r] = used;
-    first_factor[r] = factor;
-    first_partial[r] = static_cast<int64_t>(vhead) * call.batch + row + first;
-    first_bins[r] = first_partial[r] * partial_bins;
-  };
   static_assert(kRowsAtOnce <= 32, "a lane a row");
-  if (coded.listed != nullptr) {
-    const bool some = warp == 0 && lane < rows && chunks_of(layer, call, first_row + lane) > 0;
-    wait_for_previous();
-    if (warp == 0) {
-      const int2* const listed = coded.listed + static_cast<int64_t>(vhead) * call.batch + first_row;
-      const int2 own = some ? __ldcg(listed + lane) : make_int2(0, -1);
-      const int used = own.y - own.x + 1;
-      int total = used;
-      for (int o = 1; o < 32; o *= 2) {
-        const int up = __shfl_up_sync(~0u, total, o);
-        if (lane >= o) total += up;
-      }
-      if (lane < rows) note(lane, own.x, used, total - used);
+  const bool listed = coded.listed != nullptr;
+  const int64_t chunks = warp == 0 && lane < rows ? chunks_of(layer, call, first_row + lane) : 0;
+  if (listed) wait_for_previous();
+  if (warp == 0) {
+    const int64_t of_lane = static_cast<int64_t>(vhead) * call.batch + first_row + lane;
+    int2 own = make_int2(0, -1);  // the first and the last owner
+    if (listed) {
+      if (chunks > 0) own = __ldcg(coded.listed + of_lane);
+    } else {
+      const Line line = line_of(layer, call, vheads, coded.owners, coded.even);
+      const int64_t begin =
+          line.first_chunk(vhead, chunks_before(layer, call, first_row) + running_sum(chunks) - chunks);
+      if (chunks > 0) own = make_int2(line.owner(begin), line.owner(begin + chunks - 1));
     }
-  } else if (warp == 0) {
-    const Line line = line_of(layer, call, vheads, coded.owners, coded.even);
-    int64_t before = chunks_before(layer, call, first_row);
-    int factors_before = 0;
-    for (int at = 0; at < rows; at += 32) {
-      const int r = at + lane;
-      const int64_t own = r < rows ? chunks_of(layer, call, first_row + r) : 0;
-      int64_t sum = own;
-      for (int o = 1; o < 32; o *= 2) {
-        const int64_t up = __shfl_up_sync(~0u, sum, o);
-        if (lane >= o) sum += up;
-      }
-      int first = 0, used = 0;
-      if (own > 0) {
-        const int64_t begin = line.first_chunk(vhead, before + sum - own);
-        first = line.owner(begin);
-        used = line.owner(begin + own - 1) - first + 1;
-      }
-      int total = used;
-      for (int o = 1; o < 32; o *= 2) {
-        const int up = __shfl_up_sync(~0u, total, o);
-        if (lane >= o) total += up;
-      }
-      if (r < rows) note(r, first, used, factors_before + total - used);
-      before += __shfl_sync(~0u, sum, 31);
-      factors_before += __shfl_sync(~0u, total, 31);
+    const int used = own.y - own.x + 1, total = running_sum(used);
+    if (lane < rows) {
+      owners[lane] = used;
+      first_factor[lane] = total - used;
+      first_partial[lane] = of_lane + own.x;
+      first_bins[lane] = first_partial[lane] * partial_bins;
     }
   }
   __syncthreads();
-  wait_for_previous();
+  if (!listed) wait_for_previous();
 
   // A thread has all heads of some (row, codeword); where rows are few, every Groups-th owner's of one.
   constexpr int kItems = Rows * Codes / Lanes / kCombineThreads > 0 ? Rows * Codes / Lanes / kCombineThreads : 1;
@@ -223,9 +196,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
         for (int h = 0; h < Lanes; ++h) {
           const int at = (i / Codes) * Lanes + h;
           const float total = i < rows * Codes ? totals[j][h] : 0.0f;
-          const __half top = __float2half_rn(total);
-          high[at * kBinPitch + code] = top;
-          low[at * kBinPitch + code] = __float2half_rn(total - __half2float(top));
+          split_in_two(total, high + at * kBinPitch + code, low + at * kBinPitch + code);
         }
       }
     }
