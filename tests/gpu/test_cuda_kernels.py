@@ -202,10 +202,11 @@ def test_few_and_many_rows_in_the_rotated_frame(rows: int, stages: tuple[int, in
     )
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("past", [(300,) * 100, tuple(range(150, 350, 2))], ids=["equal", "ragged"])
-def test_more_rows_than_blocks(past: tuple[int, ...]) -> None:
-    """A block goes through several rows, whole ones or with a stretch of one."""
-    scene = replace(WIDE, keys=(128, 24), values=(128, 8), past=past, new=(1,) * len(past), rotated=True)
+def test_more_rows_than_blocks(past: tuple[int, ...], rotated: bool) -> None:
+    """A block, or a cluster of some, goes through several rows, whole ones or with a stretch of one."""
+    scene = replace(WIDE, keys=(128, 24), values=(128, 8), past=past, new=(1,) * len(past), rotated=rotated)
     check(Stage(scene, DEVICE))
 
 

@@ -53,8 +53,32 @@ struct KeyScales {
   KeyScale scales[kMostCluster];
 };
 
-__global__ void store_scales(KeyScales scales, KeyScale* out, int count) {
-  if (threadIdx.x < count) out[threadIdx.x] = scales.scales[threadIdx.x];
+// One warp a CTA of a cluster.
+__global__ void fill_lanes(const __grid_constant__ gsrq_layer layer, const __grid_constant__ DecodePlan plan,
+                           const __grid_constant__ KeyScales scales, LaneConstants* out) {
+  const int rank = blockIdx.x, lane = threadIdx.x, g = lane / 4, t = lane % 4, half = layer.half_rope;
+  const int slice = rank % plan.slices, part_of_stages = rank / plan.slices;
+  const KeyScale& scale = scales.scales[part_of_stages];
+  const LanePlace place(plan.lanes, lane);
+  const auto turn = [&](int row, int half_of_slice, int k, float by) {  // row 0 has the table's scale
+    const int p = slice * 16 + half_of_slice * 8 + place.near + 2 * k;
+    if (p >= half) return make_float2(by, 0);
+    const int64_t at = static_cast<int64_t>(min(row, layer.positions - 1)) * half + p;
+    return make_float2(layer.cos[at] / layer.cos[p] * by, layer.sin[at] / layer.cos[p] * by);
+  };
+  LaneConstants c{};
+  for (int u = 0; u < 2; ++u)
+    for (int k = 0; k < 2; ++k) {
+      for (int o = 0; o < 2; ++o) c.turn[o][u][k] = turn(g + 8 * o, place.key_half(o, u), k, scale.shrink);
+      c.step[u][k] = turn(kKeyWarps * kTile, u ^ place.swapped, k, 1.0f);
+    }
+  for (int i = 0; i < plan.blocks; ++i) {
+    const uint32_t m = static_cast<uint8_t>(scale.multipliers[stage_of(plan.blocks, i, t)]);
+    c.low[i] = g < 4 ? m << (8 * g) : 0;
+    c.high[i] = g < 4 ? 0 : m << (8 * (g - 4));
+  }
+  c.unit = scale.unit;
+  out[rank * 32 + lane] = c;
 }
 
 KeyScales key_scales(const gsrq_layer& layer, const DecodePlan& plan) {
@@ -99,7 +123,8 @@ Kernel kernel_of(const DecodePlan& plan, bool fast) {
 // The codes lie linearly and in whole words: the kernel needs no bounds inside a row and no page table.
 bool is_fast(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan) {
   const int key_bytes = layer.keys.groups * layer.keys.stages, value_bytes = layer.values.groups * layer.values.stages;
-  return call.block_table == nullptr && plan.lanes >= 4 && plan.ways == 1 && layer.keys.stages % kBlockStages == 0 &&
+  return call.block_table == nullptr && plan.lanes >= 4 && plan.ways == 1 && kKeyWarps % plan.owners == 0 &&
+         layer.keys.stages % kBlockStages == 0 &&
          plan.all_blocks == plan.blocks * plan.splits && key_bytes % 4 == 0 &&
          value_bytes % 4 == 0 && plan.slots % 4 == 0;
 }
@@ -167,7 +192,7 @@ Memory take_memory(const gsrq_layer& layer, const gsrq_call& call, const DecodeP
 Constants take_constants(const gsrq_layer& layer, const DecodePlan& plan, Arena& prepared) {
   Constants c{};
   c.words = prepared.take<signed char>(static_cast<int64_t>(layer.kv_heads) * plan.cluster * plan.blocks * kBlockBytes);
-  c.scales = prepared.take<KeyScale>(kMostCluster);
+  c.lanes = prepared.take<LaneConstants>(plan.cluster * 32);
   return c;
 }
 
@@ -189,8 +214,8 @@ int decode_prepare(const gsrq_layer& layer, Arena& prepared, cudaStream_t stream
   const int64_t bytes = static_cast<int64_t>(layer.kv_heads) * plan.cluster * plan.blocks * kBlockBytes;
   slice_keys<<<static_cast<unsigned>((bytes + 255) / 256), 256, 0, stream>>>(layer, plan,
                                                                              const_cast<signed char*>(constants.words));
-  store_scales<<<1, 32, 0, stream>>>(key_scales(layer, plan), const_cast<KeyScale*>(constants.scales),
-                                     plan.planes * plan.splits);
+  fill_lanes<<<plan.cluster, 32, 0, stream>>>(layer, plan, key_scales(layer, plan),
+                                              const_cast<LaneConstants*>(constants.lanes));
   return launched("decode_prepare");
 }
 
@@ -215,14 +240,17 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
   const Memory memory = take_memory(layer, call, plan, vheads, clusters, workspace);
   const bool has_coded = gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block) > 0;
   if (has_coded) {
-    cudaLaunchAttribute attribute;
-    cudaLaunchConfig_t config = launch_config(plan, &attribute, clusters);
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config = launch_config(plan, attributes, clusters);
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 2;
     config.stream = stream;
     const Kernel kernel = kernel_of(plan, is_fast(layer, call, plan));
     if (cudaLaunchKernelEx(&config, kernel, layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
   }
-  return combine(layer, call, plan, memory, {vheads, clusters, 0, has_coded, false, nullptr}, true, stream);
+  return combine(layer, call, plan, memory, {vheads, clusters, 0, kItemLead, has_coded, plan.lanes > 1, nullptr}, true, stream);
 }
 
 }  // namespace gsrq::cuda

@@ -87,9 +87,10 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
     if (listed) {
       if (chunks > 0) own = __ldcg(coded.listed + of_lane);
     } else {
-      const Line line = line_of(layer, call, vheads, coded.owners, coded.even);
-      const int64_t begin =
-          line.first_chunk(vhead, chunks_before(layer, call, first_row) + running_sum(chunks) - chunks);
+      const Line line = line_of(layer, call, vheads, coded.owners, coded.even, coded.lead);
+      const int64_t places = places_of(static_cast<int>(chunks), line.lead);
+      const int64_t begin = line.first_chunk(
+          vhead, places_before(layer, call, first_row, line.lead) + running_sum(places) - places);
       if (chunks > 0) own = make_int2(line.owner(begin), line.owner(begin + chunks - 1));
     }
     const int used = own.y - own.x + 1, total = running_sum(used);
@@ -109,7 +110,9 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
   const int code_stride = coded.by_slot ? Lanes : plan.stride, place_stride = coded.by_slot ? kCodewords * Lanes : Lanes;
   const float* const own_bins = memory.bins + static_cast<int64_t>(way) * plan.bins() + place * place_stride;
   const int groups = kFew ? max(kCombineThreads / (rows * Codes), 1) : 1;
-  float totals[kItems][Lanes];
+  constexpr int kAhead = kFew && kItems == 1 ? 4 : 1;  // owners whose bins a thread reads at once, before it knows their factors
+  constexpr int kLater = kFew ? 4 : 1;  // many rows have few owners each, and code that is read once
+  float totals[kItems][Lanes], ahead[kAhead][Lanes];
   const auto load_first = [&](int first_code) {
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
@@ -117,8 +120,12 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
       const int k = groups > 1 ? i / (rows * Codes) : 0;
 #pragma unroll
       for (int h = 0; h < Lanes; ++h) totals[j][h] = 0;
-      if (i < groups * rows * Codes && k < owners[r])
-        load_lanes<Lanes>(totals[j], own_bins + first_bins[r] + k * partial_bins + (first_code + i % Codes) * code_stride);
+      const int n = i < groups * rows * Codes ? owners[r] : 0;
+      const float* const bins = own_bins + first_bins[r] + (first_code + i % Codes) * code_stride;
+      if (k < n) load_lanes<Lanes>(totals[j], bins + k * partial_bins);
+#pragma unroll
+      for (int a = 1; a < kAhead; ++a)
+        if (k + a * groups < n) load_lanes<Lanes>(ahead[a], bins + (k + a * groups) * partial_bins);
     }
   };
   load_first(split * Codes);
@@ -129,19 +136,28 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
     const int pair = thread / 8, r = pair / Lanes, h = pair % Lanes, n = pair < pairs ? owners[r] : 0;
     const float2* const state = memory.state + (pair < pairs ? first_partial[r] * Lanes + h : 0);
     float most = kNone, sum = 0;
-    for (int k = thread % 8; k < n; k += 8) most = fmaxf(most, __ldg(&state[static_cast<int64_t>(k) * Lanes].x));
+    const int first = thread % 8;
+    const float2 own[2] = {first < n ? __ldg(&state[first * Lanes]) : make_float2(kNone, 0),
+                           first + 8 < n ? __ldg(&state[(first + 8) * Lanes]) : make_float2(kNone, 0)};
+    most = fmaxf(own[0].x, own[1].x);
+#pragma unroll 1
+    for (int k = first + 16; k < n; k += 8) most = fmaxf(most, __ldg(&state[k * Lanes].x));
 #pragma unroll
     for (int o = 4; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
-    for (int k = thread % 8; k < n; k += 8) {
-      const float2 s = __ldg(&state[static_cast<int64_t>(k) * Lanes]);
+    const auto weigh = [&](int k, float2 s) {
       const float factor = s.x == kNone ? 0.0f : exp2f(s.x - most);
       sum += s.y * factor;
       factors[(first_factor[r] + k) * Lanes + h] = factor;
-    }
+    };
+    if (first < n) weigh(first, own[0]);
+    if (first + 8 < n) weigh(first + 8, own[1]);
+#pragma unroll 1
+    for (int k = first + 16; k < n; k += 8) weigh(k, __ldg(&state[k * Lanes]));
 #pragma unroll
     for (int o = 4; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     const float inverse = sum > 0 ? 1 / sum : 0.0f;
-    for (int k = thread % 8; k < n; k += 8) factors[(first_factor[r] + k) * Lanes + h] *= inverse;
+#pragma unroll 1
+    for (int k = first; k < n; k += 8) factors[(first_factor[r] + k) * Lanes + h] *= inverse;
     if (slot == 0 && split == 0 && pair < pairs && thread % 8 == 0)
       memory.combined[(static_cast<int64_t>(vhead) * call.batch + first_row + r) * Lanes + h] = make_float2(most, sum);
   }
@@ -158,10 +174,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
 
 #pragma unroll 1
   for (int first_code = split * Codes; first_code < (kFew ? (split + 1) * Codes : kCodewords); first_code += Codes) {
-    if (first_code > split * Codes) {
-      load_words(first_code);
-      load_first(first_code);
-    }
+    if (first_code > split * Codes) load_words(first_code);
     // Bins of all owners, scaled and added in the owners' order.
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
@@ -174,8 +187,15 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
         const float* const bins = own_bins + first_bins[r] + (first_code + code) * code_stride;
 #pragma unroll
         for (int h = 0; h < Lanes; ++h) totals[j][h] *= factor[first * Lanes + h];
-#pragma unroll 4
-        for (int k = first + groups; k < n; k += groups) {
+#pragma unroll
+        for (int a = 1; a < kAhead; ++a) {
+          const int k = first + a * groups;
+          if (k >= n) break;
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h) totals[j][h] += factor[k * Lanes + h] * ahead[a][h];
+        }
+#pragma unroll kLater
+        for (int k = first + kAhead * groups; k < n; k += groups) {
           float v[Lanes];
           load_lanes<Lanes>(v, bins + k * partial_bins);
 #pragma unroll
@@ -202,6 +222,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
     }
     wait_async<0>();
     __syncthreads();
+    if (!kFew && first_code + Codes < kCodewords) load_first(first_code + Codes);
 
 #pragma unroll 1
     for (int k = 0; k < Codes; k += 16) {
@@ -227,6 +248,9 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
     __syncthreads();
   }
 
+  float* const to =
+      memory.values +
+      (((static_cast<int64_t>(vhead) * plan.slots + slot) * kSplits + split) * call.batch + first_row) * Lanes * width;
 #pragma unroll
   for (int i = 0; i < Rows / 16; ++i)
 #pragma unroll
@@ -234,12 +258,8 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int at = i * 16 + g + 8 * r, piece = warp + j * kWarps;
-        if (at >= pairs || piece * 8 >= width) continue;
-        const int64_t row = first_row + at / Lanes;
-        float* to = memory.values +
-                    (((static_cast<int64_t>(vhead) * plan.slots + slot) * kSplits + split) * call.batch + row) * Lanes * width +
-                    at % Lanes * width + piece * 8 + 2 * t;
-        *reinterpret_cast<float2*>(to) = make_float2(sums[i][j][2 * r], sums[i][j][2 * r + 1]);
+        if (at < pairs && piece * 8 < width)
+          *reinterpret_cast<float2*>(to + at * width + piece * 8 + 2 * t) = make_float2(sums[i][j][2 * r], sums[i][j][2 * r + 1]);
       }
 }
 
@@ -247,11 +267,14 @@ template <int Rows, int Codes, int Lanes, int Pieces>
 __global__ void __launch_bounds__(kCombineThreads, Lanes == 4 && Pieces == 2 ? 4 : 3)
     combine_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                    const __grid_constant__ DecodePlan plan, Memory memory, const __grid_constant__ Stretches coded,
-                   int exact_blocks, int splits) {
+                   int exact_blocks, int splits, bool by_rows) {
   const int block = blockIdx.x;
   let_next_begin();
-  if (block < exact_blocks) attend_exact<Lanes>(layer, call, plan, memory, coded.vheads, splits, block);
-  else combine_values<Rows, Codes, Lanes, Pieces>(layer, call, plan, memory, coded, block - exact_blocks);
+  if (block < exact_blocks) {
+    if (Lanes != 4 || !by_rows) attend_exact<Lanes>(layer, call, plan, memory, coded.vheads, splits, block);
+    else if (call.dtype == GSRQ_F16) attend_exact_rows<true>(layer, call, plan, memory, coded.vheads, splits, block);
+    else attend_exact_rows<false>(layer, call, plan, memory, coded.vheads, splits, block);
+  } else combine_values<Rows, Codes, Lanes, Pieces>(layer, call, plan, memory, coded, block - exact_blocks);
   wait_for_previous();  // exact tokens need nothing of it, but what follows does
 }
 
@@ -281,11 +304,12 @@ __device__ inline void store_four(void* to, int64_t i, float4 x, int dtype, bool
 }
 
 // The sum of the coded and exact parts of one (row, vhead); a thread has four dims of a head. Usual: heads and value sub-vectors
-// of 128.
-template <bool Usual>
+// of 128. Parts: of the coded part, that are read at once.
+template <bool Usual, int Parts>
 __global__ void __launch_bounds__(kFinishThreads)
     finish(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
            const __grid_constant__ DecodePlan plan, Memory memory, int has_coded, int splits, int code_splits) {
+  let_next_begin();  // the next call's first launch waits at once: its start is out of the way
   const int vhead = blockIdx.x, vheads = gridDim.x, row = blockIdx.y, kv_head = vhead / plan.parts, part = vhead % plan.parts;
   const int d = Usual ? 128 : layer.head_dim, width = Usual ? 128 : plan.width;
   const int heads = min(plan.part_heads, plan.group - part * plan.part_heads);
@@ -303,31 +327,48 @@ __global__ void __launch_bounds__(kFinishThreads)
       float2 coded = make_float2(kNone, 0);
       if (has_coded) coded = memory.combined[(static_cast<int64_t>(vhead) * call.batch + row) * plan.lanes + h];
       const float2* const states = memory.exact_state + first * plan.lanes + h;
-      const float4* exact = reinterpret_cast<const float4*>(memory.exact + (first * plan.lanes + h) * d + e);
-      const float4* from = reinterpret_cast<const float4*>(
+      const float4* const exact = reinterpret_cast<const float4*>(memory.exact + (first * plan.lanes + h) * d + e);
+      const float4* const from = reinterpret_cast<const float4*>(
           memory.values + (static_cast<int64_t>(vhead) * plan.slots + e / width * layer.values.stages) * code_splits * slot_stride +
           (static_cast<int64_t>(row) * plan.lanes + h) * width + e % width);
+      // All reads are under way before the first is used; zeros and no weight where there is nothing.
+      constexpr int kExact = 6;
+      const int64_t exact_stride = plan.lanes * (d / 4);
+      float2 state[kExact];
+      float4 piece[Parts], x[kExact];
+      const int parts = has_coded ? layer.values.stages * code_splits : 0;
+#pragma unroll
+      for (int k = 0; k < kExact; ++k) state[k] = k < used ? __ldcg(states + k * plan.lanes) : make_float2(kNone, 0);
+#pragma unroll
+      for (int k = 0; k < kExact; ++k) x[k] = k < used ? __ldcg(exact + k * exact_stride) : value;
+#pragma unroll
+      for (int r = 0; r < Parts; ++r) piece[r] = r < parts ? __ldcg(from + r * (slot_stride / 4)) : value;
       float4 all = value;
-      if (has_coded)
-#pragma unroll 16
-        for (int r = 0; r < layer.values.stages * code_splits; ++r) {
-          add_scaled(all, __ldcg(from), 1.0f);
-          from += slot_stride / 4;
-        }
-      float most = coded.y > 0 ? coded.x : kNone, sum = 0;
+#pragma unroll
+      for (int r = 0; r < Parts; ++r) add_scaled(all, piece[r], 1.0f);
 #pragma unroll 4
-      for (int k = 0; k < used; ++k) most = fmaxf(most, states[k * plan.lanes].x);
+      for (int r = Parts; r < parts; ++r) add_scaled(all, __ldcg(from + r * (slot_stride / 4)), 1.0f);
+      float most = coded.y > 0 ? coded.x : kNone, sum = 0;
+#pragma unroll
+      for (int k = 0; k < kExact; ++k) most = fmaxf(most, state[k].x);
+#pragma unroll 1
+      for (int k = kExact; k < used; ++k) most = fmaxf(most, states[k * plan.lanes].x);
       if (coded.y > 0) {
         sum = coded.y * exp2f(coded.x - most);
         add_scaled(value, all, sum);
       }
-#pragma unroll 4
-      for (int k = 0; k < used; ++k) {
-        const float2 state = states[k * plan.lanes];
-        const float factor = state.x == kNone ? 0.0f : exp2f(state.x - most);
-        sum += state.y * factor;
-        add_scaled(value, __ldcg(exact), factor);
-        exact += plan.lanes * (d / 4);
+#pragma unroll
+      for (int k = 0; k < kExact; ++k) {
+        const float factor = state[k].x == kNone ? 0.0f : exp2f(state[k].x - most);
+        sum += state[k].y * factor;
+        add_scaled(value, x[k], factor);
+      }
+#pragma unroll 1
+      for (int k = kExact; k < used; ++k) {
+        const float2 later = states[k * plan.lanes];
+        const float factor = later.x == kNone ? 0.0f : exp2f(later.x - most);
+        sum += later.y * factor;
+        add_scaled(value, __ldcg(exact + k * exact_stride), factor);
       }
       const float inverse = 1 / sum;
       value = make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
@@ -336,7 +377,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 }
 
-using CombineKernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Memory, Stretches, int, int);
+using CombineKernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Memory, Stretches, int, int, bool);
 
 template <int Lanes, int Pieces>
 CombineKernel combine_of(bool few) {
@@ -354,10 +395,10 @@ CombineKernel combine_of(const DecodePlan& plan, bool few) {
                            : combine_of<8>(plan, few);
 }
 
-int combine_bytes(const DecodePlan& plan, int rows, int codes, int owners, bool with_exact) {
+int combine_bytes(const DecodePlan& plan, int rows, int codes, int owners, bool with_exact, bool by_rows) {
   const int values = 2 * (codes * (plan.width + kPadHalves) + 2 * rows * (codes + kPadHalves)) +
                      4 * plan.lanes * (rows / plan.lanes + owners + (codes == kFewCodes ? kCombineThreads : 0));
-  return std::max(values, with_exact ? exact_bytes(plan.head_dim) : 0);
+  return std::max(values, !with_exact ? 0 : by_rows ? kExactRowsBytes : exact_bytes(plan.head_dim));
 }
 
 }  // namespace
@@ -377,20 +418,24 @@ int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& pl
                                                ((call.batch + rows_at_once - 1) / rows_at_once)
                                          : 0;
   // Exact tokens first: they may begin while coded ones are under way.
-  const int64_t exact_blocks = with_exact ? static_cast<int64_t>(splits) * coded.vheads * call.batch : 0;
+  const bool by_rows = plan.lanes == 4 && exact_by_rows(layer, call, coded.vheads);
+  const int64_t exact_blocks =
+      with_exact ? static_cast<int64_t>(splits) * coded.vheads * call.batch / (by_rows ? kCombineThreads / 32 : 1) : 0;
   const int64_t blocks = exact_blocks + value_blocks;
   if (call.batch > 65535 || blocks > INT32_MAX) return fail("decode: %d rows are too many", call.batch);
   const CombineKernel kernel = combine_of(plan, few);
-  const int bytes = combine_bytes(plan, rows, few ? kFewCodes : kManyCodes, coded.owners, with_exact);
+  const int bytes = combine_bytes(plan, rows, few ? kFewCodes : kManyCodes, coded.owners, with_exact, by_rows);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("combine");
   if (blocks > 0)
     launch(coded.any, kernel, static_cast<unsigned>(blocks), kCombineThreads, bytes, stream, layer, call, plan, memory, coded,
-           static_cast<int>(exact_blocks), splits);
+           static_cast<int>(exact_blocks), splits, by_rows);
   if (launched("combine")) return 1;
   const dim3 heads(static_cast<unsigned>(coded.vheads), static_cast<unsigned>(call.batch));
   const bool usual = plan.head_dim == 128 && plan.width == 128;
-  launch(true, usual ? finish<true> : finish<false>, heads, kFinishThreads, 0, stream, layer, call, plan, memory,
+  const bool many = layer.values.stages * code_splits > 8;
+  const auto kernel_of_sum = usual ? (many ? finish<true, 32> : finish<true, 8>) : (many ? finish<false, 32> : finish<false, 8>);
+  launch(true, kernel_of_sum, heads, kFinishThreads, 0, stream, layer, call, plan, memory,
          static_cast<int>(coded.any), splits, code_splits);
   return launched("finish");
 }

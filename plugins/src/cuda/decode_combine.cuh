@@ -12,10 +12,10 @@ int exact_splits(const gsrq_layer& layer);
 int value_splits(const gsrq_call& call, const DecodePlan& plan);
 
 // How the coded tokens were cut: into a Line of stretches for `owners` clusters or blocks; any: false where no
-// call of this size has coded tokens; even: line_of's; by_slot: a way's bins lie [slot][codeword][lane], not [codeword][slot][lane];
+// call of this size has coded tokens; even, lead: line_of's; by_slot: a way's bins lie [slot][codeword][lane], not [codeword][slot][lane];
 // listed: [vheads][batch], the first and the last owner of a row that has coded tokens, where the launch before has left them.
 struct Stretches {
-  int vheads, owners, even;
+  int vheads, owners, even, lead;
   bool any, by_slot;
   const int2* listed;
 };

@@ -12,7 +12,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kFixedBits = 18;       // weights are integers of 2^-18 of their window's reference
 constexpr float kHeadroom = 1.99f;   // log2 by which a weight may exceed it
 constexpr int kWindowTokens = 4096;  // of that size fit a bin: 4096 * 2^(18 + 1.99) < 0.994 * 2^32
-constexpr int kAnchorChunks = 32;    // between two exact turns of the queries; a power of two
+constexpr int kAnchorChunks = 128;   // between two exact turns of the queries; a power of two
 constexpr float kNone = -INFINITY;
 static_assert(kWindowTokens <= (1LL << (32 - 2 - kFixedBits)) && kHeadroom < 2, "bins would overflow");
 
@@ -20,6 +20,14 @@ extern __shared__ __align__(128) char shared_memory[];
 
 // What queries are multiplied with: scores in units of log2, save where softcap needs them plain.
 __device__ inline float query_scale(const gsrq_layer& layer) { return layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e); }
+
+// Element i of memory that the kernel does not write. Without a branch for its type: many are loaded at once.
+__device__ inline float load_any(const void* data, int64_t i, int dtype) {
+  const uint32_t word =
+      dtype == GSRQ_F32 ? __ldg(static_cast<const uint32_t*>(data) + i) : __ldg(static_cast<const uint16_t*>(data) + i);
+  const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(word)));
+  return dtype == GSRQ_F16 ? half : __uint_as_float(dtype == GSRQ_F32 ? word : word << 16);
+}
 
 // x as the sum of two float16.
 __device__ inline void split_in_two(float x, __half* high, __half* low) {
@@ -49,9 +57,38 @@ struct KeyScale {  // of a CTA's stages: codeword sum = integers * unit
   signed char multipliers[kMostBlocks * kBlockStages];
 };
 
+// How a lane scores keys. A gathered vector of 16 bytes, half of a codeword's slice, fills the fragment of one product: of its four words two are the
+// row of the token, two the row 8 below. A thread gets two RoPE pairs of the half: near and near + 2. Rows of odd g gather the
+// halves in the other order, so that no two threads of a phase meet in a bank. Where there are at most four heads, columns 4 to
+// 7 of the product are the same heads with the halves of the query swapped, and rows 8 to 15 take the opposite order: of a row
+// either columns 0 to 3 or 4 to 7 are its scores, a thread has one of both rows.
+struct LanePlace {
+  int near, parity, swapped;  // swapped: the thread's halves of the query
+  bool twice;
+  __host__ __device__ LanePlace(int lanes, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    near = t < 2 ? t : t + 2;
+    parity = g & 1;
+    twice = lanes == 4;
+    swapped = twice && g >= 4 ? 1 : 0;
+  }
+  // Half u, in the thread's order, of keys of octet o.
+  __host__ __device__ int key_half(int o, int u) const { return u ^ parity ^ (twice ? o : 0); }
+};
+
+// What a lane of a CTA keeps of the layer while it scores keys; decode_keys.cuh says what it is for. A RoPE pair's turn is
+// (cosine, sine). turn: [octet of tokens][half, in the lane's order for keys][pair], by the token's offset in its tile;
+// times shrink.
+struct alignas(16) LaneConstants {
+  float2 turn[2][2][2];
+  float2 step[2][2];     // [half, in its order for queries][pair]: from one tile of a warp to its next
+  uint32_t low[kMostBlocks], high[kMostBlocks];  // multipliers of its stage of a block, where the product wants them
+  float unit;
+};
+
 struct Constants {  // what prepare() derives
-  const signed char* words;  // [kv_heads][cluster][blocks][256][4 stages][2 halves][16 dims]
-  const KeyScale* scales;    // [planes * splits]
+  const signed char* words;    // [kv_heads][cluster][blocks][256][4 stages][2 halves][16 dims]
+  const LaneConstants* lanes;  // [cluster][32]
 };
 
 struct Memory {  // of a call
@@ -81,10 +118,11 @@ __device__ inline Range coded_range(const gsrq_layer& layer, const gsrq_call& ca
 }
 
 // Chunks of all heads and rows stand in one line, head by head, of which cluster k takes an equal stretch: it keeps a head's
-// codebook, and clusters of several heads go through the codes of the same rows at the same time.
+// codebook, and clusters of several heads go through the codes of the same rows at the same time. Before a row's chunks stand
+// `lead` empty places, for what an item costs beside its chunks; a cluster may have nothing but such.
 struct Line {
-  int64_t per_head, total;
-  int clusters;
+  int64_t per_head, total;  // places
+  int clusters, lead;
   __device__ int64_t divide(int64_t a, int64_t b) const {
     return a >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
   }
@@ -95,49 +133,58 @@ struct Line {
     while (begin(k) > chunk) --k;
     return static_cast<int>(k);
   }
-  // First chunk of a row with `before` chunks in the rows before it.
-  __device__ int64_t first_chunk(int vhead, int64_t before) const { return vhead * per_head + before; }
+  // First chunk of a row with `before` places in the rows before it.
+  __device__ int64_t first_chunk(int vhead, int64_t before) const { return vhead * per_head + before + lead; }
 };
+
+// Line::lead of the decode before RoPE. Another item costs a cluster 13 us (another row) to 20 us (another head), a chunk
+// 1.2 us: without a lead clusters that have parts of two heads end that much after the others.
+constexpr int kItemLead = 10;
 
 __device__ inline int chunks_of(const gsrq_layer& layer, const gsrq_call& call, int b) {
   return (coded_range(layer, call, b).count + kChunk - 1) / kChunk;
 }
 
-// Sum over rows [0, stop) of their chunks; all lanes get it.
-__device__ inline int64_t chunks_before(const gsrq_layer& layer, const gsrq_call& call, int stop) {
+// Of a row in the line.
+__device__ inline int places_of(int chunks, int lead) { return chunks + (chunks > 0 ? lead : 0); }
+
+// Sum over rows [0, stop) of their places; all lanes get it.
+__device__ inline int64_t places_before(const gsrq_layer& layer, const gsrq_call& call, int stop, int lead) {
   int64_t sum = 0;
-  for (int b = threadIdx.x % 32; b < stop; b += 32) sum += chunks_of(layer, call, b);
+  for (int b = threadIdx.x % 32; b < stop; b += 32) sum += places_of(chunks_of(layer, call, b), lead);
   for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
   return sum;
 }
 
 // even: clusters to use where all rows have as many chunks, so that no stretch ends inside of a row needlessly; 0: as others.
-__device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int vheads, int clusters, int even = 0) {
-  const int64_t per_head = chunks_before(layer, call, call.batch), total = per_head * vheads;
+__device__ inline Line line_of(const gsrq_layer& layer, const gsrq_call& call, int vheads, int clusters, int even, int lead) {
+  const int64_t per_head = places_before(layer, call, call.batch, lead), total = per_head * vheads;
   if (even > 0) {
     bool same = true;
     for (int b = threadIdx.x % 32; b < call.batch; b += 32)
-      same = same && static_cast<int64_t>(chunks_of(layer, call, b)) * call.batch == per_head;
+      same = same && static_cast<int64_t>(places_of(chunks_of(layer, call, b), lead)) * call.batch == per_head;
     if (__all_sync(~0u, same)) clusters = even;
   }
   // No cluster between two that have some of a row may have nothing.
-  return {per_head, total, static_cast<int>(total < clusters ? (total > 0 ? total : 1) : clusters)};
+  return {per_head, total, static_cast<int>(total < clusters ? (total > 0 ? total : 1) : clusters), lead};
 }
 
 // Walks a cluster's stretch item by item; an item is what it has of one (head, row).
 struct Cursor {
-  int64_t chunk, end;  // in the line
+  int64_t chunk, end;  // places in the line
   int vhead, row, first, stop;  // chunks first .. stop - 1 of the row
+  int lead;                     // the line's
   __device__ void start(const gsrq_layer& layer, const gsrq_call& call, const Line& line, int cluster) {
     chunk = cluster < line.clusters ? line.begin(cluster) : line.total;
     end = cluster < line.clusters ? line.begin(cluster + 1) : line.total;
+    lead = line.lead;
     if (chunk >= end) return;
     vhead = static_cast<int>(line.divide(chunk, line.per_head));
     int64_t rest = chunk - vhead * line.per_head;
     row = 0;
     for (int at = 0; at < call.batch; at += 32) {  // 32 rows at a time
       const int b = at + threadIdx.x % 32;
-      const int64_t own = b < call.batch ? chunks_of(layer, call, b) : 0, sum = running_sum(own);
+      const int64_t own = b < call.batch ? places_of(chunks_of(layer, call, b), lead) : 0, sum = running_sum(own);
       const unsigned found = __ballot_sync(~0u, sum > rest);
       if (found != 0) {
         const int lane = __ffs(found) - 1;
@@ -147,7 +194,11 @@ struct Cursor {
       }
       rest -= __shfl_sync(~0u, sum, 31);
     }
-    first = static_cast<int>(rest);
+    first = static_cast<int>(rest) - lead;
+    if (lead > 0 && first < 0) {  // inside of the lead
+      chunk -= first;
+      first = 0;
+    }
     settle(layer, call);
   }
   __device__ void settle(const gsrq_layer& layer, const gsrq_call& call) {
@@ -165,6 +216,7 @@ struct Cursor {
         ++vhead;
       }
     } while (chunks_of(layer, call, row) == 0);
+    chunk += lead;  // where the stretch may end: then it has nothing of the row
     settle(layer, call);
   }
 };
@@ -173,14 +225,14 @@ struct Cursor {
 // trip to the second-level cache each time, as shared memory leaves the first level next to nothing.
 struct Parked {
   int64_t chunk, end;
-  int vhead, row, first, stop;
+  int vhead, row, first, stop, lead;
 };
 __device__ inline void park(volatile Parked& to, const Cursor& from) {
-  to.chunk = from.chunk, to.end = from.end;
+  to.chunk = from.chunk, to.end = from.end, to.lead = from.lead;
   to.vhead = from.vhead, to.row = from.row, to.first = from.first, to.stop = from.stop;
 }
 __device__ inline Cursor unpark(const volatile Parked& from) {
-  return {from.chunk, from.end, from.vhead, from.row, from.first, from.stop};
+  return {from.chunk, from.end, from.vhead, from.row, from.first, from.stop, from.lead};
 }
 
 }  // namespace gsrq::cuda::decoding

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "decode_common.cuh"
+#include "mma.cuh"
 
 namespace gsrq::cuda::decoding {
 
@@ -367,6 +368,180 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
   }
   reinterpret_cast<float2*>(memory.exact + (own.at * kLanes + h) * kDim)[e] = result;
   if (e == 0) memory.exact_state[own.at * kLanes + h] = make_float2(all, total);
+}
+
+constexpr int kExactRowsBytes = 4 * kExactTokens * (128 + 8 * 4) + 8 * 16 * 256;  // shared memory of attend_exact_rows
+
+constexpr int kFewExactRows = 4;  // up to so many, a block that has one vhead's tokens is over sooner
+
+// What attend_exact_rows takes, for many rows: what attend_exact_wide does, a warp a vhead, and rotary rows in pieces of 16 bytes.
+inline bool exact_by_rows(const gsrq_layer& layer, const gsrq_call& call, int vheads) {
+  return call.batch > kFewExactRows && exact_is_wide(layer, call) && vheads % (kCombineThreads / 32) == 0 &&
+         (reinterpret_cast<uintptr_t>(layer.cos) | reinterpret_cast<uintptr_t>(layer.sin)) % 16 == 0;
+}
+
+// attend_exact_wide for eight vheads of a row, a warp each, which is half the instructions where there are blocks enough: warps
+// share the tokens' cosines and sines, turn a query once for 32 tokens, and need nothing of each other.
+template <bool Half>
+__device__ inline void attend_exact_rows(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan,
+                                         const Memory& memory, int vheads, int splits, int block) {
+  constexpr int kLanes = 4, kDim = 128, kHalf = 64, kOwn = 4, kWarps = kCombineThreads / 32, kPiece = 4;
+  static_assert(kExactRowsBytes == 4 * kExactTokens * (kDim + kWarps * kLanes) + 2 * kWarps * 4 * kOwn * kDim);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int eights = vheads / kWarps, row = block / (eights * splits), split = block / eights % splits;
+  if (call.new_lengths[row] <= 0) return;
+  const ExactTokens exact(layer, call, row);
+  const int first = split * kExactTokens, here = min(kExactTokens, exact.count - first);
+  if (here <= 0) return;
+  const ExactShare own(layer, plan, vheads, splits, (row * vheads + block % eights * kWarps + warp) * splits + split);
+  float* const turns = reinterpret_cast<float*>(shared_memory);  // [32][cosines, sines][64]
+  float* const weights = turns + kExactTokens * kDim + warp * kExactTokens * kLanes;  // [warps][32][4]
+  uint16_t* const vectors = reinterpret_cast<uint16_t*>(turns + kExactTokens * (kDim + kWarps * kLanes)) +
+                            warp * (4 * kOwn * kDim);  // [warps][4 turns][4][128]
+  for (int i = thread; i < here * (kDim / kPiece); i += kCombineThreads) {
+    const int n = i / (kDim / kPiece), at = i % (kDim / kPiece) * kPiece;
+    const float* const from = at < kHalf ? layer.cos + at : layer.sin + (at - kHalf);
+    copy_async(turns + n * kDim + at, from + static_cast<int64_t>(exact.token(first + n)) * kHalf, true);
+  }
+  commit_async();
+
+  // A lane knows where one token lies; negative: the new one.
+  const int ring = layer.window + layer.block, slots = layer.sinks + ring;
+  int slot;
+  {
+    const int i = first + min(lane, here - 1);
+    int place = static_cast<int>(static_cast<uint32_t>(exact.first_recent - layer.sinks) % static_cast<uint32_t>(ring)) + i -
+                exact.sinks;
+    if (place >= ring) place -= ring;
+    slot = exact.token(i) == exact.past ? -1 : i < exact.sinks ? i : layer.sinks + place;
+  }
+  const int64_t cached = own.head_row * slots * kDim, fresh = own.head_row * kDim;
+  const auto vector_of = [&](bool value, int at) {
+    return static_cast<const uint16_t*>(at < 0 ? (value ? call.value : call.key) : (value ? call.value_exact : call.key_exact)) +
+           (at < 0 ? fresh : cached + at * kDim);
+  };
+  if (lane < here) {  // into the second-level cache, in lines
+#pragma unroll
+    for (int value = 0; value < 2; ++value) {
+      prefetch(vector_of(value, slot));
+      prefetch(vector_of(value, slot) + kHalf);
+    }
+  }
+  // Four vectors are a turn: first those of keys, then those of values. Three turns are under way.
+  const int turns_of_kind = (here + kOwn - 1) / kOwn;
+  const auto fetch = [&](int turn) {
+    if (turn < 2 * turns_of_kind) {
+      const bool value = turn >= turns_of_kind;
+      const int token = (turn - (value ? turns_of_kind : 0)) * kOwn + lane / 16;  // half a warp a vector
+#pragma unroll
+      for (int j = 0; j < kOwn; j += 2) {  // past the last: the last again
+        const int at = __shfl_sync(~0u, slot, min(token + j, here - 1));
+        copy_async(vectors + (turn % 4 * kOwn + j + lane / 16) * kDim + lane % 16 * 8, vector_of(value, at) + lane % 16 * 8, true);
+      }
+    }
+    commit_async();
+  };
+  fetch(0), fetch(1), fetch(2);
+  float q[kLanes][4];  // of pairs 2 lane and 2 lane + 1
+  {
+    const float scale = query_scale(layer);
+    const int64_t table = static_cast<int64_t>(exact.past) * kHalf;
+    const float2 qc = __ldg(reinterpret_cast<const float2*>(layer.cos + table) + lane);
+    const float2 qs = __ldg(reinterpret_cast<const float2*>(layer.sin + table) + lane);
+#pragma unroll
+    for (int h = 0; h < kLanes; ++h) {  // heads past the last are multiplied like the first
+      const uint16_t* const from = static_cast<const uint16_t*>(call.query) + (own.first_query + (h < own.heads ? h : 0)) * kDim;
+      float2 x = unpacked<Half>(__ldg(reinterpret_cast<const uint32_t*>(from) + lane));
+      float2 y = unpacked<Half>(__ldg(reinterpret_cast<const uint32_t*>(from + kHalf) + lane));
+      x.x *= scale, x.y *= scale, y.x *= scale, y.y *= scale;
+      q[h][0] = x.x * qc.x - y.x * qs.x;
+      q[h][1] = x.y * qc.y - y.y * qs.y;
+      q[h][2] = y.x * qc.x + x.x * qs.x;
+      q[h][3] = y.y * qc.y + x.y * qs.y;
+    }
+  }
+  wait_async<3>();
+  __syncthreads();
+
+  int turn = 0;
+  const auto next_turn = [&] {  // its vectors have come; those before have been read by all lanes
+    wait_async<2>();
+    __syncwarp();
+    fetch(turn + 3);
+    return vectors + turn++ % 4 * (kOwn * kDim);
+  };
+#pragma unroll 1
+  for (int token = 0; token < here; token += kOwn) {
+    const uint16_t* const from = next_turn();
+    float dots[kOwn * kLanes];
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const float2* const turned = reinterpret_cast<const float2*>(turns + min(token + j, here - 1) * kDim) + lane;
+      const float2 c = turned[0], s = turned[kHalf / 2];
+      const uint32_t* const words = reinterpret_cast<const uint32_t*>(from + j * kDim) + lane;
+      const float2 x = unpacked<Half>(words[0]), y = unpacked<Half>(words[kHalf / 2]);
+      const float k[4] = {x.x * c.x - y.x * s.x, x.y * c.y - y.y * s.y, y.x * c.x + x.x * s.x, y.y * c.y + x.y * s.y};
+#pragma unroll
+      for (int h = 0; h < kLanes; ++h)
+        dots[j * kLanes + h] = q[h][0] * k[0] + q[h][1] * k[1] + q[h][2] * k[2] + q[h][3] * k[3];
+    }
+    // Lane l ends with the sum over lanes of entry l / 2: token l / 8, head l / 2 % 4.
+    exchange<8>(dots, lane);
+    exchange<4>(dots, lane);
+    exchange<2>(dots, lane);
+    exchange<1>(dots, lane);
+    const float sum = dots[0] + __shfl_xor_sync(~0u, dots[0], 1);
+    if (lane % 2 == 0) weights[token * kLanes + lane / 2] = sum;
+  }
+  __syncwarp();
+  {  // A lane has head lane % 4 of every eighth token.
+    float scores[kExactTokens / 8], most = kNone, sum = 0;
+#pragma unroll
+    for (int j = 0; j < kExactTokens / 8; ++j) {
+      const int n = 8 * j + lane / kLanes;
+      float s = n < here ? weights[32 * j + lane] : kNone;
+      if (layer.softcap > 0) s = layer.softcap * tanhf(s / layer.softcap) * kLog2e;
+      if (n >= here || exact.token(first + n) < exact.lowest) s = kNone;
+      scores[j] = s;
+      most = fmaxf(most, s);
+    }
+#pragma unroll
+    for (int o = kLanes; o < 32; o *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+#pragma unroll
+    for (int j = 0; j < kExactTokens / 8; ++j) {
+      const float w = scores[j] == kNone ? 0.0f : exp2f(scores[j] - most);
+      weights[32 * j + lane] = w;
+      sum += w;
+    }
+#pragma unroll
+    for (int o = kLanes; o < 32; o *= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    if (lane < kLanes) memory.exact_state[own.at * kLanes + lane] = make_float2(most, sum);
+  }
+  __syncwarp();
+
+  float out[kLanes][4] = {};  // of dims 4 lane to 4 lane + 3
+#pragma unroll 1
+  for (int token = 0; token < here; token += kOwn) {
+    const uint16_t* const from = next_turn();
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const uint2 words = reinterpret_cast<const uint2*>(from + j * kDim)[lane];
+      const float2 x = unpacked<Half>(words.x), y = unpacked<Half>(words.y);
+      const float4 w = *reinterpret_cast<const float4*>(weights + (token + j) * kLanes);
+      const float own_weights[kLanes] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int h = 0; h < kLanes; ++h) {
+        out[h][0] += own_weights[h] * x.x;
+        out[h][1] += own_weights[h] * x.y;
+        out[h][2] += own_weights[h] * y.x;
+        out[h][3] += own_weights[h] * y.y;
+      }
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < kLanes; ++h)
+    reinterpret_cast<float4*>(memory.exact + (own.at * kLanes + h) * kDim)[lane] =
+        make_float4(out[h][0], out[h][1], out[h][2], out[h][3]);
 }
 
 }  // namespace gsrq::cuda::decoding

@@ -15,11 +15,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ DecodePlan plan, Constants constants, Memory memory, int vheads) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // never launched on others
-  let_next_begin();  // multiprocessors that no cluster has take exact tokens meanwhile
+  wait_for_previous();  // before the next one may begin, which reads what the previous ones wrote
+  let_next_begin();     // multiprocessors that no cluster has take exact tokens meanwhile
   const Shared shared = shared_of(plan);
   const uint32_t rank = cluster_rank();
   const int cluster = blockIdx.x / plan.cluster, clusters = gridDim.x / plan.cluster;
-  const Line line = line_of(layer, call, vheads, clusters);
+  const Line line = line_of(layer, call, vheads, clusters, 0, kItemLead);
   Cursor cursor{};
   cursor.start(layer, call, line, cluster);
   if (threadIdx.x == 0) {
@@ -29,6 +30,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
       barrier_expect(shared.full + 8 * b, plan.cluster * plan.tiles_of(rank % plan.owners) * kTile * Lanes * 4);
     }
     barrier_init(shared.done, plan.cluster);
+    barrier_init(shared.slice, 1);
   }
   cluster_sync();  // no CTA may write into another that has not started
   if (threadIdx.x < kKeyThreads) {

@@ -13,6 +13,8 @@
 namespace gsrq::cuda {
 namespace decoding {
 
+constexpr int kFewListed = 4;  // rows whose owners combine() finds while it waits; those of more are listed
+
 bool make_lookup_plan(const gsrq_layer& layer, int most_shared, LookupPlan* out) {
   const int d = layer.head_dim;
   if (layer.key_center == nullptr || d < 16 || d > 512) return false;
@@ -78,7 +80,7 @@ struct Codes {
 __device__ inline Codes codes_of(const gsrq_call& call, const gsrq_codebook& book, const int8_t* codes, int kv_head,
                                  int head_dim, int slots, int parts, int64_t first_row) {
   Codes c;
-  const int64_t first = static_cast<int64_t>(kv_head) * head_dim / book.width * book.stages;
+  const int64_t first = static_cast<uint32_t>(kv_head * head_dim) / static_cast<uint32_t>(book.width) * book.stages;
   c.row_bytes = static_cast<uint32_t>(book.groups * book.stages);
   c.slots = slots;
   c.parts = parts;
@@ -178,8 +180,13 @@ __device__ __noinline__ float4 capped(float4 x, float cap) {
   return make_float4(one(x.x), one(x.y), one(x.z), one(x.w));
 }
 
-// What an item is and has gathered, in shared memory: registers are scarce.
+// What an item is and has gathered, in shared memory: registers are scarce, and one warp that finds it out takes less time than
+// all of them.
 struct ItemState {
+  Cursor cursor;  // at the item
+  int first_row;  // of its tokens, in the row's codes
+  int count;      // of its tokens; 0: there is no item
+  bool ends;      // it has the row's last coded token
   Codes keys, values;
   const void* center;
   int64_t partial;  // of all items' in the line's order
@@ -198,7 +205,8 @@ __global__ void __launch_bounds__(Threads, 1)
                   const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int even) {
   __shared__ ItemState state;
   let_next_begin();
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int thread = threadIdx.x, warp = threadIdx.x / 32u, lane = threadIdx.x % 32u;
+  const bool fixed = Whole || memory.fixed;
   const int key_parts = Whole ? 2 : plan.key_parts, value_parts = Whole ? 1 : plan.value_parts;
   char* const tables = shared_memory;                  // [key parts][256][8 slots][4 heads] float
   char* const bins = tables + key_parts * kPartBytes;  // [value parts][256][8 slots][4 heads] uint32
@@ -206,7 +214,8 @@ __global__ void __launch_bounds__(Threads, 1)
   uint2* const staged = reinterpret_cast<uint2*>(bins + value_parts * kPartBytes);
   const int stage = (key_parts + value_parts) * Threads;
   // The eight lanes that read 16 bytes together differ in the slot; all that add together in slot or head.
-  const int key_turn = lane % kPartSlots, value_turn = lane / kLookupLanes, head_turn = lane % kLookupLanes;
+  const uint32_t key_turn = threadIdx.x % kPartSlots, value_turn = threadIdx.x % 32u / kLookupLanes;
+  const uint32_t head_turn = threadIdx.x % kLookupLanes;
   const auto selector = [](int turn) { return (0x3210u ^ 0x1111u * (turn & 3)) ^ (turn & 4 ? 0x4444u : 0); };
   const uint32_t table_at = static_cast<uint32_t>(__cvta_generic_to_shared(tables)) + key_turn * 16;
   const uint32_t bins_at = static_cast<uint32_t>(__cvta_generic_to_shared(bins)) + value_turn * 16 + head_turn * 4;
@@ -215,31 +224,43 @@ __global__ void __launch_bounds__(Threads, 1)
   // A flush zeroes bins again. (Codes past the last slot may be any.)
   for (int i = thread; i < value_parts * kPartBytes / 16; i += Threads)
     reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
-  const Line line = line_of(layer, call, vheads, gridDim.x, even);
-  Cursor cursor{};
-  cursor.start(layer, call, line, blockIdx.x);
-  for (; !cursor.done(); cursor.next(layer, call)) {
-    const int kv_head = cursor.vhead / plan.head.parts, row = cursor.row;
-    const int64_t item = static_cast<int64_t>(row) * vheads + cursor.vhead;
-    const Range range = coded_range(layer, call, row);
-    const int begin = cursor.first * kChunk, count = min(cursor.stop * kChunk, range.count) - begin;
-    const int rounds = (count + Threads - 1) / Threads, first_row = range.first - layer.sinks + begin;
-    const int64_t linear_row = row * call.capacity + first_row;
-    if (thread == 0) {
+  const auto describe = [&](const Cursor& cursor) {
+    state.cursor = cursor;
+    state.count = 0;
+    if (!cursor.done()) {
+      const int kv_head = cursor.vhead / plan.head.parts, row = cursor.row;
+      const int64_t item = static_cast<int64_t>(row) * vheads + cursor.vhead;
+      const Range range = coded_range(layer, call, row);
+      const int begin = cursor.first * kChunk, end = min(cursor.stop * kChunk, range.count);
+      state.first_row = range.first - layer.sinks + begin;
+      state.count = end - begin;
+      state.ends = end == range.count;
+      const int64_t linear_row = row * call.capacity + state.first_row;
       state.keys =
           codes_of(call, layer.keys, call.key_codes, kv_head, layer.head_dim, plan.key_slots, key_parts, linear_row);
       state.values =
           codes_of(call, layer.values, call.value_codes, kv_head, layer.head_dim, plan.head.slots, value_parts, linear_row);
       state.center = static_cast<const char*>(memory.center) +
-                     (item * memory.padded + begin) * static_cast<int64_t>(memory.fixed ? sizeof(uint2) : sizeof(float4));
+                     (item * memory.padded + begin) * static_cast<int64_t>(fixed ? sizeof(uint2) : sizeof(float4));
       state.partial = static_cast<int64_t>(cursor.vhead) * call.batch + row + blockIdx.x;
     }
+  };
+  if (warp == 0) {
+    const Line line = line_of(layer, call, vheads, gridDim.x, even, 0);
+    Cursor cursor{};
+    cursor.start(layer, call, line, blockIdx.x);
+    if (lane == 0) describe(cursor);
+  }
+  while (true) {
     if (thread < kLookupLanes) {
       state.reference[thread] = kNone;
       state.sum[thread] = 0;
       state.window[thread] = 0;
     }
     __syncthreads();
+    const int count = state.count, rounds = (count + Threads - 1) / Threads;
+    if (count == 0) break;
+    const int64_t item = static_cast<int64_t>(state.cursor.row) * vheads + state.cursor.vhead;
     const auto fetch = [&](const Codes& codes, const gsrq_codebook& book, int parts, uint32_t inverse, int round,
                            int first_part) {
       const int first = round * Threads + warp * 32, tokens = count - first;
@@ -264,7 +285,7 @@ __global__ void __launch_bounds__(Threads, 1)
         });
       else
         fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) {
-          return codes.base + code_row(call, row, first_row + first + i) * codes.row_bytes;
+          return codes.base + code_row(call, state.cursor.row, state.first_row + first + i) * codes.row_bytes;
         });
     };
     const auto fetch_keys = [&](int round) { fetch(state.keys, layer.keys, key_parts, plan.key_inverse, round, 0); };
@@ -294,17 +315,18 @@ __global__ void __launch_bounds__(Threads, 1)
     }
     const auto load_center = [&](int token) {
       if (token >= count) return make_float4(0, 0, 0, 0);
-      if (!memory.fixed) return __ldg(static_cast<const float4*>(state.center) + token);
+      if (!fixed) return __ldg(static_cast<const float4*>(state.center) + token);
       const uint2 both = __ldg(static_cast<const uint2*>(state.center) + token);
       return make_float4(__uint_as_float(both.x), __uint_as_float(both.y), 0, 0);
     };
     const float4 first_center = load_center(thread);
     wait_async<1>();
     __syncthreads();
-    if (cursor.chunk + cursor.stop - cursor.first < cursor.end && row + 1 < call.batch) {
+    const bool last = state.cursor.chunk + state.cursor.stop - state.cursor.first >= state.cursor.end;
+    if (!last && state.cursor.row + 1 < call.batch) {
       const char* const from = reinterpret_cast<const char*>(memory.tables) + (item + vheads) * key_parts * kPartBytes;
       for (int i = thread * 128; i < key_parts * kPartBytes; i += Threads * 128) prefetch(from + i);  // the next item's
-    } else if (cursor.chunk + cursor.stop - cursor.first >= cursor.end) {  // what the next launch reads
+    } else if (last) {  // what the next launch reads
       const char* const words = static_cast<const char*>(layer.values.codewords);
       const int64_t bytes = static_cast<int64_t>(layer.kv_heads) * layer.head_dim * layer.values.stages * kCodewords * 2;
       const int64_t step = static_cast<int64_t>(Threads) * gridDim.x * 128;
@@ -316,7 +338,7 @@ __global__ void __launch_bounds__(Threads, 1)
       const uint2* const codes = staged + (round & 1) * stage + thread;
       uint4 both = make_uint4(0, 0, 0, 0);
       if (Whole) both = *reinterpret_cast<const uint4*>(codes + thread);
-      if (memory.fixed) {
+      if (fixed) {
         const float4 unit = state.unit, rest = state.rest;
         const uint32_t low = __float_as_uint(sum.x), high = __float_as_uint(sum.y);
         const auto one = [](uint32_t word, uint32_t halves, float by, float beside) {  // above 2^23 + 2^15
@@ -443,11 +465,10 @@ __global__ void __launch_bounds__(Threads, 1)
 #pragma unroll
           for (int p = 0; p < kMostParts; ++p) {
             if (p >= value_parts) break;
-            const uint32_t at = opaque(bins_at);
             each_slot(turned(codes[p * Threads], selector(value_turn)), [&](uint32_t code, int a) {
+              const uint32_t at = bins_at + code;  // bins lie at a multiple of 128: the turns change its low bits alone
 #pragma unroll
-              for (int b = 0; b < kLookupLanes; ++b)
-                add_shared((at ^ (a * 16 | b * 4)) + code + p * kPartBytes, own[b]);
+              for (int b = 0; b < kLookupLanes; ++b) add_shared((at ^ (a * 16 | b * 4)) + p * kPartBytes, own[b]);
             });
           }
         }
@@ -459,12 +480,17 @@ __global__ void __launch_bounds__(Threads, 1)
     flush();
     if (thread == 0) {
       int2* const owners = memory.owners + (state.partial - blockIdx.x);
-      if (cursor.first == 0) owners->x = blockIdx.x;
-      if (begin + count == range.count) owners->y = blockIdx.x;
+      if (state.cursor.first == 0) owners->x = blockIdx.x;
+      if (state.ends) owners->y = blockIdx.x;
     }
     if (thread < kLookupLanes)
       memory.parts.state[state.partial * kLookupLanes + thread] = make_float2(state.reference[thread], state.sum[thread]);
     __syncwarp();  // before the next item's
+    if (thread == 0) {
+      Cursor cursor = state.cursor;
+      cursor.next(layer, call);
+      describe(cursor);
+    }
   }
   wait_for_previous();  // also where there was nothing to do
 }
@@ -561,7 +587,7 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     };
     const bool simple = call.block_table == nullptr && in_pieces(layer.keys, plan.key_slots) &&
                         in_pieces(layer.values, plan.head.slots);
-    const bool whole = simple && plan.threads == kManyThreads && plan.key_slots == 16 && plan.head.slots == 8;
+    const bool whole = simple && memory.fixed && plan.threads == kManyThreads && plan.key_slots == 16 && plan.head.slots == 8;
     const auto kernel = whole                          ? lookup_kernel<true, kManyThreads, true>
                         : plan.threads == kManyThreads ? lookup_of<kManyThreads>(simple)
                         : plan.threads == kFewThreads ? lookup_of<kFewThreads>(simple)
@@ -572,7 +598,8 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
            even);
     if (launched("lookup_kernel")) return 1;
   }
-  const Stretches coded{vheads, found.blocks, even, memory.padded > 0, true, memory.owners};
+  const int2* const owners = call.batch <= kFewListed ? nullptr : memory.owners;
+  const Stretches coded{vheads, found.blocks, even, 0, memory.padded > 0, true, owners};
   return combine(layer, call, plan.head, memory.parts, coded, memory.padded == 0, stream);
 }
 

@@ -42,9 +42,6 @@ struct LookupMemory {
   bool fixed;             // center_is_fixed
 };
 
-// Into the second-level cache.
-__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
 // Whether the tensor-core kernel scores the center.
 bool center_is_fixed(const gsrq_layer& layer);
 

@@ -10,14 +10,6 @@ __device__ inline int position_of(const gsrq_call& call, int row) {
   return static_cast<int>(max(min(call.past_lengths[row], call.max_total - 1), static_cast<int64_t>(0)));
 }
 
-// Element i of memory that the kernel does not write. Without a branch for its type: many are loaded at once.
-__device__ inline float load_any(const void* data, int64_t i, int dtype) {
-  const uint32_t word =
-      dtype == GSRQ_F32 ? __ldg(static_cast<const uint32_t*>(data) + i) : __ldg(static_cast<const uint16_t*>(data) + i);
-  const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(word)));
-  return dtype == GSRQ_F16 ? half : __uint_as_float(dtype == GSRQ_F32 ? word : word << 16);
-}
-
 // A query head of a vhead, one of four; those past the group's last, and of rows without a new token, are zeros.
 struct TurnedQuery {
   float scale;  // queries are in units of log2, save where softcap needs them plain

@@ -20,12 +20,12 @@ constexpr int kCenterBlocks = 256;   // about so many, each with some stretches 
 static_assert(kThreads / 32 == kPartSlots, "a warp fills one slot's tables");
 static_assert(kThreads == kCombineThreads, "exact tokens are attended to here");
 
-// Blocks of each kind, in their order, and what one of them takes.
+// Blocks of each kind, and what one of them takes.
 struct Work {
   int exact, centers, tables;
   int table_codes, splits, vheads;
   CenterWork center;
-  bool with_offsets, full, wide_exact;
+  bool with_offsets, full, wide_exact, exact_rows;  // exact_rows: attend_exact_rows takes the exact tokens
 };
 
 // Grid: (vheads, batch). Turned queries, their drifts with the center, and what bounds the sum of those.
@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(kThreads)
     turn_queries(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                  const __grid_constant__ LookupPlan plan, LookupMemory memory) {
   __shared__ float2 sums[kThreads / 32][kLookupLanes];
+  wait_for_previous();  // before the next one may begin, which reads what the previous ones wrote
   let_next_begin();
   const int vhead = blockIdx.x, vheads = gridDim.x, row = blockIdx.y, d = layer.head_dim, half = layer.half_rope;
   const int thread = threadIdx.x, lane = thread % 32, h = thread % kLookupLanes, pairs = drift_pairs(layer);
@@ -185,25 +186,35 @@ __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, cons
   }
 }
 
+template <bool Half, bool Alone>
+__device__ inline void attend_usual(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan,
+                                    const LookupMemory& memory, const Work& work, int block) {
+  if (!Alone && work.exact_rows) attend_exact_rows<Half>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+  else attend_exact_wide<Half>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+}
+
 template <int Chunks, bool Exact, bool Alone>
 __global__ void __launch_bounds__(kThreads, Chunks == 4 ? 3 : 2)
     prepare_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                    const __grid_constant__ LookupPlan plan, LookupMemory memory, const __grid_constant__ Work work) {
-  int block = blockIdx.x;
+  // The longest first: with few rows those are exact tokens, in whose blocks no warp has much, else tables.
+  int block = Alone ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  if (Alone) wait_for_previous();  // the first of a call's launches
   let_next_begin();
-  if (block < work.exact) {
-    if (!work.wide_exact) attend_exact<kLookupLanes>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
-    else if (call.dtype == GSRQ_F16)
-      attend_exact_wide<true>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
-    else attend_exact_wide<false>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
-  } else if (block < work.exact + work.centers) {
-    block -= work.exact;
+  if (block < work.tables) {
+    fill_tables<Chunks, Exact, Alone>(layer, call, plan, memory, work, block);
+    return;  // it waited, where there was what to wait for
+  }
+  block -= work.tables;
+  if (block < work.centers) {
     if (work.full) score_center<true, Alone>(layer, call, plan.head, memory, work.center, block);
     else if (Alone || work.with_offsets) score_center<false, Alone>(layer, call, plan.head, memory, work.center, block);
     else score_center_plain(layer, call, memory, work.center, block);
   } else {
-    fill_tables<Chunks, Exact, Alone>(layer, call, plan, memory, work, block - work.exact - work.centers);
-    return;  // it waited, where there was what to wait for
+    block -= work.centers;
+    if (!work.wide_exact) attend_exact<kLookupLanes>(layer, call, plan.head, memory.parts, work.vheads, work.splits, block);
+    else if (call.dtype == GSRQ_F16) attend_usual<true, Alone>(layer, call, plan, memory, work, block);
+    else attend_usual<false, Alone>(layer, call, plan, memory, work, block);
   }
   wait_for_previous();  // also where there was nothing to do
 }
@@ -257,6 +268,7 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   work.full = work.with_offsets && layer.half_rope == kCenterPairs &&
               (reinterpret_cast<uintptr_t>(layer.cos) | reinterpret_cast<uintptr_t>(layer.sin)) % 8 == 0;
   work.wide_exact = exact_is_wide(layer, call);
+  work.exact_rows = exact_by_rows(layer, call, work.vheads);
   work.table_codes = batch > kTableRows ? kManyTableCodes : kFewTableCodes;
   work.splits = exact_splits(layer);
   // The queries that a block needs are turned once for all of its stretches.
@@ -269,7 +281,7 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   const int64_t centers = (stretches + together - 1) / together * of_stretch;
   const int64_t tables =
       kCodewords / work.table_codes * plan.key_parts * vheads * ((batch + kTableRows - 1) / kTableRows);
-  const int64_t exact = work.splits * vheads * batch;
+  const int64_t exact = work.splits * vheads * batch / (work.exact_rows ? kThreads / 32 : 1);
   if (batch > 65535 || centers + tables + exact > INT32_MAX)
     return fail("decode: %lld rows are too many", static_cast<long long>(batch));
   work.tables = static_cast<int>(tables);
@@ -278,16 +290,17 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   const int table_rows = static_cast<int>(std::min<int64_t>(batch, kTableRows));
   const int table_bytes = 2 * table_rows * 2 * kLookupLanes * (d + kPadHalves) +
                           4 * std::min(table_rows, kTogetherRows) * 16 * kPartWords;
-  const int bytes = std::max({table_bytes, work.with_offsets ? kCenterBytes : 0, exact_bytes(d)});
+  const int bytes = std::max({table_bytes, work.with_offsets ? kCenterBytes : 0, exact_bytes(d),
+                              work.exact_rows ? kExactRowsBytes : 0});
   const PrepareKernel kernel = alone ? prepare_of<true>(plan) : prepare_of<false>(plan);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("prepare_lookup");
   if (!alone) {
-    turn_queries<<<dim3(static_cast<unsigned>(vheads), static_cast<unsigned>(batch)), kThreads, 0, stream>>>(layer, call, plan,
-                                                                                                            memory);
+    launch(true, turn_queries, dim3(static_cast<unsigned>(vheads), static_cast<unsigned>(batch)), kThreads, 0, stream, layer,
+           call, plan, memory);
     if (launched("turn_queries")) return 1;
   }
-  launch(!alone, kernel, static_cast<unsigned>(centers + tables + exact), kThreads, bytes, stream, layer, call, plan, memory,
+  launch(true, kernel, static_cast<unsigned>(centers + tables + exact), kThreads, bytes, stream, layer, call, plan, memory,
          work);
   return launched("prepare_lookup");
 }

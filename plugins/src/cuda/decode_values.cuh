@@ -45,22 +45,46 @@ __device__ inline void load_scores(float (&part)[Lanes], uint32_t from) {
   }
 }
 
+// Bins of four or eight heads are left slot by slot, as the next launch reads them. Of the i-th vector of four that is moved,
+// where it lies as bins do in shared memory, and where it is left: a warp takes eight codewords of four slots, 128 bytes of
+// each.
+struct BinPlace {
+  int shared, left;
+};
+template <int Lanes, int Stride>
+__device__ inline BinPlace bin_place(int i) {
+  if constexpr (Lanes == 1) {
+    return {i, i};
+  } else {
+    constexpr int kOfCode = Stride / 4, kOfSlot = Lanes / 4;
+    const int at = i / 32 % (kOfCode / 4) * 4 + i % 4, code = i / 32 / (kOfCode / 4) * 8 + i / 4 % 8;
+    return {code * kOfCode + at, (at / kOfSlot * kCodewords + code) * kOfSlot + at % kOfSlot};
+  }
+}
+
 constexpr int kPlainCluster = 4;
+constexpr int kNoToken = 1 << 30;  // past all others: of a warp that has no tile in a round
 constexpr int kTogether = 2;  // steps for which the value warps meet once
 
 // A warp weighs a tile of the CTA's and bins it for up to 32 / Lanes slots: each half of the warp has the tile's 16 tokens,
 // a thread a token, and half of the slots. Plain: a cluster of kPlainCluster owners, no softcap, no token in a second round.
+// Four heads with 64 bins a codeword, plain: a warp bins a tile for all slots and half of the warps have the step's second
+// chunk, so that a token is weighed by two threads, not by four.
 template <int Lanes, int Stride, bool Fast, bool Plain>
 __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                            const Shared& shared, Cursor cursor, uint32_t rank, int cluster) {
   int thread = threadIdx.x - kKeyThreads, lane = thread % 32;
   const int warp = thread / 32;
-  constexpr int kPadded = Stride / Lanes, kPartSlots = kPadded < 32 / Lanes ? kPadded : 32 / Lanes;
+  constexpr bool kWhole = Plain && Lanes == 4 && Stride == 64;
+  constexpr int kPadded = Stride / Lanes, kPartSlots = kWhole || kPadded < 32 / Lanes ? kPadded : 32 / Lanes;
   constexpr int kParts = kPadded / kPartSlots, kSlots = kPartSlots / 2, kWords = (kSlots + 3) / 4;
   const int owner = rank % plan.owners, way = rank / plan.owners, own_tiles = plan.tiles_of(owner);
   const int bytes = layer.values.groups * layer.values.stages;
   const int cluster_size = Plain ? kPlainCluster : plan.cluster;
   const int most_tiles = Plain ? kChunkTiles / kPlainCluster : plan.own_tiles;
+  constexpr int kTurns = kWhole ? 1 : kTogether;  // tokens of a thread in the steps for which the warps meet
+  constexpr int kWholeTiles = kChunkTiles / kPlainCluster;
+  static_assert(!kWhole || kTogether * kWholeTiles == kValueWarps, "a tile a warp");
   const int units = own_tiles * kParts, round_bits = Plain || units <= kValueWarps ? 0 : units <= 2 * kValueWarps ? 1 : 2;
   constexpr int round_tokens = kTile * kValueWarps / kParts;  // no round has more
   static_assert(kChunkTiles * kParts <= 4 * kValueWarps, "four rounds at most");
@@ -71,12 +95,13 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   const float softcap = Plain ? 0.0f : layer.softcap;
   const int64_t cta = static_cast<int64_t>(cluster) * plan.cluster + rank;
   // In step (a, b) lanes differ in (slot, head), so that they meet in no bank: theirs are a and b, exclusive-or the lane's.
-  const int half = lane / kTile, head_turn = lane % Lanes, slot_turn = lane % kTile / Lanes % kSlots;
+  const int half = lane / kTile, head_turn = lane % Lanes, slot_turn = (lane % kTile / Lanes + (kWhole ? half * 4 : 0)) % kSlots;
   int turn = ((half * kSlots + slot_turn) * Lanes + head_turn) * 4;  // in bytes of a codeword's bins
   uint32_t byte_turn = 0x3210 ^ 0x1111 * (slot_turn & 3);
   if constexpr (kSlots < 4) byte_turn >>= 8 * half;  // the loaded word has both halves' codes
-  // A warp's part of the slots is the same in all rounds; a codeword's 32 bins there are 128 bytes, aligned.
-  static_assert(kValueWarps % kParts == 0 && kPartSlots * Lanes == 32, "a warp adds to 32 banks");
+  // A warp's part of the slots is the same in all rounds; a codeword's 32 bins there are 128 bytes, aligned. Of 64 bins the
+  // halves of the warp add to opposite banks.
+  static_assert(kValueWarps % kParts == 0 && (kWhole || kPartSlots * Lanes == 32), "a warp adds to 32 banks");
   uint32_t bins_of_thread = shared_address(shared.bins) + warp % kParts * 128 + turn;
   const bool counts = warp % kParts == 0 && lane < kTile;  // of the threads with the same token one adds up its weights
   keep(thread);
@@ -85,9 +110,13 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   keep(byte_turn);
   keep(bins_of_thread);
   // Its token and slots in the first round, where the token's scores lie, and the other CTAs' barriers, a thread each.
-  int first_offset = warp < units ? (warp / kParts * plan.owners + owner) * kTile + lane % kTile : 1 << 30;
+  const int tile = kWhole ? warp % kWholeTiles : warp / kParts;
+  int first_step = kWhole ? warp / kWholeTiles : 0;
+  keep(first_step);
+  const auto own_step = [&](int step, int j) { return step + (kWhole ? first_step : j); };
+  int first_offset = kWhole || warp < units ? (tile * plan.owners + owner) * kTile + lane % kTile : kNoToken;
   int first_slot = way * plan.slots_per_cta + warp % kParts * kPartSlots + (kSlots < 4 ? 0 : half * kSlots);
-  uint32_t scores_of_thread = shared_address(shared.scores) + (warp / kParts * kTile + lane % kTile) * Lanes * 4;
+  uint32_t scores_of_thread = shared_address(shared.scores) + (tile * kTile + lane % kTile) * Lanes * 4;
   uint32_t empty_of_other = remote(shared.empty, thread < plan.cluster ? thread : 0);
   uint32_t full = shared.full;
   keep(full);
@@ -121,14 +150,14 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     const auto token_of = [&](int step) {
       if (round_bits == 0) return first_token + step * kChunk;
       const int round = step & ((1 << round_bits) - 1), token = first_token + (step >> round_bits) * kChunk;
-      return round * kValueWarps + warp < units ? token + round * round_stride : 1 << 30;
+      return round * kValueWarps + warp < units ? token + round * round_stride : kNoToken;
     };
-    uint32_t coming[kTogether][kWords];
+    uint32_t coming[kTurns][kWords];
     const auto fetch = [&](int step) {  // past the row: its last token
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        if (step + j >= steps) break;
-        const int i = min(token_of(step + j), last_token);
+      for (int j = 0; j < kTurns; ++j) {
+        if (own_step(step, j) >= steps) break;
+        const int i = min(token_of(own_step(step, j)), last_token);
         if constexpr (Fast) {
           const int8_t* row = linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
 #pragma unroll
@@ -184,18 +213,28 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
         }
       }
       constexpr int kVectors = kCodewords * Stride / 4;
-#pragma unroll 8
-      for (int i = thread; i < kVectors; i += kValueThreads) {
-        uint4* bins = reinterpret_cast<uint4*>(shared.bins) + i;
-        const uint4 u = *bins;
-        *bins = make_uint4(0, 0, 0, 0);
-        float4 total = make_float4(0, 0, 0, 0);
-        if (flushed) total = __ldcg(reinterpret_cast<const float4*>(scratch) + i);
-        total.x = total.x * keep4.x + static_cast<float>(u.x) * add4.x;
-        total.y = total.y * keep4.y + static_cast<float>(u.y) * add4.y;
-        total.z = total.z * keep4.z + static_cast<float>(u.z) * add4.z;
-        total.w = total.w * keep4.w + static_cast<float>(u.w) * add4.w;
-        __stcg(reinterpret_cast<float4*>(scratch) + i, total);
+      uint4* const bins = reinterpret_cast<uint4*>(shared.bins) + thread;
+      float4* const totals = reinterpret_cast<float4*>(scratch) + thread;
+      constexpr int kMoves = kVectors / kValueThreads, kAtOnce = kMoves < 8 ? kMoves : 8;
+#pragma unroll
+      for (int first = 0; first < kMoves; first += kAtOnce) {
+        float4 total[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) total[j] = make_float4(0, 0, 0, 0);
+        if (flushed)
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) total[j] = __ldcg(totals + (first + j) * kValueThreads);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int i = first + j;
+          const uint4 u = bins[i * kValueThreads];
+          bins[i * kValueThreads] = make_uint4(0, 0, 0, 0);
+          total[j].x = total[j].x * keep4.x + static_cast<float>(u.x) * add4.x;
+          total[j].y = total[j].y * keep4.y + static_cast<float>(u.y) * add4.y;
+          total[j].z = total[j].z * keep4.z + static_cast<float>(u.z) * add4.z;
+          total[j].w = total[j].w * keep4.w + static_cast<float>(u.w) * add4.w;
+          __stcg(totals + i * kValueThreads, total[j]);
+        }
       }
       sync_warps<kValueThreads>(2);
       flushed = true;
@@ -204,28 +243,29 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
 
 #pragma unroll 1
     for (int step = 0; step < steps; step += kTogether) {
-      uint32_t codes[kTogether][kWords];
+      uint32_t codes[kTurns][kWords];
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j)
+      for (int j = 0; j < kTurns; ++j)
 #pragma unroll
         for (int w = 0; w < kWords; ++w) codes[j][w] = coming[j][w];
       fetch(step + kTogether);
 
-      float score[kTogether][Lanes];
+      float score[kTurns][Lanes];
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const uint32_t index = chunk_index + ((step + j) >> round_bits);
-        if (j == 0 || step + j < steps)
+      for (int j = 0; j < kTurns; ++j) {
+        const uint32_t index = chunk_index + (own_step(step, j) >> round_bits);
+        if (own_step(step, j) < steps)
           barrier_wait(full + 8 * (index & last_buffer), (index & (last_buffer + 1)) != 0);
       }
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const uint32_t index = chunk_index + ((step + j) >> round_bits);
+      for (int j = 0; j < kTurns; ++j) {
+        const uint32_t index = chunk_index + (own_step(step, j) >> round_bits);
         uint32_t from = scores_of_thread + (index & last_buffer) * buffer_bytes;
-        if (round_bits > 0) from += ((step + j) & ((1 << round_bits) - 1)) * (kValueWarps / kParts * kTile * Lanes * 4);
+        if (round_bits > 0) from += (own_step(step, j) & ((1 << round_bits) - 1)) * (kValueWarps / kParts * kTile * Lanes * 4);
 #pragma unroll
         for (int h = 0; h < Lanes; ++h) score[j][h] = 0;
-        if (j > 0 && step + j >= steps) break;  // what lies there is not of this item
+        if (own_step(step, j) >= steps) break;  // what lies there is not of this item
+        if (!Plain && token_of(own_step(step, j)) >= kNoToken) continue;  // nor of this warp
         if constexpr (Plain) {  // all on their way at once
           float parts[kPlainCluster][Lanes];
 #pragma unroll
@@ -242,10 +282,10 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
           }
         }
       }
-      bool exceeds = window_tokens + kTogether * round_tokens > kWindowTokens || window_tokens == 0;
+      bool exceeds = window_tokens + kTurns * round_tokens > kWindowTokens || window_tokens == 0;
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const bool valid = (j == 0 || step + j < steps) && token_of(step + j) <= last_token;
+      for (int j = 0; j < kTurns; ++j) {
+        const bool valid = own_step(step, j) < steps && token_of(own_step(step, j)) <= last_token;
 #pragma unroll
         for (int h = 0; h < Lanes; ++h) {
           if (softcap > 0) score[j][h] = soft_capped(score[j][h], softcap);
@@ -268,7 +308,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
         for (int h = 0; h < Lanes; ++h) {
           float most = score[0][h];
 #pragma unroll
-          for (int j = 1; j < kTogether; ++j) most = fmaxf(most, score[j][h]);
+          for (int j = 1; j < kTurns; ++j) most = fmaxf(most, score[j][h]);
           most = warp_max(most);
           if (lane == h) shared.maxima[warp * Lanes + h] = most;
         }
@@ -282,10 +322,10 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
         }
         sync_warps<kValueThreads>(2);
       }
-      window_tokens += kTogether * round_tokens;
+      window_tokens += kTurns * round_tokens;
 
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
+      for (int j = 0; j < kTurns; ++j) {
         if (score[j][0] == kNone) continue;  // no token there
         uint32_t weight[Lanes];
 #pragma unroll
@@ -352,50 +392,45 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     const int64_t partial = static_cast<int64_t>(cursor.vhead) * call.batch + cursor.row + cluster;
     const int64_t first_cta = static_cast<int64_t>(cluster) * plan.cluster + way * plan.owners;
     const int vectors = plan.bins() / 4, share = (vectors + plan.owners - 1) / plan.owners;
-    float most[Lanes];
-#pragma unroll
-    for (int h = 0; h < Lanes; ++h) most[h] = kNone;
-    for (int k = 0; k < plan.owners; ++k)
-#pragma unroll
-      for (int h = 0; h < Lanes; ++h)
-        most[h] = fmaxf(most[h], __ldcg(memory.scratch_state + (2 * (first_cta + k) + (item & 1)) * Lanes + h).x);
-    if (rank == 0 && thread < Lanes) {
-      float total = 0, reference_out = kNone;
-#pragma unroll
-      for (int h = 0; h < Lanes; ++h)
-        if (h == thread) reference_out = most[h];
-      for (int k = 0; k < plan.owners; ++k) {
-        const float2 state = __ldcg(memory.scratch_state + (2 * (first_cta + k) + (item & 1)) * Lanes + thread);
-        if (state.x != kNone) total += state.y * exp2_fast(state.x - reference_out);
+    if (thread < plan.owners * Lanes) {
+      const int head = thread % Lanes;
+      const auto state_of = [&](int k) {
+        return __ldcg(memory.scratch_state + (2 * (first_cta + k) + (item & 1)) * Lanes + head);
+      };
+      float most = kNone, total = 0;
+#pragma unroll 4
+      for (int k = 0; k < plan.owners; ++k) most = fmaxf(most, state_of(k).x);
+      const float own = state_of(thread / Lanes).x;
+      shared.factors[thread] = own == kNone ? 0.0f : exp2_fast(own - most);
+      if (rank == 0 && thread < Lanes) {
+#pragma unroll 4
+        for (int k = 0; k < plan.owners; ++k) {
+          const float2 state = state_of(k);
+          if (state.x != kNone) total += state.y * exp2_fast(state.x - most);
+        }
+        memory.state[partial * Lanes + thread] = make_float2(most, total);
       }
-      memory.state[partial * Lanes + thread] = make_float2(reference_out, total);
     }
+    sync_warps<kValueThreads>(2);
     float4* const out = reinterpret_cast<float4*>(memory.bins + (partial * plan.ways + way) * plan.bins());
     const int first_head = Lanes == 8 ? 4 : 0;  // of odd vectors
 #pragma unroll 2
     for (int i = owner * share + thread; i < min(vectors, (owner + 1) * share); i += kValueThreads) {
+      const BinPlace place = bin_place<Lanes, Stride>(i);
       float4 total = make_float4(0, 0, 0, 0);
 #pragma unroll 4
       for (int k = 0; k < plan.owners; ++k) {
         const int64_t other = 2 * (first_cta + k) + (item & 1);
-        const float4 v = __ldcg(reinterpret_cast<const float4*>(memory.scratch + other * plan.bins()) + i);
-        const float2* state = memory.scratch_state + other * Lanes;
-        float factor[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int head = Lanes == 1 ? 0 : j + (i % 2 ? first_head : 0);
-          float reference_out = most[0];
-#pragma unroll
-          for (int h = 1; h < Lanes; ++h) reference_out = h == head ? most[h] : reference_out;
-          const float own = __ldcg(state + head).x;
-          factor[j] = own == kNone ? 0.0f : exp2_fast(own - reference_out);
-        }
-        total.x += v.x * factor[0];
-        total.y += v.y * factor[1];
-        total.z += v.z * factor[2];
-        total.w += v.w * factor[3];
+        const float4 v = __ldcg(reinterpret_cast<const float4*>(memory.scratch + other * plan.bins()) + place.shared);
+        float4 factor;
+        if constexpr (Lanes == 1) factor.x = factor.y = factor.z = factor.w = shared.factors[k];
+        else factor = *reinterpret_cast<const float4*>(shared.factors + k * Lanes + (i % 2 ? first_head : 0));
+        total.x += v.x * factor.x;
+        total.y += v.y * factor.y;
+        total.z += v.z * factor.z;
+        total.w += v.w * factor.w;
       }
-      out[i] = total;
+      out[place.left] = total;
     }
   }
 }

@@ -89,12 +89,6 @@ __device__ inline void left_over(const Residual<Steps>& r, const float (&inverse
 __device__ inline void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Ordinary accesses to shared memory before come before bulk copies after.
-__device__ inline void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
 
 constexpr int kPartWords = 32;  // codewords of a product: two are under way, or one while another's scores are looked at
 constexpr int kStepBytes = 2 * kTiledWords * 16, kNextWords = 128;  // of a chunk: to the next step's elements, the next 8 words

@@ -9,7 +9,8 @@
 
 namespace gsrq::cuda {
 
-// Until all blocks of the kernel before have ended and what they wrote can be read. Every kernel of a chain must wait.
+// Until all blocks of the kernel before have ended and what they wrote can be read. Every kernel of a chain must wait; the first
+// one before it lets the next begin, which may read what came before the chain.
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

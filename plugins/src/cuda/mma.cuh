@@ -44,6 +44,9 @@ __device__ inline void copy_async(void* to, const void* from, bool real) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(real ? 16 : 0) : "memory");
 }
 
+// Into the second-level cache.
+__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 __device__ inline void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int Left>
