@@ -57,11 +57,11 @@ struct KeyScale {  // of a CTA's stages: codeword sum = integers * unit
   signed char multipliers[kMostBlocks * kBlockStages];
 };
 
-// How a lane scores keys. A gathered vector of 16 bytes, half of a codeword's slice, fills the fragment of one product: of its four words two are the
-// row of the token, two the row 8 below. A thread gets two RoPE pairs of the half: near and near + 2. Rows of odd g gather the
-// halves in the other order, so that no two threads of a phase meet in a bank. Where there are at most four heads, columns 4 to
-// 7 of the product are the same heads with the halves of the query swapped, and rows 8 to 15 take the opposite order: of a row
-// either columns 0 to 3 or 4 to 7 are its scores, a thread has one of both rows.
+// How a lane scores keys. A gathered vector of 16 bytes, half of a codeword's slice, fills the fragment of one product: of its
+// four words two are the row of the token, two the row 8 below. A thread gets two RoPE pairs of the half: near and near + 2.
+// Rows of odd g gather the halves in the other order, so that no two threads of a phase meet in a bank. Where there are at most
+// four heads, columns 4 to 7 of the product are the same heads with the halves of the query swapped, and rows 8 to 15 take the
+// opposite order: of a row either columns 0 to 3 or 4 to 7 are its scores, a thread has one of both rows.
 struct LanePlace {
   int near, parity, swapped;  // swapped: the thread's halves of the query
   bool twice;
@@ -137,8 +137,8 @@ struct Line {
   __device__ int64_t first_chunk(int vhead, int64_t before) const { return vhead * per_head + before + lead; }
 };
 
-// Line::lead of the decode before RoPE. Another item costs a cluster 13 us (another row) to 20 us (another head), a chunk
-// 1.2 us: without a lead clusters that have parts of two heads end that much after the others.
+// Line::lead of the decode before RoPE. When this was measured, another item cost a cluster 13 us (another row) to 20 us (another
+// head), a chunk 1.2 us: without a lead, clusters that have parts of two heads end that much after the others.
 constexpr int kItemLead = 10;
 
 __device__ inline int chunks_of(const gsrq_layer& layer, const gsrq_call& call, int b) {
