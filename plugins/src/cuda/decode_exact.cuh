@@ -250,6 +250,36 @@ __device__ inline float2 unpacked(uint32_t word) {
   return load_pair(word, Half ? GSRQ_F16 : GSRQ_BF16);
 }
 
+// Four query heads of 128 dims, turned to the new token's position: a lane has pairs 2 lane and 2 lane + 1.
+template <bool Half>
+struct WideQuery {
+  float q[4][4];  // [head]: both pairs' first elements, then their second ones
+  __device__ WideQuery(const gsrq_layer& layer, const gsrq_call& call, const ExactShare& own, int past, int lane) {
+    constexpr int kDim = 128, kHalf = 64;
+    const float scale = query_scale(layer);
+    const int64_t table = static_cast<int64_t>(past) * kHalf;
+    const float2 c = __ldg(reinterpret_cast<const float2*>(layer.cos + table) + lane);
+    const float2 s = __ldg(reinterpret_cast<const float2*>(layer.sin + table) + lane);
+#pragma unroll
+    for (int h = 0; h < 4; ++h) {  // heads past the last are multiplied like the first
+      const uint16_t* const from = static_cast<const uint16_t*>(call.query) + (own.first_query + (h < own.heads ? h : 0)) * kDim;
+      float2 x = unpacked<Half>(__ldg(reinterpret_cast<const uint32_t*>(from) + lane));
+      float2 y = unpacked<Half>(__ldg(reinterpret_cast<const uint32_t*>(from + kHalf) + lane));
+      x.x *= scale, x.y *= scale, y.x *= scale, y.y *= scale;
+      q[h][0] = x.x * c.x - y.x * s.x;
+      q[h][1] = x.y * c.y - y.y * s.y;
+      q[h][2] = y.x * c.x + x.x * s.x;
+      q[h][3] = y.y * c.y + x.y * s.y;
+    }
+  }
+  // The lane's share of the products with a key (x, y), which is turned by (c, s) first; dots: [4 heads].
+  __device__ void multiply(float* dots, float2 x, float2 y, float2 c, float2 s) const {
+    const float k[4] = {x.x * c.x - y.x * s.x, x.y * c.y - y.y * s.y, y.x * c.x + x.x * s.x, y.y * c.y + x.y * s.y};
+#pragma unroll
+    for (int h = 0; h < 4; ++h) dots[h] = q[h][0] * k[0] + q[h][1] * k[1] + q[h][2] * k[2] + q[h][3] * k[3];
+  }
+};
+
 // attend_exact for head_dim 128, four lanes: a warp has four tokens, whose loads are all under way at once, and a lane two pairs
 // of their keys; warps meet once.
 template <bool Half>
@@ -288,34 +318,12 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
     c[j] = __ldg(reinterpret_cast<const float2*>(layer.cos + table) + lane);
     s[j] = __ldg(reinterpret_cast<const float2*>(layer.sin + table) + lane);
   }
-  float q[kLanes][4];  // of pairs 2 lane and 2 lane + 1
-  {
-    const float scale = query_scale(layer);
-    const int64_t table = static_cast<int64_t>(exact.past) * kHalf;
-    const float2 qc = __ldg(reinterpret_cast<const float2*>(layer.cos + table) + lane);
-    const float2 qs = __ldg(reinterpret_cast<const float2*>(layer.sin + table) + lane);
-#pragma unroll
-    for (int h = 0; h < kLanes; ++h) {  // heads past the last are multiplied like the first
-      const uint16_t* const from = static_cast<const uint16_t*>(call.query) + (own.first_query + (h < own.heads ? h : 0)) * kDim;
-      float2 x = unpacked<Half>(__ldg(reinterpret_cast<const uint32_t*>(from) + lane));
-      float2 y = unpacked<Half>(__ldg(reinterpret_cast<const uint32_t*>(from + kHalf) + lane));
-      x.x *= scale, x.y *= scale, y.x *= scale, y.y *= scale;
-      q[h][0] = x.x * qc.x - y.x * qs.x;
-      q[h][1] = x.y * qc.y - y.y * qs.y;
-      q[h][2] = y.x * qc.x + x.x * qs.x;
-      q[h][3] = y.y * qc.y + x.y * qs.y;
-    }
-  }
+  const WideQuery<Half> query(layer, call, own, exact.past, lane);
 
   float dots[kOwn * kLanes];
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
-    const float2 x = unpacked<Half>(key[j][0]), y = unpacked<Half>(key[j][1]);
-    const float k[4] = {x.x * c[j].x - y.x * s[j].x, x.y * c[j].y - y.y * s[j].y, y.x * c[j].x + x.x * s[j].x,
-                        y.y * c[j].y + x.y * s[j].y};
-#pragma unroll
-    for (int h = 0; h < kLanes; ++h)
-      dots[j * kLanes + h] = q[h][0] * k[0] + q[h][1] * k[1] + q[h][2] * k[2] + q[h][3] * k[3];
+    query.multiply(dots + j * kLanes, unpacked<Half>(key[j][0]), unpacked<Half>(key[j][1]), c[j], s[j]);
   }
   // Lane l ends with the sum over lanes of entry l / 2: token l / 8, head l / 2 % 4.
   exchange<8>(dots, lane);
@@ -442,24 +450,7 @@ __device__ inline void attend_exact_rows(const gsrq_layer& layer, const gsrq_cal
     commit_async();
   };
   fetch(0), fetch(1), fetch(2);
-  float q[kLanes][4];  // of pairs 2 lane and 2 lane + 1
-  {
-    const float scale = query_scale(layer);
-    const int64_t table = static_cast<int64_t>(exact.past) * kHalf;
-    const float2 qc = __ldg(reinterpret_cast<const float2*>(layer.cos + table) + lane);
-    const float2 qs = __ldg(reinterpret_cast<const float2*>(layer.sin + table) + lane);
-#pragma unroll
-    for (int h = 0; h < kLanes; ++h) {  // heads past the last are multiplied like the first
-      const uint16_t* const from = static_cast<const uint16_t*>(call.query) + (own.first_query + (h < own.heads ? h : 0)) * kDim;
-      float2 x = unpacked<Half>(__ldg(reinterpret_cast<const uint32_t*>(from) + lane));
-      float2 y = unpacked<Half>(__ldg(reinterpret_cast<const uint32_t*>(from + kHalf) + lane));
-      x.x *= scale, x.y *= scale, y.x *= scale, y.y *= scale;
-      q[h][0] = x.x * qc.x - y.x * qs.x;
-      q[h][1] = x.y * qc.y - y.y * qs.y;
-      q[h][2] = y.x * qc.x + x.x * qs.x;
-      q[h][3] = y.y * qc.y + x.y * qs.y;
-    }
-  }
+  const WideQuery<Half> query(layer, call, own, exact.past, lane);
   wait_async<3>();
   __syncthreads();
 
@@ -477,13 +468,8 @@ __device__ inline void attend_exact_rows(const gsrq_layer& layer, const gsrq_cal
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       const float2* const turned = reinterpret_cast<const float2*>(turns + min(token + j, here - 1) * kDim) + lane;
-      const float2 c = turned[0], s = turned[kHalf / 2];
       const uint32_t* const words = reinterpret_cast<const uint32_t*>(from + j * kDim) + lane;
-      const float2 x = unpacked<Half>(words[0]), y = unpacked<Half>(words[kHalf / 2]);
-      const float k[4] = {x.x * c.x - y.x * s.x, x.y * c.y - y.y * s.y, y.x * c.x + x.x * s.x, y.y * c.y + x.y * s.y};
-#pragma unroll
-      for (int h = 0; h < kLanes; ++h)
-        dots[j * kLanes + h] = q[h][0] * k[0] + q[h][1] * k[1] + q[h][2] * k[2] + q[h][3] * k[3];
+      query.multiply(dots + j * kLanes, unpacked<Half>(words[0]), unpacked<Half>(words[kHalf / 2]), turned[0], turned[kHalf / 2]);
     }
     // Lane l ends with the sum over lanes of entry l / 2: token l / 8, head l / 2 % 4.
     exchange<8>(dots, lane);
