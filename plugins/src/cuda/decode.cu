@@ -49,6 +49,11 @@ __global__ void slice_keys(const __grid_constant__ gsrq_layer layer, const __gri
   out[i] = result;
 }
 
+struct KeyScale {  // of a CTA's stages: codeword sum = integers * unit
+  float unit, shrink;
+  signed char multipliers[kMostBlocks * kBlockStages];
+};
+
 struct KeyScales {
   KeyScale scales[kMostCluster];
 };
@@ -61,7 +66,7 @@ __global__ void fill_lanes(const __grid_constant__ gsrq_layer layer, const __gri
   const KeyScale& scale = scales.scales[part_of_stages];
   const LanePlace place(plan.lanes, lane);
   const auto turn = [&](int row, int half_of_slice, int k, float by) {  // row 0 has the table's scale
-    const int p = slice * 16 + half_of_slice * 8 + place.near + 2 * k;
+    const int p = place.pair(slice, half_of_slice, k);
     if (p >= half) return make_float2(by, 0);
     const int64_t at = static_cast<int64_t>(min(row, layer.positions - 1)) * half + p;
     return make_float2(layer.cos[at] / layer.cos[p] * by, layer.sin[at] / layer.cos[p] * by);
@@ -70,7 +75,7 @@ __global__ void fill_lanes(const __grid_constant__ gsrq_layer layer, const __gri
   for (int u = 0; u < 2; ++u)
     for (int k = 0; k < 2; ++k) {
       for (int o = 0; o < 2; ++o) c.turn[o][u][k] = turn(g + 8 * o, place.key_half(o, u), k, scale.shrink);
-      c.step[u][k] = turn(kKeyWarps * kTile, u ^ place.swapped, k, 1.0f);
+      c.step[u][k] = turn(kNextTile, u ^ place.swapped, k, 1.0f);
     }
   for (int i = 0; i < plan.blocks; ++i) {
     const uint32_t m = static_cast<uint8_t>(scale.multipliers[stage_of(plan.blocks, i, t)]);
@@ -242,8 +247,7 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
   if (has_coded) {
     cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config = launch_config(plan, attributes, clusters);
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1] = early_launch();
     config.numAttrs = 2;
     config.stream = stream;
     const Kernel kernel = kernel_of(plan, is_fast(layer, call, plan));

@@ -52,11 +52,6 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
-struct KeyScale {  // of a CTA's stages: codeword sum = integers * unit
-  float unit, shrink;
-  signed char multipliers[kMostBlocks * kBlockStages];
-};
-
 // How a lane scores keys. A gathered vector of 16 bytes, half of a codeword's slice, fills the fragment of one product: of its
 // four words two are the row of the token, two the row 8 below. A thread gets two RoPE pairs of the half: near and near + 2.
 // Rows of odd g gather the halves in the other order, so that no two threads of a phase meet in a bank. Where there are at most
@@ -72,6 +67,8 @@ struct LanePlace {
     twice = lanes == 4;
     swapped = twice && g >= 4 ? 1 : 0;
   }
+  // RoPE pair k of the lane in a half of a slice.
+  __host__ __device__ int pair(int slice, int half, int k) const { return slice * 16 + half * 8 + near + 2 * k; }
   // Half u, in the thread's order, of keys of octet o.
   __host__ __device__ int key_half(int o, int u) const { return u ^ parity ^ (twice ? o : 0); }
 };

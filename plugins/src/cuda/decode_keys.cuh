@@ -51,8 +51,6 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     low[i] = mine.low[i];
     high[i] = mine.high[i];
   }
-  const auto pair_of = [&](int u, int k) { return slice * 16 + u * 8 + place.near + 2 * k; };  // of half u
-  constexpr int kStride = kKeyWarps * kTile;  // from one tile of a warp to its next
   // Row `row` of the rotary table for the thread's pairs, in the queries' order. Read without branches, so that all reads are
   // under way at once.
   struct Turns {
@@ -65,7 +63,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     for (int u = 0; u < 2; ++u)
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const int p = pair_of(u ^ place.swapped, k);
+        const int p = place.pair(slice, u ^ place.swapped, k);
         out.c[u][k] = p < half ? __ldg(layer.cos + at + p) : 1.0f;
         out.s[u][k] = p < half ? __ldg(layer.sin + at + p) : 0.0f;
       }
@@ -153,7 +151,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
   const auto fetch = [&](uint32_t (&out)[2][kWords], const Source& source, int chunk, int tile) {
 #pragma unroll
     for (int o = 0; o < 2; ++o) {
-      const int i = min(chunk * kChunk + token_in_chunk + tile * kStride + 8 * o, source.last_token);
+      const int i = min(chunk * kChunk + token_in_chunk + tile * kNextTile + 8 * o, source.last_token);
       if constexpr (Fast) {
         const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
         load_codes<kWords, true>(out[o], source.linear + at, 0, 0);
@@ -209,7 +207,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           int e0, e1;
-          pair_elements(layer, pair_of(u ^ place.swapped, k), &e0, &e1);
+          pair_elements(layer, place.pair(slice, u ^ place.swapped, k), &e0, &e1);
           query_x[u][k] = load_any(call.query, at + e0, call.dtype);
           query_y[u][k] = load_any(call.query, at + e1, call.dtype);
         }

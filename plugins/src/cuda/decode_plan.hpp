@@ -13,6 +13,7 @@ constexpr int kTile = 16;       // tokens of a tensor-core tile
 constexpr int kKeyWarps = 8;    // score tokens, two tiles a chunk each
 constexpr int kValueWarps = 8;  // turn scores into weights and add them into bins
 constexpr int kChunkTiles = 2 * kKeyWarps;
+constexpr int kNextTile = kKeyWarps * kTile;  // tokens from one tile of a key warp to its next
 constexpr int kChunk = kChunkTiles * kTile;  // tokens that are scored together
 constexpr int kMostBuffers = 8;  // chunks whose scores may be under way: keys go on while values end an item
 constexpr int kDecodeThreads = 32 * (kKeyWarps + kValueWarps);

@@ -36,15 +36,21 @@ inline int compute_major() {
   return major;
 }
 
-// early: before the kernel launched last on the stream has ended.
+// Of a launch that may start before the kernel launched last on the stream has ended.
+inline cudaLaunchAttribute early_launch() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
+// early: as early_launch says.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
   const int major = early ? compute_major() : 0;
   if (early && major == 0) return cudaGetLastError();
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute = early_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
