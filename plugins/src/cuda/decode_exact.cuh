@@ -27,6 +27,21 @@ struct ExactTokens {
   __device__ int token(int i) const { return i < sinks ? i : first_recent + i - sinks; }
 };
 
+// Where cached exact tokens lie, as gsrq_slot32 says, with one division for all of them.
+struct ExactSlots {
+  int sinks, ring, first_place;  // the layer's sinks; first_place: of the first recent token, in the ring
+  __device__ ExactSlots(const gsrq_layer& layer, const ExactTokens& exact)
+      : sinks(layer.sinks),
+        ring(layer.window + layer.block),
+        first_place(static_cast<uint32_t>(exact.first_recent - layer.sinks) % static_cast<uint32_t>(ring)) {}
+  __device__ int count() const { return sinks + ring; }
+  __device__ int of(const ExactTokens& exact, int i) const {
+    int place = first_place + i - exact.sinks;
+    if (place >= ring) place -= ring;
+    return i < exact.sinks ? i : sinks + place;
+  }
+};
+
 // What a block has: up to 32 of the exact tokens of one (row, vhead).
 struct ExactShare {
   int row, heads, first;  // heads: query heads of the vhead; first: of the tokens, in their order
@@ -295,8 +310,7 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
   if (here <= 0) return;
   float* const sums = reinterpret_cast<float*>(shared_memory);  // [warps][4][128]
   __shared__ float2 states[kWarps][kLanes];
-  const int ring = layer.window + layer.block, slots = layer.sinks + ring;
-  const int first_place = static_cast<uint32_t>(exact.first_recent - layer.sinks) % static_cast<uint32_t>(ring);
+  const ExactSlots slots(layer, exact);
 
   uint32_t key[kOwn][2];
   uint2 value[kOwn];
@@ -305,10 +319,7 @@ __device__ inline void attend_exact_wide(const gsrq_layer& layer, const gsrq_cal
   for (int j = 0; j < kOwn; ++j) {
     const int i = first + min(warp * kOwn + j, here - 1), token = exact.token(i);
     const bool is_new = token == exact.past;
-    int place = first_place + i - exact.sinks;  // of the newest in the ring
-    if (place >= ring) place -= ring;
-    const int slot = i < exact.sinks ? i : layer.sinks + place;
-    const int64_t from = (is_new ? own.head_row : own.head_row * slots + slot) * kDim;
+    const int64_t from = (is_new ? own.head_row : own.head_row * slots.count() + slots.of(exact, i)) * kDim;
     const uint16_t* const k = static_cast<const uint16_t*>(is_new ? call.key : call.key_exact) + from;
     const uint16_t* const v = static_cast<const uint16_t*>(is_new ? call.value : call.value_exact) + from;
     key[j][0] = __ldg(reinterpret_cast<const uint32_t*>(k) + lane);
@@ -414,16 +425,9 @@ __device__ inline void attend_exact_rows(const gsrq_layer& layer, const gsrq_cal
   commit_async();
 
   // A lane knows where one token lies; negative: the new one.
-  const int ring = layer.window + layer.block, slots = layer.sinks + ring;
-  int slot;
-  {
-    const int i = first + min(lane, here - 1);
-    int place = static_cast<int>(static_cast<uint32_t>(exact.first_recent - layer.sinks) % static_cast<uint32_t>(ring)) + i -
-                exact.sinks;
-    if (place >= ring) place -= ring;
-    slot = exact.token(i) == exact.past ? -1 : i < exact.sinks ? i : layer.sinks + place;
-  }
-  const int64_t cached = own.head_row * slots * kDim, fresh = own.head_row * kDim;
+  const ExactSlots slots(layer, exact);
+  const int of_lane = first + min(lane, here - 1), slot = exact.token(of_lane) == exact.past ? -1 : slots.of(exact, of_lane);
+  const int64_t cached = own.head_row * slots.count() * kDim, fresh = own.head_row * kDim;
   const auto vector_of = [&](bool value, int at) {
     return static_cast<const uint16_t*>(at < 0 ? (value ? call.value : call.key) : (value ? call.value_exact : call.key_exact)) +
            (at < 0 ? fresh : cached + at * kDim);
