@@ -38,6 +38,21 @@ __device__ inline void store_remote(uint32_t address, float x, uint32_t barrier)
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address), "f"(x),
                "r"(barrier) : "memory");
 }
+// The same with what the cluster's CTAs wrote to global memory before.
+__device__ inline void barrier_release_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void barrier_acquire(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "again%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again%=;\n\t}" ::"r"(barrier), "r"(parity) : "memory");
+}
+__device__ inline float2 load_state(uint32_t from) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
+  return v;
+}
 template <int Threads>
 __device__ inline void sync_warps(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(Threads) : "memory");
@@ -99,6 +114,7 @@ struct Shared {  // a CTA's shared memory, by the plan; the key slice lies first
   float* maxima;   // [kValueWarps][lanes]
   uint32_t full, empty, done, slice;  // addresses of barriers: one a buffer, one a buffer, one, one
   float* factors;  // [owners][lanes]: what the owners' bins of an item are multiplied by
+  uint32_t states;  // address of [2][cluster][lanes]: reference (log2) and sum of weights of each CTA's part of an item
 };
 
 __device__ inline Shared shared_of(const DecodePlan& p) {
@@ -110,7 +126,8 @@ __device__ inline Shared shared_of(const DecodePlan& p) {
   s.empty = s.full + 8 * kMostBuffers;
   s.done = s.empty + 8 * kMostBuffers;
   s.slice = s.done + 8;
-  s.factors = s.maxima + kValueWarps * 8 + 2 * (2 * kMostBuffers + 2);
+  s.states = s.slice + 8;
+  s.factors = s.maxima + kValueWarps * 8 + 2 * (2 * kMostBuffers + 2) + 2 * 2 * p.cluster * p.lanes;
   return s;
 }
 

@@ -53,7 +53,8 @@ struct DecodePlan {
 };
 
 inline int decode_shared_bytes(const DecodePlan& p) {
-  return p.blocks * kBlockBytes + p.bins() * 4 + p.buffers * p.cluster * p.own_tiles * kTile * p.lanes * 4 + 1024;
+  return p.blocks * kBlockBytes + p.bins() * 4 + p.buffers * p.cluster * p.own_tiles * kTile * p.lanes * 4 + 1024 +
+         2 * p.cluster * p.lanes * 8;
 }
 
 // False where the fast decode does not apply.

@@ -80,7 +80,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   constexpr int kParts = kPadded / kPartSlots, kSlots = kPartSlots / 2, kWords = (kSlots + 3) / 4;
   const int owner = rank % plan.owners, way = rank / plan.owners, own_tiles = plan.tiles_of(owner);
   const int bytes = layer.values.groups * layer.values.stages;
-  const int cluster_size = Plain ? kPlainCluster : plan.cluster;
+  const int cluster_size = Plain ? kPlainCluster : plan.cluster, owners = Plain ? kPlainCluster : plan.owners;
   const int most_tiles = Plain ? kChunkTiles / kPlainCluster : plan.own_tiles;
   constexpr int kTurns = kWhole ? 1 : kTogether;  // tokens of a thread in the steps for which the warps meet
   constexpr int kWholeTiles = kChunkTiles / kPlainCluster;
@@ -129,47 +129,53 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   for (int i = thread; i < plan.bins(); i += kValueThreads) shared.bins[i] = 0;
   sync_warps<kValueThreads>(2);
 
-  volatile Parked parked;
-  for (; !cursor.done(); cursor.next(layer, call), ++item) {
-    park(parked, cursor);
-    const int kv_head = cursor.vhead / plan.parts;
-    const Range range = coded_range(layer, call, cursor.row);
-    const int group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.values.width) *
-                           layer.values.stages;
-    const int first_row = range.first - layer.sinks;
-    const int8_t* linear = call.value_codes + (cursor.row * call.capacity + first_row) * bytes + group_byte + first_slot;
-    int last_token = range.count - 1;
+  // Of the item: where its codes lie, its steps (a round of a chunk each, kTogether of them at a time), the thread's first token.
+  const int8_t* linear = nullptr;
+  int last_token = 0, first_row = 0, group_byte = 0, row = 0, steps = 0, first_token = 0;
+  // The thread's token in a step; past all others if none.
+  const auto token_of = [&](int step) {
+    if (round_bits == 0) return first_token + step * kChunk;
+    const int round = step & ((1 << round_bits) - 1), token = first_token + (step >> round_bits) * kChunk;
+    return round * kValueWarps + warp < units ? token + round * round_stride : kNoToken;
+  };
+  uint32_t coming[kTurns][kWords];
+  const auto fetch = [&](int step) {  // past the row: its last token
+#pragma unroll
+    for (int j = 0; j < kTurns; ++j) {
+      if (own_step(step, j) >= steps) break;
+      const int i = min(token_of(own_step(step, j)), last_token);
+      if constexpr (Fast) {
+        const int8_t* codes = linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
+#pragma unroll
+        for (int w = 0; w < kWords; ++w)
+          coming[j][w] = first_slot + 4 * w < plan.slots ? __ldg(reinterpret_cast<const uint32_t*>(codes) + w) : 0;
+      } else {
+        load_codes<kWords, false>(coming[j], call.value_codes + row_of(call, row, first_row + i) * bytes,
+                                  group_byte + first_slot, group_byte + plan.slots);
+      }
+    }
+  };
+  const auto begin = [&](const Cursor& item) {
+    const int kv_head = item.vhead / plan.parts;
+    const Range range = coded_range(layer, call, item.row);
+    group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.values.width) * layer.values.stages;
+    first_row = range.first - layer.sinks;
+    row = item.row;
+    linear = call.value_codes + (item.row * call.capacity + first_row) * bytes + group_byte + first_slot;
+    last_token = range.count - 1;
+    steps = (item.stop - item.first) << round_bits;
+    first_token = item.first * kChunk + first_offset;
     keep(linear);
     keep(last_token);
-
-    // The item in steps: a round of a chunk each, kTogether of them at a time.
-    int steps = (cursor.stop - cursor.first) << round_bits, first_token = cursor.first * kChunk + first_offset;
     keep(steps);
     keep(first_token);
-    // The thread's token in a step; past all others if none.
-    const auto token_of = [&](int step) {
-      if (round_bits == 0) return first_token + step * kChunk;
-      const int round = step & ((1 << round_bits) - 1), token = first_token + (step >> round_bits) * kChunk;
-      return round * kValueWarps + warp < units ? token + round * round_stride : kNoToken;
-    };
-    uint32_t coming[kTurns][kWords];
-    const auto fetch = [&](int step) {  // past the row: its last token
-#pragma unroll
-      for (int j = 0; j < kTurns; ++j) {
-        if (own_step(step, j) >= steps) break;
-        const int i = min(token_of(own_step(step, j)), last_token);
-        if constexpr (Fast) {
-          const int8_t* row = linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
-#pragma unroll
-          for (int w = 0; w < kWords; ++w)
-            coming[j][w] = first_slot + 4 * w < plan.slots ? __ldg(reinterpret_cast<const uint32_t*>(row) + w) : 0;
-        } else {
-          load_codes<kWords, false>(coming[j], call.value_codes + row_of(call, cursor.row, first_row + i) * bytes,
-                                    group_byte + first_slot, group_byte + plan.slots);
-        }
-      }
-    };
     fetch(0);
+  };
+
+  if (!cursor.done()) begin(cursor);
+  volatile Parked parked;
+  for (; !cursor.done(); ++item) {
+    park(parked, cursor);
 
     // Reference exponents of the item and of the window; of the thread's tokens the sums of weights under each.
     float reference[Lanes];
@@ -364,7 +370,6 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     }
     chunk_index += steps >> round_bits;
     flush();
-    cursor = unpark(parked);
 
     // The sum of weights over the threads, and the references, for the other owners.
 #pragma unroll
@@ -374,29 +379,32 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
       if (lane == h) shared.maxima[warp * Lanes + h] = sum;
     }
     sync_warps<kValueThreads>(2);
-    if (thread < Lanes) {
+    const uint32_t states = shared.states + (item & 1) * plan.cluster * Lanes * 8;
+    if (thread < plan.cluster * Lanes) {
+      const int head = thread % Lanes, other = thread / Lanes;
       float total = 0, most = kNone;
-      for (int w = 0; w < kValueWarps; ++w) total += shared.maxima[w * Lanes + thread];
+#pragma unroll
+      for (int w = 0; w < kValueWarps; ++w) total += shared.maxima[w * Lanes + head];
 #pragma unroll
       for (int h = 0; h < Lanes; ++h)
-        if (h == thread) most = item_reference[h];
-      __stcg(memory.scratch_state + (2 * cta + (item & 1)) * Lanes + thread, make_float2(most, total));
+        if (h == head) most = item_reference[h];
+      store_remote(remote(states + (rank * Lanes + head) * 8, other), most, total, remote(shared.done, other));
     }
-    __threadfence();
-    sync_warps<kValueThreads>(2);
-    if (thread < plan.cluster) barrier_arrive_remote(remote(shared.done, thread));
-    barrier_wait(shared.done, item & 1);
-    __threadfence();
+    if (thread < plan.cluster) barrier_release_remote(remote(shared.done, thread));
+    const Cursor ended = unpark(parked);
+    cursor = ended;
+    cursor.next(layer, call);
+    if (!cursor.done()) begin(cursor);  // its codes come while the others end
+    barrier_acquire(shared.done, item & 1);
+    if (thread == 0) barrier_expect(shared.done, plan.cluster * Lanes * 8);
 
     // Each owner adds an equal share of its way's bins.
-    const int64_t partial = static_cast<int64_t>(cursor.vhead) * call.batch + cursor.row + cluster;
+    const int64_t partial = static_cast<int64_t>(ended.vhead) * call.batch + ended.row + cluster;
     const int64_t first_cta = static_cast<int64_t>(cluster) * plan.cluster + way * plan.owners;
     const int vectors = plan.bins() / 4, share = (vectors + plan.owners - 1) / plan.owners;
     if (thread < plan.owners * Lanes) {
       const int head = thread % Lanes;
-      const auto state_of = [&](int k) {
-        return __ldcg(memory.scratch_state + (2 * (first_cta + k) + (item & 1)) * Lanes + head);
-      };
+      const auto state_of = [&](int k) { return load_state(states + ((way * plan.owners + k) * Lanes + head) * 8); };
       float most = kNone, total = 0;
 #pragma unroll 4
       for (int k = 0; k < plan.owners; ++k) most = fmaxf(most, state_of(k).x);
@@ -414,12 +422,12 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     sync_warps<kValueThreads>(2);
     float4* const out = reinterpret_cast<float4*>(memory.bins + (partial * plan.ways + way) * plan.bins());
     const int first_head = Lanes == 8 ? 4 : 0;  // of odd vectors
-#pragma unroll 2
+#pragma unroll(Plain ? 4 : 1)
     for (int i = owner * share + thread; i < min(vectors, (owner + 1) * share); i += kValueThreads) {
       const BinPlace place = bin_place<Lanes, Stride>(i);
       float4 total = make_float4(0, 0, 0, 0);
 #pragma unroll 4
-      for (int k = 0; k < plan.owners; ++k) {
+      for (int k = 0; k < owners; ++k) {
         const int64_t other = 2 * (first_cta + k) + (item & 1);
         const float4 v = __ldcg(reinterpret_cast<const float4*>(memory.scratch + other * plan.bins()) + place.shared);
         float4 factor;
