@@ -188,7 +188,9 @@ Memory take_memory(const gsrq_layer& layer, const gsrq_call& call, const DecodeP
   m.scratch_state = workspace.take<float2>(2LL * clusters * plan.cluster * plan.lanes);
   m.state = workspace.take<float2>(partials * plan.lanes);
   m.combined = workspace.take<float2>(rows * plan.lanes);
-  m.values = workspace.take<float>(rows * plan.slots * value_splits(call, plan) * plan.lanes * plan.width);
+  m.owners = workspace.take<int2>(rows);
+  m.values = workspace.take<float>(rows * (plan.slots / layer.values.stages) * value_parts(layer, call, plan, vheads) * plan.lanes *
+                                   plan.width);
   m.exact = workspace.take<float>(rows * exact_splits(layer) * plan.lanes * plan.head_dim);
   m.exact_state = workspace.take<float2>(rows * exact_splits(layer) * plan.lanes);
   return m;
@@ -254,7 +256,8 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     if (cudaLaunchKernelEx(&config, kernel, layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
   }
-  return combine(layer, call, plan, memory, {vheads, clusters, 0, kItemLead, has_coded, plan.lanes > 1, nullptr}, true, stream);
+  return combine(layer, call, plan, memory, {vheads, clusters, 0, kItemLead, has_coded, plan.lanes > 1,
+                                            few_rows(call, plan) ? nullptr : memory.owners}, true, stream);
 }
 
 }  // namespace gsrq::cuda

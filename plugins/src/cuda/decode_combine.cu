@@ -11,11 +11,12 @@ namespace gsrq::cuda::decoding {
 namespace {
 
 constexpr int kPadHalves = 8;
-// (row, query head) pairs and codewords of a block at a time: many rows in turns of half the codebook, or few rows and a
-// quarter of it a block.
-constexpr int kManyRows = 32, kManyCodes = 128, kFewRows = 16, kFewCodes = 64;
-
-bool few_rows(const gsrq_call& call, const DecodePlan& plan) { return call.batch * plan.lanes <= kFewRows; }
+// (row, query head) pairs of a block, and codewords at a time: many rows in turns of half the codebook, for up to kMostTogether
+// slots in turn, or few rows and one slot with a quarter of it.
+constexpr int kManyRows = 32, kManyCodes = 128, kFewRows = 16, kFewCodes = 64, kMostTogether = 4;
+constexpr int kManyBlocks = 2 * 132;  // a block takes several slots as long as there are so many blocks
+// Bins, divided by their sum, are multiplied as float16: of their sum's size times this, so that small ones keep their bits.
+constexpr float kBinScale = 4096;
 
 template <int Lanes>
 __device__ inline void load_lanes(float (&to)[Lanes], const float* from) {
@@ -32,52 +33,19 @@ __device__ inline void load_lanes(float (&to)[Lanes], const float* from) {
 
 constexpr int kWarps = kCombineThreads / 32;
 
-// Pieces: of 8 dims, a warp has. One value slot of one head: the bins of up to Rows (row, query head) pairs times the slot's
-// 256 codewords, or a quarter of them. The bins, at most 1 after division by their sum, are split into two float16 of 22 bits
-// together.
-template <int Rows, int Codes, int Lanes, int Pieces>
-__device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
-                               const Stretches& coded, int block) {
-  constexpr bool kFew = Codes == kFewCodes;
-  constexpr int kSplits = kFew ? kCodewords / Codes : 1;
-  const int vheads = coded.vheads;
-  const int split = block % kSplits, of = block / kSplits;
-  const int slot = of % plan.slots, vhead = of / plan.slots % vheads, kv_head = vhead / plan.parts;
-  constexpr int kRowsAtOnce = Rows / Lanes;
-  const int first_row = of / (plan.slots * vheads) * kRowsAtOnce;
-  const int rows = min(kRowsAtOnce, call.batch - first_row), pairs = rows * Lanes, tiles = (pairs + 15) / 16;
-  const int width = plan.width, pitch = width + kPadHalves;
-  constexpr int kBinPitch = Codes + kPadHalves;
-  __half* words = reinterpret_cast<__half*>(shared_memory);  // [Codes][pitch]
-  __half* high = words + Codes * pitch;                      // [Rows][kBinPitch]
-  __half* low = high + Rows * kBinPitch;
-  float* const factors = reinterpret_cast<float*>(low + Rows * kBinPitch);  // [owners of the rows][Lanes]
-  float* const of_groups = factors + (kRowsAtOnce + coded.owners) * Lanes;  // [threads][Lanes], where rows are few
-  __shared__ int owners[Rows], first_factor[Rows];
-  __shared__ int64_t first_partial[Rows], first_bins[Rows];
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+// Of a block's rows the owners: how many there are, and where the first one's factors, state and bins lie.
+template <int Rows>
+struct Owners {
+  int count[Rows], first_factor[Rows];
+  int64_t first_partial[Rows], first_bins[Rows];
+};
 
-  // The codewords: sub-vector, column and stage of the slot.
-  const int element = kv_head * layer.head_dim + slot / layer.values.stages * width, of_group = layer.values.width;
-  const __half* const from =
-      static_cast<const __half*>(layer.values.codewords) +
-      static_cast<int64_t>(element / of_group * layer.values.stages + slot % layer.values.stages) * kCodewords * of_group +
-      element % of_group;
-  const int vectors = width / 8, step_codes = kCombineThreads / vectors, step_at = kCombineThreads % vectors;
-  const int thread_code = thread / vectors, thread_at = thread % vectors;
-  const auto load_words = [&](int first_code) {
-    for (int code = thread_code, at = thread_at; code < Codes;) {
-      copy_async(words + code * pitch + at * 8, from + (first_code + code) * of_group + at * 8, true);
-      code += step_codes;
-      at += step_at;
-      if (at >= vectors) at -= vectors, ++code;
-    }
-    commit_async();
-  };
-  load_words(split * Codes);
-
-  const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
-  static_assert(kRowsAtOnce <= 32, "a lane a row");
+// All threads call it; what the launch before has written can be read afterwards.
+template <int Rows>
+__device__ void find_owners(Owners<Rows>& owners, const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan,
+                            const Stretches& coded, int vhead, int first_row, int rows) {
+  static_assert(Rows <= 32, "a lane a row");
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool listed = coded.listed != nullptr;
   const int64_t chunks = warp == 0 && lane < rows ? chunks_of(layer, call, first_row + lane) : 0;
   if (listed) wait_for_previous();
@@ -87,7 +55,7 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
     if (listed) {
       if (chunks > 0) own = __ldcg(coded.listed + of_lane);
     } else {
-      const Line line = line_of(layer, call, vheads, coded.owners, coded.even, coded.lead);
+      const Line line = line_of(layer, call, coded.vheads, coded.owners, coded.even, coded.lead);
       const int64_t places = places_of(static_cast<int>(chunks), line.lead);
       const int64_t begin = line.first_chunk(
           vhead, places_before(layer, call, first_row, line.lead) + running_sum(places) - places);
@@ -95,162 +63,100 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
     }
     const int used = own.y - own.x + 1, total = running_sum(used);
     if (lane < rows) {
-      owners[lane] = used;
-      first_factor[lane] = total - used;
-      first_partial[lane] = of_lane + own.x;
-      first_bins[lane] = first_partial[lane] * partial_bins;
+      owners.count[lane] = used;
+      owners.first_factor[lane] = total - used;
+      owners.first_partial[lane] = of_lane + own.x;
+      owners.first_bins[lane] = (of_lane + own.x) * plan.ways * plan.bins();
     }
   }
   __syncthreads();
   if (!listed) wait_for_previous();
+}
 
-  // A thread has all heads of some (row, codeword); where rows are few, every Groups-th owner's of one.
-  constexpr int kItems = Rows * Codes / Lanes / kCombineThreads > 0 ? Rows * Codes / Lanes / kCombineThreads : 1;
-  const int way = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
-  const int code_stride = coded.by_slot ? Lanes : plan.stride, place_stride = coded.by_slot ? kCodewords * Lanes : Lanes;
-  const float* const own_bins = memory.bins + static_cast<int64_t>(way) * plan.bins() + place * place_stride;
-  const int groups = kFew ? max(kCombineThreads / (rows * Codes), 1) : 1;
-  constexpr int kAhead = kFew && kItems == 1 ? 4 : 1;  // owners whose bins a thread reads at once, before it knows their factors
-  constexpr int kLater = kFew ? 4 : 1;  // many rows have few owners each, and code that is read once
-  float totals[kItems][Lanes], ahead[kAhead][Lanes];
-  const auto load_first = [&](int first_code) {
+// What the owners' bins are multiplied by: [owners of the rows][Lanes]. combined: of the first row's heads, null if another block
+// writes it.
+template <int Rows, int Lanes>
+__device__ void weigh_owners(const Owners<Rows / Lanes>& owners, const float2* states, int pairs, float* factors, float2* combined) {
+  static_assert(Rows * 8 <= kCombineThreads, "eight lanes a pair, one pass");
+  const int pair = threadIdx.x / 8, r = pair / Lanes, h = pair % Lanes, n = pair < pairs ? owners.count[r] : 0;
+  const float2* const state = states + (pair < pairs ? owners.first_partial[r] * Lanes + h : 0);
+  float* const own_factors = factors + (pair < pairs ? owners.first_factor[r] * Lanes + h : 0);
+  float most = kNone, sum = 0;
+  const int first = threadIdx.x % 8;
+  const float2 own[2] = {first < n ? __ldg(&state[first * Lanes]) : make_float2(kNone, 0),
+                         first + 8 < n ? __ldg(&state[(first + 8) * Lanes]) : make_float2(kNone, 0)};
+  most = fmaxf(own[0].x, own[1].x);
+#pragma unroll 1
+  for (int k = first + 16; k < n; k += 8) most = fmaxf(most, __ldg(&state[k * Lanes].x));
 #pragma unroll
-    for (int j = 0; j < kItems; ++j) {
-      const int i = thread + j * kCombineThreads, r = i / Codes % (groups > 1 ? rows : kRowsAtOnce);
-      const int k = groups > 1 ? i / (rows * Codes) : 0;
-#pragma unroll
-      for (int h = 0; h < Lanes; ++h) totals[j][h] = 0;
-      const int n = i < groups * rows * Codes ? owners[r] : 0;
-      const float* const bins = own_bins + first_bins[r] + (first_code + i % Codes) * code_stride;
-      if (k < n) load_lanes<Lanes>(totals[j], bins + k * partial_bins);
-#pragma unroll
-      for (int a = 1; a < kAhead; ++a)
-        if (k + a * groups < n) load_lanes<Lanes>(ahead[a], bins + (k + a * groups) * partial_bins);
-    }
+  for (int o = 4; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+  const auto weigh = [&](int k, float2 s) {
+    const float factor = s.x == kNone ? 0.0f : exp2f(s.x - most);
+    sum += s.y * factor;
+    own_factors[k * Lanes] = factor;
   };
-  load_first(split * Codes);
+  if (first < n) weigh(first, own[0]);
+  if (first + 8 < n) weigh(first + 8, own[1]);
+#pragma unroll 1
+  for (int k = first + 16; k < n; k += 8) weigh(k, __ldg(&state[k * Lanes]));
+#pragma unroll
+  for (int o = 4; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+  const float inverse = sum > 0 ? kBinScale / sum : 0.0f;
+#pragma unroll 1
+  for (int k = first; k < n; k += 8) own_factors[k * Lanes] *= inverse;
+  if (combined != nullptr && pair < pairs && first == 0) combined[pair] = make_float2(most, sum);
+}
 
-  // Eight lanes a pair.
-  static_assert(Rows * 8 <= kCombineThreads, "one pass");
-  {
-    const int pair = thread / 8, r = pair / Lanes, h = pair % Lanes, n = pair < pairs ? owners[r] : 0;
-    const float2* const state = memory.state + (pair < pairs ? first_partial[r] * Lanes + h : 0);
-    float most = kNone, sum = 0;
-    const int first = thread % 8;
-    const float2 own[2] = {first < n ? __ldg(&state[first * Lanes]) : make_float2(kNone, 0),
-                           first + 8 < n ? __ldg(&state[(first + 8) * Lanes]) : make_float2(kNone, 0)};
-    most = fmaxf(own[0].x, own[1].x);
-#pragma unroll 1
-    for (int k = first + 16; k < n; k += 8) most = fmaxf(most, __ldg(&state[k * Lanes].x));
-#pragma unroll
-    for (int o = 4; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
-    const auto weigh = [&](int k, float2 s) {
-      const float factor = s.x == kNone ? 0.0f : exp2f(s.x - most);
-      sum += s.y * factor;
-      factors[(first_factor[r] + k) * Lanes + h] = factor;
-    };
-    if (first < n) weigh(first, own[0]);
-    if (first + 8 < n) weigh(first + 8, own[1]);
-#pragma unroll 1
-    for (int k = first + 16; k < n; k += 8) weigh(k, __ldg(&state[k * Lanes]));
-#pragma unroll
-    for (int o = 4; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-    const float inverse = sum > 0 ? 1 / sum : 0.0f;
-#pragma unroll 1
-    for (int k = first; k < n; k += 8) factors[(first_factor[r] + k) * Lanes + h] *= inverse;
-    if (slot == 0 && split == 0 && pair < pairs && thread % 8 == 0)
-      memory.combined[(static_cast<int64_t>(vhead) * call.batch + first_row + r) * Lanes + h] = make_float2(most, sum);
+// The codewords of a value stage: of one of the head's sub-vectors, the columns of the head.
+__device__ inline const __half* value_words(const gsrq_layer& layer, int element, int stage) {
+  const int of_group = layer.values.width;
+  return static_cast<const __half*>(layer.values.codewords) +
+         static_cast<int64_t>(element / of_group * layer.values.stages + stage) * kCodewords * of_group + element % of_group;
+}
+
+// Codewords `from` on into rows of shared memory, asynchronously; of_group: elements from one to the next.
+template <int Codes>
+__device__ inline void load_words(__half* words, const __half* from, int of_group, int width) {
+  const int pitch = width + kPadHalves;
+  const int vectors = width / 8, step_codes = kCombineThreads / vectors, step_at = kCombineThreads % vectors;
+  for (int code = threadIdx.x / vectors, at = threadIdx.x % vectors; code < Codes;) {
+    copy_async(words + code * pitch + at * 8, from + code * of_group + at * 8, true);
+    code += step_codes;
+    at += step_at;
+    if (at >= vectors) at -= vectors, ++code;
   }
-  __syncthreads();
+  commit_async();
+}
 
-  const int g = lane / 4, t = lane % 4;
-  float sums[Rows / 16][Pieces][4];
+// Pieces: of 8 dims, a warp has. sums += bins [Rows][Codes] times words [Codes][width], of which `tiles` of 16 rows are real.
+template <int Rows, int Codes, int Pieces>
+__device__ inline void multiply_words(float (&sums)[Rows / 16][Pieces][4], const __half* bins, const __half* words, int width,
+                                      int tiles) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = width + kPadHalves;
+  constexpr int kBinPitch = Codes + kPadHalves;
+#pragma unroll 2
+  for (int k = 0; k < Codes; k += 16) {
+    uint32_t b[Pieces / 2][4];  // codewords k .. k + 15 of 8 dims, two pieces, as the product wants them
 #pragma unroll
-  for (int i = 0; i < Rows / 16; ++i)
-#pragma unroll
-    for (int j = 0; j < Pieces; ++j)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sums[i][j][k] = 0;
-
-#pragma unroll 1
-  for (int first_code = split * Codes; first_code < (kFew ? (split + 1) * Codes : kCodewords); first_code += Codes) {
-    if (first_code > split * Codes) load_words(first_code);
-    // Bins of all owners, scaled and added in the owners' order.
-#pragma unroll
-    for (int j = 0; j < kItems; ++j) {
-      const int i = thread + j * kCombineThreads, code = i % Codes, r = i / Codes % (groups > 1 ? rows : kRowsAtOnce);
-      const int first = groups > 1 ? i / (rows * Codes) : 0;
-      const bool here = i < groups * rows * Codes;
-      const int n = here ? owners[r] : 0;
-      if (first < n) {
-        const float* const factor = factors + first_factor[r] * Lanes;
-        const float* const bins = own_bins + first_bins[r] + (first_code + code) * code_stride;
-#pragma unroll
-        for (int h = 0; h < Lanes; ++h) totals[j][h] *= factor[first * Lanes + h];
-#pragma unroll
-        for (int a = 1; a < kAhead; ++a) {
-          const int k = first + a * groups;
-          if (k >= n) break;
-#pragma unroll
-          for (int h = 0; h < Lanes; ++h) totals[j][h] += factor[k * Lanes + h] * ahead[a][h];
-        }
-#pragma unroll kLater
-        for (int k = first + kAhead * groups; k < n; k += groups) {
-          float v[Lanes];
-          load_lanes<Lanes>(v, bins + k * partial_bins);
-#pragma unroll
-          for (int h = 0; h < Lanes; ++h) totals[j][h] += factor[k * Lanes + h] * v[h];
-        }
-      }
-      if (kFew && j == 0 && groups > 1) {  // the groups' sums, in their order
-#pragma unroll
-        for (int h = 0; h < Lanes; ++h) of_groups[i * Lanes + h] = totals[j][h];
-        __syncthreads();
-        if (i < rows * Codes)
-          for (int k = 1; k < groups; ++k)
-#pragma unroll
-            for (int h = 0; h < Lanes; ++h) totals[j][h] += of_groups[(i + k * rows * Codes) * Lanes + h];
-      }
-      if (i / Codes < tiles * 16 / Lanes) {
-#pragma unroll
-        for (int h = 0; h < Lanes; ++h) {
-          const int at = (i / Codes) * Lanes + h;
-          const float total = i < rows * Codes ? totals[j][h] : 0.0f;
-          split_in_two(total, high + at * kBinPitch + code, low + at * kBinPitch + code);
-        }
-      }
+    for (int j = 0; j < Pieces / 2; ++j) {
+      const int piece = warp + (2 * j + lane / 16) * kWarps;
+      load_transposed(b[j], words + (k + lane % 16) * pitch + (piece * 8 < width ? piece * 8 : 0));
     }
-    wait_async<0>();
-    __syncthreads();
-    if (!kFew && first_code + Codes < kCodewords) load_first(first_code + Codes);
-
-#pragma unroll 1
-    for (int k = 0; k < Codes; k += 16) {
-      uint32_t b[Pieces / 2][4];  // codewords k .. k + 15 of 8 dims, two pieces, as the product wants them
 #pragma unroll
-      for (int j = 0; j < Pieces / 2; ++j) {
-        const int piece = warp + (2 * j + lane / 16) * kWarps;
-        load_transposed(b[j], words + (k + lane % 16) * pitch + (piece * 8 < width ? piece * 8 : 0));
-      }
+    for (int i = 0; i < Rows / 16; ++i) {
+      if (i >= tiles) break;
+      uint32_t a[4];
+      load_matrices(a, bins + (i * 16 + lane % 16) * kBinPitch + k + lane / 16 * 8);
 #pragma unroll
-      for (int i = 0; i < Rows / 16; ++i) {
-        if (i >= tiles) break;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t a[4];
-          load_matrices(a, (half ? low : high) + (i * 16 + lane % 16) * kBinPitch + k + lane / 16 * 8);
-#pragma unroll
-          for (int j = 0; j < Pieces; ++j)
-            if ((warp + j * kWarps) * 8 < width) multiply(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-        }
-      }
+      for (int j = 0; j < Pieces; ++j)
+        if ((warp + j * kWarps) * 8 < width) multiply(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
-    __syncthreads();
   }
+}
 
-  float* const to =
-      memory.values +
-      (((static_cast<int64_t>(vhead) * plan.slots + slot) * kSplits + split) * call.batch + first_row) * Lanes * width;
+template <int Rows, int Pieces>
+__device__ inline void store_sums(float* to, const float (&sums)[Rows / 16][Pieces][4], int pairs, int width) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < Rows / 16; ++i)
 #pragma unroll
@@ -259,22 +165,217 @@ __device__ void combine_values(const gsrq_layer& layer, const gsrq_call& call, c
       for (int r = 0; r < 2; ++r) {
         const int at = i * 16 + g + 8 * r, piece = warp + j * kWarps;
         if (at < pairs && piece * 8 < width)
-          *reinterpret_cast<float2*>(to + at * width + piece * 8 + 2 * t) = make_float2(sums[i][j][2 * r], sums[i][j][2 * r + 1]);
+          __stcg(reinterpret_cast<float2*>(to + at * width + piece * 8 + 2 * t),
+                 make_float2(sums[i][j][2 * r] * (1 / kBinScale), sums[i][j][2 * r + 1] * (1 / kBinScale)));
       }
 }
 
-template <int Rows, int Codes, int Lanes, int Pieces>
-__global__ void __launch_bounds__(kCombineThreads, Lanes == 4 && Pieces == 2 ? 4 : 3)
+// Few rows: one value slot of one head, the bins of up to kFewRows (row, query head) pairs times a quarter of its codewords.
+template <int Lanes, int Pieces>
+__device__ void combine_few(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
+                            const Stretches& coded, int block) {
+  constexpr int kRows = kFewRows, kCodes = kFewCodes, kSplits = kCodewords / kCodes, kBinPitch = kCodes + kPadHalves;
+  const int vheads = coded.vheads, split = block % kSplits, slot = block / kSplits % plan.slots;
+  const int vhead = block / kSplits / plan.slots, rows = call.batch, pairs = rows * Lanes, width = plan.width;
+  __half* const words = reinterpret_cast<__half*>(shared_memory);  // [kCodes][width + padding]
+  __half* const bins_of_pairs = words + kCodes * (width + kPadHalves);  // [kRows][kBinPitch]
+  float* const factors = reinterpret_cast<float*>(bins_of_pairs + kRows * kBinPitch);  // [owners of the rows][Lanes]
+  float* const of_groups = factors + (kRows / Lanes + coded.owners) * Lanes;  // [threads][Lanes]
+  __shared__ Owners<kRows / Lanes> owners;
+  const int thread = threadIdx.x, first_code = split * kCodes, of_group = layer.values.width;
+  const int element = vhead / plan.parts * layer.head_dim + slot / layer.values.stages * width;
+  load_words<kCodes>(words, value_words(layer, element, slot % layer.values.stages) + first_code * of_group, of_group, width);
+  find_owners(owners, layer, call, plan, coded, vhead, 0, rows);
+
+  // A thread has all heads of some (row, codeword), and every groups-th owner's of it.
+  constexpr int kItems = kRows * kCodes / Lanes / kCombineThreads > 0 ? kRows * kCodes / Lanes / kCombineThreads : 1;
+  const int way = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
+  const int code_stride = coded.by_slot ? Lanes : plan.stride, place_stride = coded.by_slot ? kCodewords * Lanes : Lanes;
+  const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
+  const float* const own_bins = memory.bins + static_cast<int64_t>(way) * plan.bins() + place * place_stride;
+  const int groups = max(kCombineThreads / (rows * kCodes), 1);
+  constexpr int kAhead = kItems == 1 ? 4 : 1;  // owners whose bins a thread reads at once, before it knows their factors
+  float totals[kItems][Lanes], ahead[kAhead][Lanes];
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) {
+    const int i = thread + j * kCombineThreads, r = i / kCodes % rows, k = i / (rows * kCodes);
+#pragma unroll
+    for (int h = 0; h < Lanes; ++h) totals[j][h] = 0;
+    const int n = i < groups * rows * kCodes ? owners.count[r] : 0;
+    const float* const bins = own_bins + owners.first_bins[r] + (first_code + i % kCodes) * code_stride;
+    if (k < n) load_lanes<Lanes>(totals[j], bins + k * partial_bins);
+#pragma unroll
+    for (int a = 1; a < kAhead; ++a)
+      if (k + a * groups < n) load_lanes<Lanes>(ahead[a], bins + (k + a * groups) * partial_bins);
+  }
+  weigh_owners<kRows, Lanes>(owners, memory.state, pairs, factors,
+                             slot == 0 && split == 0 ? memory.combined + static_cast<int64_t>(vhead) * rows * Lanes : nullptr);
+  __syncthreads();
+
+  // Bins of all owners, scaled and added in the owners' order.
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) {
+    const int i = thread + j * kCombineThreads, code = i % kCodes, r = i / kCodes % rows, first = i / (rows * kCodes);
+    const int n = i < groups * rows * kCodes ? owners.count[r] : 0;
+    if (first < n) {
+      const float* const factor = factors + owners.first_factor[r] * Lanes;
+      const float* const bins = own_bins + owners.first_bins[r] + (first_code + code) * code_stride;
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h) totals[j][h] *= factor[first * Lanes + h];
+#pragma unroll
+      for (int a = 1; a < kAhead; ++a) {
+        const int k = first + a * groups;
+        if (k >= n) break;
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) totals[j][h] += factor[k * Lanes + h] * ahead[a][h];
+      }
+#pragma unroll 4
+      for (int k = first + kAhead * groups; k < n; k += groups) {
+        float v[Lanes];
+        load_lanes<Lanes>(v, bins + k * partial_bins);
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) totals[j][h] += factor[k * Lanes + h] * v[h];
+      }
+    }
+    if (j == 0 && groups > 1) {  // the groups' sums, in their order
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h) of_groups[i * Lanes + h] = totals[j][h];
+      __syncthreads();
+      if (i < rows * kCodes)
+        for (int k = 1; k < groups; ++k)
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h) totals[j][h] += of_groups[(i + k * rows * kCodes) * Lanes + h];
+    }
+    if (i / kCodes < kRows / Lanes) {
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h)
+        bins_of_pairs[(i / kCodes * Lanes + h) * kBinPitch + code] = __float2half_rn(i < rows * kCodes ? totals[j][h] : 0.0f);
+    }
+  }
+  wait_async<0>();
+  __syncthreads();
+  float sums[kRows / 16][Pieces][4] = {};
+  multiply_words<kRows, kCodes, Pieces>(sums, bins_of_pairs, words, width, 1);
+  float* const to =
+      memory.values + ((static_cast<int64_t>(vhead) * plan.slots + slot) * kSplits + split) * rows * Lanes * width;
+  store_sums<kRows, Pieces>(to, sums, pairs, width);
+}
+
+// Many rows: up to `together` value slots of one head and sub-vector, which are summed, for up to kManyRows (row, query head)
+// pairs. A step is half of a slot's codewords; what the next one needs comes while one is multiplied.
+template <int Lanes, int Pieces>
+__device__ void combine_many(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
+                             const Stretches& coded, int together, int block) {
+  constexpr int kRows = kManyRows, kCodes = kManyCodes, kHalves = kCodewords / kCodes, kBinPitch = kCodes + kPadHalves;
+  constexpr int kRowsAtOnce = kRows / Lanes;
+  const int stages = layer.values.stages, parts = (stages + together - 1) / together, all_parts = plan.slots / stages * parts;
+  const int part = block % all_parts, vhead = block / all_parts % coded.vheads;
+  const int first_row = block / (all_parts * coded.vheads) * kRowsAtOnce, rows = min(kRowsAtOnce, call.batch - first_row);
+  const int pairs = rows * Lanes, tiles = (pairs + 15) / 16, width = plan.width, thread = threadIdx.x;
+  const int sub_vector = part / parts, first_stage = part % parts * together;
+  const int steps = min(together, stages - first_stage) * kHalves;
+  const int words_of_step = kCodes * (width + kPadHalves);
+  __half* const words = reinterpret_cast<__half*>(shared_memory);  // [2][kCodes][width + padding]
+  __half* const bins_of_pairs = words + 2 * words_of_step;         // [2][kRows][kBinPitch]
+  float* const factors = reinterpret_cast<float*>(bins_of_pairs + 2 * kRows * kBinPitch);  // [owners of the rows][Lanes]
+  __shared__ Owners<kRowsAtOnce> owners;
+  const int element = vhead / plan.parts * layer.head_dim + sub_vector * width, of_group = layer.values.width;
+  const auto load_step = [&](int step) {
+    const __half* const from = value_words(layer, element, first_stage + step / kHalves) + step % kHalves * kCodes * of_group;
+    load_words<kCodes>(words + step % 2 * words_of_step, from, of_group, width);
+  };
+  load_step(0);
+  find_owners(owners, layer, call, plan, coded, vhead, first_row, rows);
+
+  // A thread has all heads of two neighbouring codewords of some rows. The first owner's bins are read ahead.
+  constexpr int kItems = kRows * kCodes / Lanes / kCombineThreads / 2;
+  static_assert(kItems > 0 && kCombineThreads % (kCodes / 2) == 0, "all threads have as many");
+  constexpr int kRowsBetween = kCombineThreads / (kCodes / 2);
+  const int thread_code = thread % (kCodes / 2) * 2, thread_row = thread / (kCodes / 2);
+  const int code_stride = coded.by_slot ? Lanes : plan.stride, place_stride = coded.by_slot ? kCodewords * Lanes : Lanes;
+  const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
+  const auto bins_of = [&](int step, int r) {
+    const int slot = sub_vector * stages + first_stage + step / kHalves;
+    return memory.bins + owners.first_bins[r] + static_cast<int64_t>(slot / plan.slots_per_cta) * plan.bins() +
+           slot % plan.slots_per_cta * place_stride + (step % kHalves * kCodes + thread_code) * code_stride;
+  };
+  float ahead[kItems][2][Lanes];
+  const auto load_first = [&](int step) {
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const int r = thread_row + j * kRowsBetween;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) ahead[j][c][h] = 0;
+        if (r < rows && owners.count[r] > 0) load_lanes<Lanes>(ahead[j][c], bins_of(step, r) + c * code_stride);
+      }
+    }
+  };
+  load_first(0);
+  weigh_owners<kRows, Lanes>(
+      owners, memory.state, pairs, factors,
+      part == 0 ? memory.combined + (static_cast<int64_t>(vhead) * call.batch + first_row) * Lanes : nullptr);
+  __syncthreads();
+
+  float sums[kRows / 16][Pieces][4] = {};
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    __half* const own_bins = bins_of_pairs + step % 2 * kRows * kBinPitch;
+    // Bins of all owners, scaled and added in the owners' order.
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const int r = thread_row + j * kRowsBetween, n = r < rows ? owners.count[r] : 0;
+      const float* const factor = factors + (r < rows ? owners.first_factor[r] * Lanes : 0);
+      float total[2][Lanes];
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int h = 0; h < Lanes; ++h) total[c][h] = n > 0 ? ahead[j][c][h] * factor[h] : 0.0f;
+#pragma unroll 1
+      for (int k = 1; k < n; ++k)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float v[Lanes];
+          load_lanes<Lanes>(v, bins_of(step, r) + c * code_stride + k * partial_bins);
+#pragma unroll
+          for (int h = 0; h < Lanes; ++h) total[c][h] += factor[k * Lanes + h] * v[h];
+        }
+#pragma unroll
+      for (int h = 0; h < Lanes; ++h)
+        *reinterpret_cast<uint32_t*>(own_bins + (r * Lanes + h) * kBinPitch + thread_code) = packed(total[0][h], total[1][h]);
+    }
+    wait_async<0>();
+    __syncthreads();
+    if (step + 1 < steps) {
+      load_step(step + 1);
+      load_first(step + 1);
+    }
+    multiply_words<kRows, kCodes, Pieces>(sums, own_bins, words + step % 2 * words_of_step, width, tiles);
+  }
+  float* const to =
+      memory.values +
+      ((static_cast<int64_t>(vhead) * all_parts + part) * call.batch + first_row) * Lanes * width;
+  store_sums<kRows, Pieces>(to, sums, pairs, width);
+}
+
+// together: value slots of a block, 0 where rows are few.
+template <bool Few, int Lanes, int Pieces>
+__global__ void __launch_bounds__(kCombineThreads, !Few ? 2 : Lanes == 4 && Pieces == 2 ? 4 : 3)
     combine_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                    const __grid_constant__ DecodePlan plan, Memory memory, const __grid_constant__ Stretches coded,
-                   int exact_blocks, int splits, bool by_rows) {
+                   int exact_blocks, int splits, bool by_rows, int together) {
   const int block = blockIdx.x;
   let_next_begin();
   if (block < exact_blocks) {
     if (Lanes != 4 || !by_rows) attend_exact<Lanes>(layer, call, plan, memory, coded.vheads, splits, block);
     else if (call.dtype == GSRQ_F16) attend_exact_rows<true>(layer, call, plan, memory, coded.vheads, splits, block);
     else attend_exact_rows<false>(layer, call, plan, memory, coded.vheads, splits, block);
-  } else combine_values<Rows, Codes, Lanes, Pieces>(layer, call, plan, memory, coded, block - exact_blocks);
+  } else if constexpr (Few) {
+    combine_few<Lanes, Pieces>(layer, call, plan, memory, coded, block - exact_blocks);
+  } else {
+    combine_many<Lanes, Pieces>(layer, call, plan, memory, coded, together, block - exact_blocks);
+  }
   wait_for_previous();  // exact tokens need nothing of it, but what follows does
 }
 
@@ -308,7 +409,7 @@ __device__ inline void store_four(void* to, int64_t i, float4 x, int dtype, bool
 template <bool Usual, int Parts>
 __global__ void __launch_bounds__(kFinishThreads)
     finish(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
-           const __grid_constant__ DecodePlan plan, Memory memory, int has_coded, int splits, int code_splits) {
+           const __grid_constant__ DecodePlan plan, Memory memory, int has_coded, int splits, int parts_of_sub_vector) {
   let_next_begin();  // the next call's first launch waits at once: its start is out of the way
   const int vhead = blockIdx.x, vheads = gridDim.x, row = blockIdx.y, kv_head = vhead / plan.parts, part = vhead % plan.parts;
   const int d = Usual ? 128 : layer.head_dim, width = Usual ? 128 : plan.width;
@@ -329,14 +430,14 @@ __global__ void __launch_bounds__(kFinishThreads)
       const float2* const states = memory.exact_state + first * plan.lanes + h;
       const float4* const exact = reinterpret_cast<const float4*>(memory.exact + (first * plan.lanes + h) * d + e);
       const float4* const from = reinterpret_cast<const float4*>(
-          memory.values + (static_cast<int64_t>(vhead) * plan.slots + e / width * layer.values.stages) * code_splits * slot_stride +
+          memory.values + (static_cast<int64_t>(vhead) * (d / width) + e / width) * parts_of_sub_vector * slot_stride +
           (static_cast<int64_t>(row) * plan.lanes + h) * width + e % width);
       // All reads are under way before the first is used; zeros and no weight where there is nothing.
       constexpr int kExact = 6;
       const int64_t exact_stride = plan.lanes * (d / 4);
       float2 state[kExact];
       float4 piece[Parts], x[kExact];
-      const int parts = has_coded ? layer.values.stages * code_splits : 0;
+      const int parts = has_coded ? parts_of_sub_vector : 0;
 #pragma unroll
       for (int k = 0; k < kExact; ++k) state[k] = k < used ? __ldcg(states + k * plan.lanes) : make_float2(kNone, 0);
 #pragma unroll
@@ -377,11 +478,11 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 }
 
-using CombineKernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Memory, Stretches, int, int, bool);
+using CombineKernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Memory, Stretches, int, int, bool, int);
 
 template <int Lanes, int Pieces>
 CombineKernel combine_of(bool few) {
-  return few ? combine_kernel<kFewRows, kFewCodes, Lanes, Pieces> : combine_kernel<kManyRows, kManyCodes, Lanes, Pieces>;
+  return few ? combine_kernel<true, Lanes, Pieces> : combine_kernel<false, Lanes, Pieces>;
 }
 
 template <int Lanes>
@@ -395,28 +496,48 @@ CombineKernel combine_of(const DecodePlan& plan, bool few) {
                            : combine_of<8>(plan, few);
 }
 
-int combine_bytes(const DecodePlan& plan, int rows, int codes, int owners, bool with_exact, bool by_rows) {
-  const int values = 2 * (codes * (plan.width + kPadHalves) + 2 * rows * (codes + kPadHalves)) +
-                     4 * plan.lanes * (rows / plan.lanes + owners + (codes == kFewCodes ? kCombineThreads : 0));
+int combine_bytes(const DecodePlan& plan, bool few, int owners, bool with_exact, bool by_rows) {
+  const int rows = few ? kFewRows : kManyRows, codes = few ? kFewCodes : kManyCodes, buffers = few ? 1 : 2;
+  const int values = 2 * buffers * (codes * (plan.width + kPadHalves) + rows * (codes + kPadHalves)) +
+                     4 * plan.lanes * (rows / plan.lanes + owners + (few ? kCombineThreads : 0));
   return std::max(values, !with_exact ? 0 : by_rows ? kExactRowsBytes : exact_bytes(plan.head_dim));
 }
 
+// Blocks that all rows of one part of the values take.
+int64_t row_blocks(const gsrq_call& call, const DecodePlan& plan, int vheads) {
+  const int at_once = few_rows(call, plan) ? call.batch : kManyRows / plan.lanes;
+  return static_cast<int64_t>(vheads) * ((call.batch + at_once - 1) / at_once);
+}
+
+// Value slots of a block where rows are many.
+int slots_together(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, int vheads) {
+  int together = 1;
+  while (together < kMostTogether && row_blocks(call, plan, vheads) * plan.slots / (2 * together) >= kManyBlocks &&
+         2 * together <= layer.values.stages)
+    together *= 2;
+  return together;
+}
+
 }  // namespace
+
+bool few_rows(const gsrq_call& call, const DecodePlan& plan) { return call.batch * plan.lanes <= kFewRows; }
 
 int exact_splits(const gsrq_layer& layer) {
   return static_cast<int>((gsrq_exact_slots(layer.sinks, layer.window, layer.block) + kExactTokens - 1) / kExactTokens);
 }
 
-int value_splits(const gsrq_call& call, const DecodePlan& plan) { return few_rows(call, plan) ? kCodewords / kFewCodes : 1; }
+int value_parts(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, int vheads) {
+  if (few_rows(call, plan)) return layer.values.stages * (kCodewords / kFewCodes);
+  const int together = slots_together(layer, call, plan, vheads);
+  return (layer.values.stages + together - 1) / together;
+}
 
 int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
             const Stretches& coded, bool with_exact, cudaStream_t stream) {
   const bool few = few_rows(call, plan);
-  const int rows = few ? kFewRows : kManyRows, rows_at_once = rows / plan.lanes, splits = exact_splits(layer);
-  const int code_splits = value_splits(call, plan);
-  const int64_t value_blocks = coded.any ? static_cast<int64_t>(plan.slots) * code_splits * coded.vheads *
-                                               ((call.batch + rows_at_once - 1) / rows_at_once)
-                                         : 0;
+  const int splits = exact_splits(layer), parts = value_parts(layer, call, plan, coded.vheads);
+  const int64_t value_blocks =
+      coded.any ? row_blocks(call, plan, coded.vheads) * parts * (plan.slots / layer.values.stages) : 0;
   // Exact tokens first: they may begin while coded ones are under way.
   const bool by_rows = plan.lanes == 4 && exact_by_rows(layer, call, coded.vheads);
   const int64_t exact_blocks =
@@ -424,19 +545,20 @@ int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& pl
   const int64_t blocks = exact_blocks + value_blocks;
   if (call.batch > 65535 || blocks > INT32_MAX) return fail("decode: %d rows are too many", call.batch);
   const CombineKernel kernel = combine_of(plan, few);
-  const int bytes = combine_bytes(plan, rows, few ? kFewCodes : kManyCodes, coded.owners, with_exact, by_rows);
+  const int bytes = combine_bytes(plan, few, coded.owners, with_exact, by_rows);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
     return launched("combine");
   if (blocks > 0)
     launch(coded.any, kernel, static_cast<unsigned>(blocks), kCombineThreads, bytes, stream, layer, call, plan, memory, coded,
-           static_cast<int>(exact_blocks), splits, by_rows);
+           static_cast<int>(exact_blocks), splits, by_rows,
+           few ? 0 : slots_together(layer, call, plan, coded.vheads));
   if (launched("combine")) return 1;
   const dim3 heads(static_cast<unsigned>(coded.vheads), static_cast<unsigned>(call.batch));
   const bool usual = plan.head_dim == 128 && plan.width == 128;
-  const bool many = layer.values.stages * code_splits > 8;
+  const bool many = parts > 8;
   const auto kernel_of_sum = usual ? (many ? finish<true, 32> : finish<true, 8>) : (many ? finish<false, 32> : finish<false, 8>);
   launch(true, kernel_of_sum, heads, kFinishThreads, 0, stream, layer, call, plan, memory,
-         static_cast<int>(coded.any), splits, code_splits);
+         static_cast<int>(coded.any), splits, parts);
   return launched("finish");
 }
 

@@ -8,8 +8,11 @@ namespace gsrq::cuda::decoding {
 // Bytes of the parts of Memory that depend on it: blocks of 32 exact tokens that a row can have.
 int exact_splits(const gsrq_layer& layer);
 
-// Products of a value slot with parts of its codebook, which finish() adds: a factor of Memory::values.
-int value_splits(const gsrq_call& call, const DecodePlan& plan);
+// Whether combine() takes a value slot a block, not several of them for some of the rows.
+bool few_rows(const gsrq_call& call, const DecodePlan& plan);
+
+// Sums of a value sub-vector that finish() adds: some of its stages each, or of one stage some codewords.
+int value_parts(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, int vheads);
 
 // How the coded tokens were cut: into a Line of stretches for `owners` clusters or blocks; any: false where no
 // call of this size has coded tokens; even, lead: line_of's; by_slot: a way's bins lie [slot][codeword][lane], not [codeword][slot][lane];

@@ -94,7 +94,8 @@ struct Memory {  // of a call
   float2* scratch_state;  // [CTAs][2][lanes]
   float2* state;     // [partials][lanes]: reference (log2) and sum of weights
   float2* combined;  // [vheads][batch][lanes]: the same over all partials
-  float* values;     // [vheads][slots][value_splits][batch][lanes][width], divided by the sum
+  int2* owners;      // [vheads][batch]: the first and the last cluster that has some of a row's coded tokens
+  float* values;     // [vheads][sub-vectors][value_parts][batch][lanes][width], divided by the sum
   float* exact;      // [batch][vheads][splits][lanes][head_dim]: of exact tokens
   float2* exact_state;  // [batch][vheads][splits][lanes]
 };

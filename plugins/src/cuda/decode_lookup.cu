@@ -534,7 +534,8 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
   m.parts.state = workspace.take<float2>((rows + blocks) * kLookupLanes);
   m.parts.combined = workspace.take<float2>(rows * kLookupLanes);
   m.parts.values =
-      workspace.take<float>(rows * plan.head.slots * value_splits(call, plan.head) * kLookupLanes * plan.head.width);
+      workspace.take<float>(rows * (plan.head.slots / layer.values.stages) * value_parts(layer, call, plan.head, vheads) *
+                            kLookupLanes * plan.head.width);
   m.parts.exact = workspace.take<float>(rows * exact_splits(layer) * kLookupLanes * d);
   m.parts.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
   m.owners = workspace.take<int2>(rows);

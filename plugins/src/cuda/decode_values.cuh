@@ -92,6 +92,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   const uint32_t full_bytes = plan.cluster * own_tiles * kTile * Lanes * 4;
   const uint32_t part_bytes = most_tiles * kTile * Lanes * 4, buffer_bytes = cluster_size * part_bytes;
   const uint32_t last_buffer = plan.buffers - 1;
+  const bool wide = kWhole && layer.values.stages % 8 == 0;  // then two words are one of eight bytes
   const float softcap = Plain ? 0.0f : layer.softcap;
   const int64_t cta = static_cast<int64_t>(cluster) * plan.cluster + rank;
   // In step (a, b) lanes differ in (slot, head), so that they meet in no bank: theirs are a and b, exclusive-or the lane's.
@@ -146,6 +147,12 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
       const int i = min(token_of(own_step(step, j)), last_token);
       if constexpr (Fast) {
         const int8_t* codes = linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
+        if (kWords == 2 && wide) {
+          const uint2 both = __ldg(reinterpret_cast<const uint2*>(codes));
+          coming[j][0] = both.x;
+          coming[j][kWords - 1] = both.y;
+          continue;
+        }
 #pragma unroll
         for (int w = 0; w < kWords; ++w)
           coming[j][w] = first_slot + 4 * w < plan.slots ? __ldg(reinterpret_cast<const uint32_t*>(codes) + w) : 0;
@@ -392,6 +399,11 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     }
     if (thread < plan.cluster) barrier_release_remote(remote(shared.done, thread));
     const Cursor ended = unpark(parked);
+    if (rank == 0 && thread == 0) {
+      int2* const owners = memory.owners + static_cast<int64_t>(ended.vhead) * call.batch + ended.row;
+      if (ended.first == 0) owners->x = cluster;
+      if (ended.stop * kChunk > last_token) owners->y = cluster;
+    }
     cursor = ended;
     cursor.next(layer, call);
     if (!cursor.done()) begin(cursor);  // its codes come while the others end
