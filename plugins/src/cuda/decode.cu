@@ -185,12 +185,11 @@ Memory take_memory(const gsrq_layer& layer, const gsrq_call& call, const DecodeP
   Memory m{};
   m.bins = workspace.take<float>(partials * plan.ways * plan.bins());
   m.scratch = workspace.take<float>(2LL * clusters * plan.cluster * plan.bins());
-  m.scratch_state = workspace.take<float2>(2LL * clusters * plan.cluster * plan.lanes);
   m.state = workspace.take<float2>(partials * plan.lanes);
   m.combined = workspace.take<float2>(rows * plan.lanes);
   m.owners = workspace.take<int2>(rows);
-  m.values = workspace.take<float>(rows * (plan.slots / layer.values.stages) * value_parts(layer, call, plan, vheads) * plan.lanes *
-                                   plan.width);
+  const int sub_vectors = plan.slots / layer.values.stages;
+  m.values = workspace.take<float>(rows * sub_vectors * value_parts(layer, call, plan, vheads) * plan.lanes * plan.width);
   m.exact = workspace.take<float>(rows * exact_splits(layer) * plan.lanes * plan.head_dim);
   m.exact_state = workspace.take<float2>(rows * exact_splits(layer) * plan.lanes);
   return m;
@@ -256,8 +255,8 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     if (cudaLaunchKernelEx(&config, kernel, layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
   }
-  return combine(layer, call, plan, memory, {vheads, clusters, 0, kItemLead, has_coded, plan.lanes > 1,
-                                            few_rows(call, plan) ? nullptr : memory.owners}, true, stream);
+  const int2* const owners = few_rows(call, plan) ? nullptr : memory.owners;
+  return combine(layer, call, plan, memory, {vheads, clusters, 0, kItemLead, has_coded, plan.lanes > 1, owners}, true, stream);
 }
 
 }  // namespace gsrq::cuda

@@ -11,10 +11,10 @@ namespace gsrq::cuda::decoding {
 namespace {
 
 constexpr int kPadHalves = 8;
-// (row, query head) pairs of a block, and codewords at a time: many rows in turns of half the codebook, for up to kMostTogether
-// slots in turn, or few rows and one slot with a quarter of it.
-constexpr int kManyRows = 32, kManyCodes = 128, kFewRows = 16, kFewCodes = 64, kMostTogether = 4;
-constexpr int kManyBlocks = 2 * 132;  // a block takes several slots as long as there are so many blocks
+// (row, query head) pairs of a block, and codewords at a time: many rows in turns of half the codebook, of several slots, or
+// few rows and one slot with a quarter of it.
+constexpr int kManyRows = 32, kManyCodes = 128, kFewRows = 16, kFewCodes = 64;
+constexpr int kManyBlocks = 2 * 132;  // that run at once: if there are more, they take several slots each
 // Bins, divided by their sum, are multiplied as float16: of their sum's size times this, so that small ones keep their bits.
 constexpr float kBinScale = 4096;
 
@@ -73,37 +73,39 @@ __device__ void find_owners(Owners<Rows>& owners, const gsrq_layer& layer, const
   if (!listed) wait_for_previous();
 }
 
-// What the owners' bins are multiplied by: [owners of the rows][Lanes]. combined: of the first row's heads, null if another block
-// writes it.
+// What the owners' bins are multiplied by: [owners of the rows][Lanes]. combined: of the first row's heads, null if another
+// block writes it.
 template <int Rows, int Lanes>
-__device__ void weigh_owners(const Owners<Rows / Lanes>& owners, const float2* states, int pairs, float* factors, float2* combined) {
-  static_assert(Rows * 8 <= kCombineThreads, "eight lanes a pair, one pass");
-  const int pair = threadIdx.x / 8, r = pair / Lanes, h = pair % Lanes, n = pair < pairs ? owners.count[r] : 0;
+__device__ void weigh_owners(const Owners<Rows / Lanes>& owners, const float2* states, int pairs, float* factors,
+                             float2* combined) {
+  constexpr int kShare = 8;  // lanes of a pair
+  static_assert(Rows * kShare <= kCombineThreads, "one pass");
+  const int pair = threadIdx.x / kShare, r = pair / Lanes, h = pair % Lanes, n = pair < pairs ? owners.count[r] : 0;
   const float2* const state = states + (pair < pairs ? owners.first_partial[r] * Lanes + h : 0);
   float* const own_factors = factors + (pair < pairs ? owners.first_factor[r] * Lanes + h : 0);
   float most = kNone, sum = 0;
-  const int first = threadIdx.x % 8;
+  const int first = threadIdx.x % kShare;
   const float2 own[2] = {first < n ? __ldg(&state[first * Lanes]) : make_float2(kNone, 0),
-                         first + 8 < n ? __ldg(&state[(first + 8) * Lanes]) : make_float2(kNone, 0)};
+                         first + kShare < n ? __ldg(&state[(first + kShare) * Lanes]) : make_float2(kNone, 0)};
   most = fmaxf(own[0].x, own[1].x);
 #pragma unroll 1
-  for (int k = first + 16; k < n; k += 8) most = fmaxf(most, __ldg(&state[k * Lanes].x));
+  for (int k = first + 2 * kShare; k < n; k += kShare) most = fmaxf(most, __ldg(&state[k * Lanes].x));
 #pragma unroll
-  for (int o = 4; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+  for (int o = kShare / 2; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
   const auto weigh = [&](int k, float2 s) {
     const float factor = s.x == kNone ? 0.0f : exp2f(s.x - most);
     sum += s.y * factor;
     own_factors[k * Lanes] = factor;
   };
   if (first < n) weigh(first, own[0]);
-  if (first + 8 < n) weigh(first + 8, own[1]);
+  if (first + kShare < n) weigh(first + kShare, own[1]);
 #pragma unroll 1
-  for (int k = first + 16; k < n; k += 8) weigh(k, __ldg(&state[k * Lanes]));
+  for (int k = first + 2 * kShare; k < n; k += kShare) weigh(k, __ldg(&state[k * Lanes]));
 #pragma unroll
-  for (int o = 4; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+  for (int o = kShare / 2; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
   const float inverse = sum > 0 ? kBinScale / sum : 0.0f;
 #pragma unroll 1
-  for (int k = first; k < n; k += 8) own_factors[k * Lanes] *= inverse;
+  for (int k = first; k < n; k += kShare) own_factors[k * Lanes] *= inverse;
   if (combined != nullptr && pair < pairs && first == 0) combined[pair] = make_float2(most, sum);
 }
 
@@ -128,54 +130,61 @@ __device__ inline void load_words(__half* words, const __half* from, int of_grou
   commit_async();
 }
 
-// Pieces: of 8 dims, a warp has. sums += bins [Rows][Codes] times words [Codes][width], of which `tiles` of 16 rows are real.
-template <int Rows, int Codes, int Pieces>
-__device__ inline void multiply_words(float (&sums)[Rows / 16][Pieces][4], const __half* bins, const __half* words, int width,
-                                      int tiles) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = width + kPadHalves;
-  constexpr int kBinPitch = Codes + kPadHalves;
+// A product bins [Rows][Codes] times words [Codes][width]; a warp has its share of the pieces of 8 dims.
+template <int Rows, bool Wide>
+struct Product {
+  static constexpr int kTiles = Rows / 16, kPieces = (Wide ? 32 : 16) / kWarps;
+  float sums[kTiles][kPieces][4] = {};
+  int width, first_piece;
+  __device__ explicit Product(int width) : width(width), first_piece(threadIdx.x / 32) {}
+
+  // Of `tiles` of 16 rows.
+  template <int Codes>
+  __device__ void add(const __half* bins, const __half* words, int tiles) {
+    const int lane = threadIdx.x % 32, pitch = width + kPadHalves;
+    constexpr int kBinPitch = Codes + kPadHalves;
 #pragma unroll 2
-  for (int k = 0; k < Codes; k += 16) {
-    uint32_t b[Pieces / 2][4];  // codewords k .. k + 15 of 8 dims, two pieces, as the product wants them
+    for (int k = 0; k < Codes; k += 16) {
+      uint32_t b[kPieces / 2][4];  // codewords k .. k + 15 of 8 dims, two pieces, as the product wants them
 #pragma unroll
-    for (int j = 0; j < Pieces / 2; ++j) {
-      const int piece = warp + (2 * j + lane / 16) * kWarps;
-      load_transposed(b[j], words + (k + lane % 16) * pitch + (piece * 8 < width ? piece * 8 : 0));
-    }
+      for (int j = 0; j < kPieces / 2; ++j) {
+        const int piece = first_piece + (2 * j + lane / 16) * kWarps;
+        load_transposed(b[j], words + (k + lane % 16) * pitch + (piece * 8 < width ? piece * 8 : 0));
+      }
 #pragma unroll
-    for (int i = 0; i < Rows / 16; ++i) {
-      if (i >= tiles) break;
-      uint32_t a[4];
-      load_matrices(a, bins + (i * 16 + lane % 16) * kBinPitch + k + lane / 16 * 8);
+      for (int i = 0; i < kTiles; ++i) {
+        if (i >= tiles) break;
+        uint32_t a[4];
+        load_matrices(a, bins + (i * 16 + lane % 16) * kBinPitch + k + lane / 16 * 8);
 #pragma unroll
-      for (int j = 0; j < Pieces; ++j)
-        if ((warp + j * kWarps) * 8 < width) multiply(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        for (int j = 0; j < kPieces; ++j)
+          if ((first_piece + j * kWarps) * 8 < width) multiply(sums[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      }
     }
   }
-}
 
-template <int Rows, int Pieces>
-__device__ inline void store_sums(float* to, const float (&sums)[Rows / 16][Pieces][4], int pairs, int width) {
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  __device__ void store(float* to, int rows) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int i = 0; i < Rows / 16; ++i)
+    for (int i = 0; i < kTiles; ++i)
 #pragma unroll
-    for (int j = 0; j < Pieces; ++j)
+      for (int j = 0; j < kPieces; ++j)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int at = i * 16 + g + 8 * r, piece = warp + j * kWarps;
-        if (at < pairs && piece * 8 < width)
-          __stcg(reinterpret_cast<float2*>(to + at * width + piece * 8 + 2 * t),
-                 make_float2(sums[i][j][2 * r] * (1 / kBinScale), sums[i][j][2 * r + 1] * (1 / kBinScale)));
-      }
-}
+        for (int r = 0; r < 2; ++r) {
+          const int at = i * 16 + g + 8 * r, piece = first_piece + j * kWarps;
+          if (at < rows && piece * 8 < width)
+            __stcg(reinterpret_cast<float2*>(to + at * width + piece * 8 + 2 * t),
+                   make_float2(sums[i][j][2 * r] * (1 / kBinScale), sums[i][j][2 * r + 1] * (1 / kBinScale)));
+        }
+  }
+};
 
 // Few rows: one value slot of one head, the bins of up to kFewRows (row, query head) pairs times a quarter of its codewords.
-template <int Lanes, int Pieces>
+template <int Lanes, bool Wide>
 __device__ void combine_few(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                             const Stretches& coded, int block) {
   constexpr int kRows = kFewRows, kCodes = kFewCodes, kSplits = kCodewords / kCodes, kBinPitch = kCodes + kPadHalves;
-  const int vheads = coded.vheads, split = block % kSplits, slot = block / kSplits % plan.slots;
+  const int split = block % kSplits, slot = block / kSplits % plan.slots;
   const int vhead = block / kSplits / plan.slots, rows = call.batch, pairs = rows * Lanes, width = plan.width;
   __half* const words = reinterpret_cast<__half*>(shared_memory);  // [kCodes][width + padding]
   __half* const bins_of_pairs = words + kCodes * (width + kPadHalves);  // [kRows][kBinPitch]
@@ -254,16 +263,16 @@ __device__ void combine_few(const gsrq_layer& layer, const gsrq_call& call, cons
   }
   wait_async<0>();
   __syncthreads();
-  float sums[kRows / 16][Pieces][4] = {};
-  multiply_words<kRows, kCodes, Pieces>(sums, bins_of_pairs, words, width, 1);
+  Product<kRows, Wide> product(width);
+  product.template add<kCodes>(bins_of_pairs, words, 1);
   float* const to =
       memory.values + ((static_cast<int64_t>(vhead) * plan.slots + slot) * kSplits + split) * rows * Lanes * width;
-  store_sums<kRows, Pieces>(to, sums, pairs, width);
+  product.store(to, pairs);
 }
 
 // Many rows: up to `together` value slots of one head and sub-vector, which are summed, for up to kManyRows (row, query head)
 // pairs. A step is half of a slot's codewords; what the next one needs comes while one is multiplied.
-template <int Lanes, int Pieces>
+template <int Lanes, bool Wide>
 __device__ void combine_many(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                              const Stretches& coded, int together, int block) {
   constexpr int kRows = kManyRows, kCodes = kManyCodes, kHalves = kCodewords / kCodes, kBinPitch = kCodes + kPadHalves;
@@ -280,22 +289,27 @@ __device__ void combine_many(const gsrq_layer& layer, const gsrq_call& call, con
   float* const factors = reinterpret_cast<float*>(bins_of_pairs + 2 * kRows * kBinPitch);  // [owners of the rows][Lanes]
   __shared__ Owners<kRowsAtOnce> owners;
   const int element = vhead / plan.parts * layer.head_dim + sub_vector * width, of_group = layer.values.width;
-  const auto load_step = [&](int step) {
+  // Blocks of other heads and rows begin with other steps, so that not all read the same part of their bins at a time.
+  const int first_step = block / all_parts % steps;
+  const auto turned = [&](int i) { return i + first_step < steps ? i + first_step : i + first_step - steps; };
+  const auto load_step = [&](int i) {
+    const int step = turned(i);
     const __half* const from = value_words(layer, element, first_stage + step / kHalves) + step % kHalves * kCodes * of_group;
-    load_words<kCodes>(words + step % 2 * words_of_step, from, of_group, width);
+    load_words<kCodes>(words + i % 2 * words_of_step, from, of_group, width);
   };
   load_step(0);
   find_owners(owners, layer, call, plan, coded, vhead, first_row, rows);
 
-  // A thread has all heads of two neighbouring codewords of some rows. The first owner's bins are read ahead.
+  // A thread has all heads of two neighbouring codewords of some rows. Of the first owners bins are read a step ahead; many
+  // rows seldom have more.
   constexpr int kItems = kRows * kCodes / Lanes / kCombineThreads / 2;
   static_assert(kItems > 0 && kCombineThreads % (kCodes / 2) == 0, "all threads have as many");
   constexpr int kRowsBetween = kCombineThreads / (kCodes / 2);
   const int thread_code = thread % (kCodes / 2) * 2, thread_row = thread / (kCodes / 2);
   const int code_stride = coded.by_slot ? Lanes : plan.stride, place_stride = coded.by_slot ? kCodewords * Lanes : Lanes;
   const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
-  const auto bins_of = [&](int step, int r) {
-    const int slot = sub_vector * stages + first_stage + step / kHalves;
+  const auto bins_of = [&](int i, int r) {
+    const int step = turned(i), slot = sub_vector * stages + first_stage + step / kHalves;
     return memory.bins + owners.first_bins[r] + static_cast<int64_t>(slot / plan.slots_per_cta) * plan.bins() +
            slot % plan.slots_per_cta * place_stride + (step % kHalves * kCodes + thread_code) * code_stride;
   };
@@ -318,7 +332,7 @@ __device__ void combine_many(const gsrq_layer& layer, const gsrq_call& call, con
       part == 0 ? memory.combined + (static_cast<int64_t>(vhead) * call.batch + first_row) * Lanes : nullptr);
   __syncthreads();
 
-  float sums[kRows / 16][Pieces][4] = {};
+  Product<kRows, Wide> product(width);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     __half* const own_bins = bins_of_pairs + step % 2 * kRows * kBinPitch;
@@ -351,17 +365,17 @@ __device__ void combine_many(const gsrq_layer& layer, const gsrq_call& call, con
       load_step(step + 1);
       load_first(step + 1);
     }
-    multiply_words<kRows, kCodes, Pieces>(sums, own_bins, words + step % 2 * words_of_step, width, tiles);
+    product.template add<kCodes>(own_bins, words + step % 2 * words_of_step, tiles);
   }
   float* const to =
       memory.values +
       ((static_cast<int64_t>(vhead) * all_parts + part) * call.batch + first_row) * Lanes * width;
-  store_sums<kRows, Pieces>(to, sums, pairs, width);
+  product.store(to, pairs);
 }
 
 // together: value slots of a block, 0 where rows are few.
-template <bool Few, int Lanes, int Pieces>
-__global__ void __launch_bounds__(kCombineThreads, !Few ? 2 : Lanes == 4 && Pieces == 2 ? 4 : 3)
+template <bool Few, int Lanes, bool Wide>
+__global__ void __launch_bounds__(kCombineThreads, !Few ? 2 : Lanes == 4 && !Wide ? 4 : 3)
     combine_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                    const __grid_constant__ DecodePlan plan, Memory memory, const __grid_constant__ Stretches coded,
                    int exact_blocks, int splits, bool by_rows, int together) {
@@ -372,11 +386,12 @@ __global__ void __launch_bounds__(kCombineThreads, !Few ? 2 : Lanes == 4 && Piec
     else if (call.dtype == GSRQ_F16) attend_exact_rows<true>(layer, call, plan, memory, coded.vheads, splits, block);
     else attend_exact_rows<false>(layer, call, plan, memory, coded.vheads, splits, block);
   } else if constexpr (Few) {
-    combine_few<Lanes, Pieces>(layer, call, plan, memory, coded, block - exact_blocks);
+    combine_few<Lanes, Wide>(layer, call, plan, memory, coded, block - exact_blocks);
   } else {
-    combine_many<Lanes, Pieces>(layer, call, plan, memory, coded, together, block - exact_blocks);
+    combine_many<Lanes, Wide>(layer, call, plan, memory, coded, together, block - exact_blocks);
   }
-  wait_for_previous();  // exact tokens need nothing of it, but what follows does
+  // Blocks of exact tokens end without waiting, so that all of them run beside the launch before: those of values, of which
+  // there are some wherever this launch is early, wait for it.
 }
 
 constexpr int kFinishThreads = 128;
@@ -405,8 +420,8 @@ __device__ inline void store_four(void* to, int64_t i, float4 x, int dtype, bool
 }
 
 // The sum of the coded and exact parts of one (row, vhead); a thread has four dims of a head. Usual: heads and value sub-vectors
-// of 128. Parts: of the coded part, that are read at once.
-template <bool Usual, int Parts>
+// of 128. Parts: of the coded part, that are read at once; Groups: threads that share those of the same dims.
+template <bool Usual, int Parts, int Groups>
 __global__ void __launch_bounds__(kFinishThreads)
     finish(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
            const __grid_constant__ DecodePlan plan, Memory memory, int has_coded, int splits, int parts_of_sub_vector) {
@@ -419,9 +434,12 @@ __global__ void __launch_bounds__(kFinishThreads)
   const int used = live ? (ExactTokens(layer, call, row).count + kExactTokens - 1) / kExactTokens : 0;
   const int64_t first = (static_cast<int64_t>(row) * vheads + vhead) * splits;
   const int64_t slot_stride = static_cast<int64_t>(call.batch) * plan.lanes * width;
+  constexpr int kItems = kFinishThreads / Groups;
+  const int group = threadIdx.x / kItems;
+  __shared__ float4 of_groups[Groups > 1 ? kFinishThreads : 1];
   wait_for_previous();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < heads * (d / 4); i += kFinishThreads) {
+  for (int i = blockIdx.z * kItems + threadIdx.x % kItems; i < heads * (d / 4); i += gridDim.z * kItems) {
     const int h = i / (d / 4), e = i % (d / 4) * 4;
     float4 value = make_float4(0, 0, 0, 0);
     if (live) {
@@ -443,12 +461,19 @@ __global__ void __launch_bounds__(kFinishThreads)
 #pragma unroll
       for (int k = 0; k < kExact; ++k) x[k] = k < used ? __ldcg(exact + k * exact_stride) : value;
 #pragma unroll
-      for (int r = 0; r < Parts; ++r) piece[r] = r < parts ? __ldcg(from + r * (slot_stride / 4)) : value;
+      for (int r = 0; r < Parts; ++r)
+        piece[r] = group + r * Groups < parts ? __ldcg(from + (group + r * Groups) * (slot_stride / 4)) : value;
       float4 all = value;
 #pragma unroll
       for (int r = 0; r < Parts; ++r) add_scaled(all, piece[r], 1.0f);
 #pragma unroll 4
-      for (int r = Parts; r < parts; ++r) add_scaled(all, __ldcg(from + r * (slot_stride / 4)), 1.0f);
+      for (int r = group + Parts * Groups; r < parts; r += Groups) add_scaled(all, __ldcg(from + r * (slot_stride / 4)), 1.0f);
+      if constexpr (Groups > 1) {  // the groups' sums, in their order
+        of_groups[threadIdx.x] = all;
+        __syncthreads();
+        if (group > 0) return;
+        for (int k = 1; k < Groups; ++k) add_scaled(all, of_groups[k * kItems + threadIdx.x], 1.0f);
+      }
       float most = coded.y > 0 ? coded.x : kNone, sum = 0;
 #pragma unroll
       for (int k = 0; k < kExact; ++k) most = fmaxf(most, state[k].x);
@@ -480,14 +505,16 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 using CombineKernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Memory, Stretches, int, int, bool, int);
 
-template <int Lanes, int Pieces>
+bool is_wide(const DecodePlan& plan) { return plan.width > 128; }
+
+template <int Lanes, bool Wide>
 CombineKernel combine_of(bool few) {
-  return few ? combine_kernel<true, Lanes, Pieces> : combine_kernel<false, Lanes, Pieces>;
+  return few ? combine_kernel<true, Lanes, Wide> : combine_kernel<false, Lanes, Wide>;
 }
 
 template <int Lanes>
 CombineKernel combine_of(const DecodePlan& plan, bool few) {
-  return plan.width <= 2 * 8 * kWarps ? combine_of<Lanes, 2>(few) : combine_of<Lanes, 4>(few);
+  return is_wide(plan) ? combine_of<Lanes, true>(few) : combine_of<Lanes, false>(few);
 }
 
 CombineKernel combine_of(const DecodePlan& plan, bool few) {
@@ -505,15 +532,14 @@ int combine_bytes(const DecodePlan& plan, bool few, int owners, bool with_exact,
 
 // Blocks that all rows of one part of the values take.
 int64_t row_blocks(const gsrq_call& call, const DecodePlan& plan, int vheads) {
-  const int at_once = few_rows(call, plan) ? call.batch : kManyRows / plan.lanes;
-  return static_cast<int64_t>(vheads) * ((call.batch + at_once - 1) / at_once);
+  const int at_once = kManyRows / plan.lanes;
+  return static_cast<int64_t>(vheads) * (few_rows(call, plan) ? 1 : (call.batch + at_once - 1) / at_once);
 }
 
 // Value slots of a block where rows are many.
 int slots_together(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, int vheads) {
   int together = 1;
-  while (together < kMostTogether && row_blocks(call, plan, vheads) * plan.slots / (2 * together) >= kManyBlocks &&
-         2 * together <= layer.values.stages)
+  while (2 * together <= layer.values.stages && row_blocks(call, plan, vheads) * plan.slots / together > kManyBlocks)
     together *= 2;
   return together;
 }
@@ -553,11 +579,17 @@ int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& pl
            static_cast<int>(exact_blocks), splits, by_rows,
            few ? 0 : slots_together(layer, call, plan, coded.vheads));
   if (launched("combine")) return 1;
-  const dim3 heads(static_cast<unsigned>(coded.vheads), static_cast<unsigned>(call.batch));
   const bool usual = plan.head_dim == 128 && plan.width == 128;
-  const bool many = parts > 8;
-  const auto kernel_of_sum = usual ? (many ? finish<true, 32> : finish<true, 8>) : (many ? finish<false, 32> : finish<false, 8>);
-  launch(true, kernel_of_sum, heads, kFinishThreads, 0, stream, layer, call, plan, memory,
+  // Many parts are shared by groups, where all threads have an item: those have no loop.
+  constexpr int kGroups = 4, kItems = kFinishThreads / kGroups;
+  const int items = plan.part_heads * (plan.head_dim / 4);
+  const bool shared = parts > 32 && plan.group % plan.part_heads == 0 && items % kItems == 0;
+  const auto kernel_of_sum = shared      ? (usual ? finish<true, 16, kGroups> : finish<false, 16, kGroups>)
+                             : parts > 8 ? (usual ? finish<true, 32, 1> : finish<false, 32, 1>)
+                                         : (usual ? finish<true, 8, 1> : finish<false, 8, 1>);
+  const dim3 blocks_of_heads(static_cast<unsigned>(coded.vheads), static_cast<unsigned>(call.batch),
+                             static_cast<unsigned>(shared ? items / kItems : 1));
+  launch(true, kernel_of_sum, blocks_of_heads, kFinishThreads, 0, stream, layer, call, plan, memory,
          static_cast<int>(coded.any), splits, parts);
   return launched("finish");
 }

@@ -91,7 +91,6 @@ struct Constants {  // what prepare() derives
 struct Memory {  // of a call
   float* bins;       // [partials][ways][256][stride]
   float* scratch;    // [CTAs][2][256][stride]: of an item, before the owners' are added
-  float2* scratch_state;  // [CTAs][2][lanes]
   float2* state;     // [partials][lanes]: reference (log2) and sum of weights
   float2* combined;  // [vheads][batch][lanes]: the same over all partials
   int2* owners;      // [vheads][batch]: the first and the last cluster that has some of a row's coded tokens
