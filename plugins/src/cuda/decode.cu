@@ -255,8 +255,7 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     if (cudaLaunchKernelEx(&config, kernel, layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
   }
-  const int2* const owners = few_rows(call, plan) ? nullptr : memory.owners;
-  return combine(layer, call, plan, memory, {vheads, clusters, 0, kItemLead, has_coded, plan.lanes > 1, owners}, true, stream);
+  return combine(layer, call, plan, memory, {vheads, clusters, 0, kItemLead, has_coded, plan.lanes > 1}, true, stream);
 }
 
 }  // namespace gsrq::cuda

@@ -40,26 +40,25 @@ struct Owners {
   int64_t first_partial[Rows], first_bins[Rows];
 };
 
-// All threads call it; what the launch before has written can be read afterwards.
-template <int Rows>
+// All threads call it; what the launch before has written can be read afterwards. Few: the block has all rows, and computes their
+// owners while that launch ends; of many rows it has left a list.
+template <bool Few, int Rows>
 __device__ void find_owners(Owners<Rows>& owners, const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan,
-                            const Stretches& coded, int vhead, int first_row, int rows) {
+                            const Memory& memory, const Stretches& coded, int vhead, int first_row, int rows) {
   static_assert(Rows <= 32, "a lane a row");
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool listed = coded.listed != nullptr;
   const int64_t chunks = warp == 0 && lane < rows ? chunks_of(layer, call, first_row + lane) : 0;
-  if (listed) wait_for_previous();
+  if (!Few) wait_for_previous();
   if (warp == 0) {
     const int64_t of_lane = static_cast<int64_t>(vhead) * call.batch + first_row + lane;
     int2 own = make_int2(0, -1);  // the first and the last owner
-    if (listed) {
-      if (chunks > 0) own = __ldcg(coded.listed + of_lane);
-    } else {
+    if constexpr (Few) {
       const Line line = line_of(layer, call, coded.vheads, coded.owners, coded.even, coded.lead);
       const int64_t places = places_of(static_cast<int>(chunks), line.lead);
-      const int64_t begin = line.first_chunk(
-          vhead, places_before(layer, call, first_row, line.lead) + running_sum(places) - places);
+      const int64_t begin = line.first_chunk(vhead, running_sum(places) - places);
       if (chunks > 0) own = make_int2(line.owner(begin), line.owner(begin + chunks - 1));
+    } else {
+      if (chunks > 0) own = __ldcg(memory.owners + of_lane);
     }
     const int used = own.y - own.x + 1, total = running_sum(used);
     if (lane < rows) {
@@ -70,7 +69,7 @@ __device__ void find_owners(Owners<Rows>& owners, const gsrq_layer& layer, const
     }
   }
   __syncthreads();
-  if (!listed) wait_for_previous();
+  if (Few) wait_for_previous();
 }
 
 // What the owners' bins are multiplied by: [owners of the rows][Lanes]. combined: of the first row's heads, null if another
@@ -108,6 +107,22 @@ __device__ void weigh_owners(const Owners<Rows / Lanes>& owners, const float2* s
   for (int k = first; k < n; k += kShare) own_factors[k * Lanes] *= inverse;
   if (combined != nullptr && pair < pairs && first == 0) combined[pair] = make_float2(most, sum);
 }
+
+// Where the bins of a value slot lie: of the first partial, from codeword to codeword, from partial to partial.
+template <int Lanes>
+struct SlotBins {
+  int code_stride, slot_stride, of_way, slots_of_way;
+  int64_t partial;
+  __device__ SlotBins(const DecodePlan& plan, const Stretches& coded)
+      : code_stride(coded.by_slot ? Lanes : plan.stride),
+        slot_stride(coded.by_slot ? kCodewords * Lanes : Lanes),
+        of_way(plan.bins()),
+        slots_of_way(plan.slots_per_cta),
+        partial(static_cast<int64_t>(plan.ways) * plan.bins()) {}
+  __device__ int64_t of(int slot) const {
+    return static_cast<int64_t>(slot / slots_of_way) * of_way + slot % slots_of_way * slot_stride;
+  }
+};
 
 // The codewords of a value stage: of one of the head's sub-vectors, the columns of the head.
 __device__ inline const __half* value_words(const gsrq_layer& layer, int element, int stage) {
@@ -194,14 +209,12 @@ __device__ void combine_few(const gsrq_layer& layer, const gsrq_call& call, cons
   const int thread = threadIdx.x, first_code = split * kCodes, of_group = layer.values.width;
   const int element = vhead / plan.parts * layer.head_dim + slot / layer.values.stages * width;
   load_words<kCodes>(words, value_words(layer, element, slot % layer.values.stages) + first_code * of_group, of_group, width);
-  find_owners(owners, layer, call, plan, coded, vhead, 0, rows);
+  find_owners<true>(owners, layer, call, plan, memory, coded, vhead, 0, rows);
 
   // A thread has all heads of some (row, codeword), and every groups-th owner's of it.
   constexpr int kItems = kRows * kCodes / Lanes / kCombineThreads > 0 ? kRows * kCodes / Lanes / kCombineThreads : 1;
-  const int way = slot / plan.slots_per_cta, place = slot % plan.slots_per_cta;
-  const int code_stride = coded.by_slot ? Lanes : plan.stride, place_stride = coded.by_slot ? kCodewords * Lanes : Lanes;
-  const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
-  const float* const own_bins = memory.bins + static_cast<int64_t>(way) * plan.bins() + place * place_stride;
+  const SlotBins<Lanes> place(plan, coded);
+  const float* const own_bins = memory.bins + place.of(slot);
   const int groups = max(kCombineThreads / (rows * kCodes), 1);
   constexpr int kAhead = kItems == 1 ? 4 : 1;  // owners whose bins a thread reads at once, before it knows their factors
   float totals[kItems][Lanes], ahead[kAhead][Lanes];
@@ -211,11 +224,11 @@ __device__ void combine_few(const gsrq_layer& layer, const gsrq_call& call, cons
 #pragma unroll
     for (int h = 0; h < Lanes; ++h) totals[j][h] = 0;
     const int n = i < groups * rows * kCodes ? owners.count[r] : 0;
-    const float* const bins = own_bins + owners.first_bins[r] + (first_code + i % kCodes) * code_stride;
-    if (k < n) load_lanes<Lanes>(totals[j], bins + k * partial_bins);
+    const float* const bins = own_bins + owners.first_bins[r] + (first_code + i % kCodes) * place.code_stride;
+    if (k < n) load_lanes<Lanes>(totals[j], bins + k * place.partial);
 #pragma unroll
     for (int a = 1; a < kAhead; ++a)
-      if (k + a * groups < n) load_lanes<Lanes>(ahead[a], bins + (k + a * groups) * partial_bins);
+      if (k + a * groups < n) load_lanes<Lanes>(ahead[a], bins + (k + a * groups) * place.partial);
   }
   weigh_owners<kRows, Lanes>(owners, memory.state, pairs, factors,
                              slot == 0 && split == 0 ? memory.combined + static_cast<int64_t>(vhead) * rows * Lanes : nullptr);
@@ -228,7 +241,7 @@ __device__ void combine_few(const gsrq_layer& layer, const gsrq_call& call, cons
     const int n = i < groups * rows * kCodes ? owners.count[r] : 0;
     if (first < n) {
       const float* const factor = factors + owners.first_factor[r] * Lanes;
-      const float* const bins = own_bins + owners.first_bins[r] + (first_code + code) * code_stride;
+      const float* const bins = own_bins + owners.first_bins[r] + (first_code + code) * place.code_stride;
 #pragma unroll
       for (int h = 0; h < Lanes; ++h) totals[j][h] *= factor[first * Lanes + h];
 #pragma unroll
@@ -241,7 +254,7 @@ __device__ void combine_few(const gsrq_layer& layer, const gsrq_call& call, cons
 #pragma unroll 4
       for (int k = first + kAhead * groups; k < n; k += groups) {
         float v[Lanes];
-        load_lanes<Lanes>(v, bins + k * partial_bins);
+        load_lanes<Lanes>(v, bins + k * place.partial);
 #pragma unroll
         for (int h = 0; h < Lanes; ++h) totals[j][h] += factor[k * Lanes + h] * v[h];
       }
@@ -298,7 +311,7 @@ __device__ void combine_many(const gsrq_layer& layer, const gsrq_call& call, con
     load_words<kCodes>(words + i % 2 * words_of_step, from, of_group, width);
   };
   load_step(0);
-  find_owners(owners, layer, call, plan, coded, vhead, first_row, rows);
+  find_owners<false>(owners, layer, call, plan, memory, coded, vhead, first_row, rows);
 
   // A thread has all heads of two neighbouring codewords of some rows. Of the first owners bins are read a step ahead; many
   // rows seldom have more.
@@ -306,12 +319,10 @@ __device__ void combine_many(const gsrq_layer& layer, const gsrq_call& call, con
   static_assert(kItems > 0 && kCombineThreads % (kCodes / 2) == 0, "all threads have as many");
   constexpr int kRowsBetween = kCombineThreads / (kCodes / 2);
   const int thread_code = thread % (kCodes / 2) * 2, thread_row = thread / (kCodes / 2);
-  const int code_stride = coded.by_slot ? Lanes : plan.stride, place_stride = coded.by_slot ? kCodewords * Lanes : Lanes;
-  const int64_t partial_bins = static_cast<int64_t>(plan.ways) * plan.bins();
+  const SlotBins<Lanes> place(plan, coded);
   const auto bins_of = [&](int i, int r) {
     const int step = turned(i), slot = sub_vector * stages + first_stage + step / kHalves;
-    return memory.bins + owners.first_bins[r] + static_cast<int64_t>(slot / plan.slots_per_cta) * plan.bins() +
-           slot % plan.slots_per_cta * place_stride + (step % kHalves * kCodes + thread_code) * code_stride;
+    return memory.bins + owners.first_bins[r] + place.of(slot) + (step % kHalves * kCodes + thread_code) * place.code_stride;
   };
   float ahead[kItems][2][Lanes];
   const auto load_first = [&](int step) {
@@ -322,7 +333,7 @@ __device__ void combine_many(const gsrq_layer& layer, const gsrq_call& call, con
       for (int c = 0; c < 2; ++c) {
 #pragma unroll
         for (int h = 0; h < Lanes; ++h) ahead[j][c][h] = 0;
-        if (r < rows && owners.count[r] > 0) load_lanes<Lanes>(ahead[j][c], bins_of(step, r) + c * code_stride);
+        if (r < rows && owners.count[r] > 0) load_lanes<Lanes>(ahead[j][c], bins_of(step, r) + c * place.code_stride);
       }
     }
   };
@@ -351,7 +362,7 @@ __device__ void combine_many(const gsrq_layer& layer, const gsrq_call& call, con
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float v[Lanes];
-          load_lanes<Lanes>(v, bins_of(step, r) + c * code_stride + k * partial_bins);
+          load_lanes<Lanes>(v, bins_of(step, r) + c * place.code_stride + k * place.partial);
 #pragma unroll
           for (int h = 0; h < Lanes; ++h) total[c][h] += factor[k * Lanes + h] * v[h];
         }
@@ -530,38 +541,43 @@ int combine_bytes(const DecodePlan& plan, bool few, int owners, bool with_exact,
   return std::max(values, !with_exact ? 0 : by_rows ? kExactRowsBytes : exact_bytes(plan.head_dim));
 }
 
+bool few_rows(const gsrq_call& call, const DecodePlan& plan) { return call.batch * plan.lanes <= kFewRows; }
+
 // Blocks that all rows of one part of the values take.
 int64_t row_blocks(const gsrq_call& call, const DecodePlan& plan, int vheads) {
   const int at_once = kManyRows / plan.lanes;
   return static_cast<int64_t>(vheads) * (few_rows(call, plan) ? 1 : (call.batch + at_once - 1) / at_once);
 }
 
-// Value slots of a block where rows are many.
+// Value slots of a block, 0 where rows are few.
 int slots_together(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, int vheads) {
+  if (few_rows(call, plan)) return 0;
   int together = 1;
   while (2 * together <= layer.values.stages && row_blocks(call, plan, vheads) * plan.slots / together > kManyBlocks)
     together *= 2;
   return together;
 }
 
-}  // namespace
+int parts_of(const gsrq_layer& layer, int together) {
+  const int stages = layer.values.stages;
+  return together == 0 ? stages * (kCodewords / kFewCodes) : (stages + together - 1) / together;
+}
 
-bool few_rows(const gsrq_call& call, const DecodePlan& plan) { return call.batch * plan.lanes <= kFewRows; }
+}  // namespace
 
 int exact_splits(const gsrq_layer& layer) {
   return static_cast<int>((gsrq_exact_slots(layer.sinks, layer.window, layer.block) + kExactTokens - 1) / kExactTokens);
 }
 
 int value_parts(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, int vheads) {
-  if (few_rows(call, plan)) return layer.values.stages * (kCodewords / kFewCodes);
-  const int together = slots_together(layer, call, plan, vheads);
-  return (layer.values.stages + together - 1) / together;
+  return parts_of(layer, slots_together(layer, call, plan, vheads));
 }
 
 int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
             const Stretches& coded, bool with_exact, cudaStream_t stream) {
-  const bool few = few_rows(call, plan);
-  const int splits = exact_splits(layer), parts = value_parts(layer, call, plan, coded.vheads);
+  const int together = slots_together(layer, call, plan, coded.vheads);
+  const bool few = together == 0;
+  const int splits = exact_splits(layer), parts = parts_of(layer, together);
   const int64_t value_blocks =
       coded.any ? row_blocks(call, plan, coded.vheads) * parts * (plan.slots / layer.values.stages) : 0;
   // Exact tokens first: they may begin while coded ones are under way.
@@ -576,8 +592,7 @@ int combine(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& pl
     return launched("combine");
   if (blocks > 0)
     launch(coded.any, kernel, static_cast<unsigned>(blocks), kCombineThreads, bytes, stream, layer, call, plan, memory, coded,
-           static_cast<int>(exact_blocks), splits, by_rows,
-           few ? 0 : slots_together(layer, call, plan, coded.vheads));
+           static_cast<int>(exact_blocks), splits, by_rows, together);
   if (launched("combine")) return 1;
   const bool usual = plan.head_dim == 128 && plan.width == 128;
   // Many parts are shared by groups, where all threads have an item: those have no loop.

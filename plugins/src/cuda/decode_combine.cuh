@@ -8,19 +8,15 @@ namespace gsrq::cuda::decoding {
 // Bytes of the parts of Memory that depend on it: blocks of 32 exact tokens that a row can have.
 int exact_splits(const gsrq_layer& layer);
 
-// Whether combine() takes a value slot a block, not several of them for some of the rows.
-bool few_rows(const gsrq_call& call, const DecodePlan& plan);
-
 // Sums of a value sub-vector that finish() adds: some of its stages each, or of one stage some codewords.
 int value_parts(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, int vheads);
 
 // How the coded tokens were cut: into a Line of stretches for `owners` clusters or blocks; any: false where no
-// call of this size has coded tokens; even, lead: line_of's; by_slot: a way's bins lie [slot][codeword][lane], not [codeword][slot][lane];
-// listed: [vheads][batch], the first and the last owner of a row that has coded tokens, where the launch before has left them.
+// call of this size has coded tokens; even, lead: line_of's; by_slot: a way's bins lie [slot][codeword][lane], not
+// [codeword][slot][lane]. The launch before also leaves Memory::owners.
 struct Stretches {
   int vheads, owners, even, lead;
   bool any, by_slot;
-  const int2* listed;
 };
 
 // Launches both kernels, behind the one that filled bins and state. with_exact: exact tokens are still to be attended to.

@@ -93,7 +93,7 @@ struct Memory {  // of a call
   float* scratch;    // [CTAs][2][256][stride]: of an item, before the owners' are added
   float2* state;     // [partials][lanes]: reference (log2) and sum of weights
   float2* combined;  // [vheads][batch][lanes]: the same over all partials
-  int2* owners;      // [vheads][batch]: the first and the last cluster that has some of a row's coded tokens
+  int2* owners;      // [vheads][batch]: the first and the last cluster, or block, that has some of a row's coded tokens
   float* values;     // [vheads][sub-vectors][value_parts][batch][lanes][width], divided by the sum
   float* exact;      // [batch][vheads][splits][lanes][head_dim]: of exact tokens
   float2* exact_state;  // [batch][vheads][splits][lanes]

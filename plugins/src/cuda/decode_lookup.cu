@@ -13,8 +13,6 @@
 namespace gsrq::cuda {
 namespace decoding {
 
-constexpr int kFewListed = 4;  // rows whose owners combine() finds while it waits; those of more are listed
-
 bool make_lookup_plan(const gsrq_layer& layer, int most_shared, LookupPlan* out) {
   const int d = layer.head_dim;
   if (layer.key_center == nullptr || d < 16 || d > 512) return false;
@@ -479,7 +477,7 @@ __global__ void __launch_bounds__(Threads, 1)
     __syncthreads();
     flush();
     if (thread == 0) {
-      int2* const owners = memory.owners + (state.partial - blockIdx.x);
+      int2* const owners = memory.parts.owners + (state.partial - blockIdx.x);
       if (state.cursor.first == 0) owners->x = blockIdx.x;
       if (state.ends) owners->y = blockIdx.x;
     }
@@ -538,7 +536,7 @@ LookupMemory take_memory(const gsrq_layer& layer, const gsrq_call& call, const L
                             kLookupLanes * plan.head.width);
   m.parts.exact = workspace.take<float>(rows * exact_splits(layer) * kLookupLanes * d);
   m.parts.exact_state = workspace.take<float2>(rows * exact_splits(layer) * kLookupLanes);
-  m.owners = workspace.take<int2>(rows);
+  m.parts.owners = workspace.take<int2>(rows);
   m.high = workspace.take<__half>(rows * kLookupLanes * d);
   m.low = workspace.take<__half>(rows * kLookupLanes * d);
   m.drifts = workspace.take<float2>(rows * drift_count(layer));
@@ -599,8 +597,7 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
            even);
     if (launched("lookup_kernel")) return 1;
   }
-  const int2* const owners = call.batch <= kFewListed ? nullptr : memory.owners;
-  const Stretches coded{vheads, found.blocks, even, 0, memory.padded > 0, true, owners};
+  const Stretches coded{vheads, found.blocks, even, 0, memory.padded > 0, true};
   return combine(layer, call, plan.head, memory.parts, coded, memory.padded == 0, stream);
 }
 

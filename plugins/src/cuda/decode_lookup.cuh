@@ -30,7 +30,6 @@ struct LookupPlan {
 
 struct LookupMemory {
   Memory parts;           // what blocks leave to combine()
-  int2* owners;           // [vheads][batch]: the first and the last block that had some of a row with coded tokens
   __half *high, *low;     // [batch][vheads][4 heads][head_dim]: turned and scaled queries = high + low
   float2* drifts;         // [batch][vheads][drift_count]: u and v of q . RoPE_t(m) = sum of u cos(t) + v sin(t)
   float* tables;          // [batch][vheads][key parts][256][8 slots][4 heads]: query times codeword
