@@ -25,6 +25,7 @@ from environment import environment
 from gsrq_export import CacheRule, Codebook
 from gsrq_export.cache.frame import rotate
 from gsrq_export.cache.reference import AttentionConfig, LayerCache
+from gsrq_export.cache.rule import code_run, to_token_order
 from gsrq_export.cuda import Call, CallTensors, CudaLayer
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of LLaMA-3-8B
@@ -84,7 +85,7 @@ def codebook(setting: Setting, side: str, seed: int) -> Codebook:
 def make_layer(setting: Setting, positions: int, seed: int, exact_prefill: bool = False) -> CudaLayer:
     angle = torch.arange(positions, device=DEVICE).double()[:, None]
     angle = angle * 500000.0 ** (-torch.arange(64, device=DEVICE).double() / 64)
-    config = AttentionConfig(HEAD_DIM**-0.5, RULE, exact_prefill=exact_prefill)
+    config = AttentionConfig(HEAD_DIM**-0.5, RULE, exact_prefill=exact_prefill, codes_by_head=True)
     books = codebook(setting, "key", 2 * seed), codebook(setting, "value", 2 * seed + 1)
     return CudaLayer(HEADS, HEAD_DIM, *books, angle.cos().float(), angle.sin().float(), config, DEVICE)
 
@@ -125,11 +126,17 @@ def float64_row(call: Call, row: int, step: int = 65536) -> torch.Tensor:
     key, value = (x[row].to(t.key_exact.dtype).double() for x in (t.key, t.value))
     pieces.append((turned(position[0], key), value))
     center = layer.keys.center
+    codes = [
+        to_token_order(
+            stored[row], code_run(book.groups, book.stages, book.width, HEAD_DIM, layer.config.codes_by_head)
+        )
+        for book, stored in ((layer.keys, t.key_codes), (layer.values, t.value_codes))
+    ]
     for first in range(0, coded, step):
         token = torch.arange(first, min(first + step, coded), device=DEVICE)
         keys, values = (
-            book.decode(codes[row, token]).double().reshape(-1, KV_HEADS, HEAD_DIM).transpose(0, 1)
-            for book, codes in ((layer.keys, t.key_codes), (layer.values, t.value_codes))
+            book.decode(rows[token]).double().reshape(-1, KV_HEADS, HEAD_DIM).transpose(0, 1)
+            for book, rows in zip((layer.keys, layer.values), codes, strict=True)
         )
         if center is None:
             keys = turned(token + RULE.sinks, keys)

@@ -119,7 +119,8 @@ def write_decoder(
     Args:
         dtype: of weights, activations and exact cache; float16 or float32.
         positions: rows of the rotary tables.
-        config, codebooks: but for "gqa"; codebooks(layer) are copied into the file once a layer.
+        config, codebooks: but for "gqa"; codebooks(layer) are copied into the file once a layer. Where codes lie by
+            head, capacities are multiples of CODE_TILE.
 
     Inputs besides the weights: input_ids int64 [B, 1]; but for "gqa" past_lengths and new_lengths int64 [B] and
     past.{i}.{part}; for "gqa" seqlens_k int32 [B] (tokens after the call, less one), total_sequence_length int32 [1],

@@ -1,9 +1,9 @@
 """Decoding a LLaMA-3-8B-shaped model through onnxruntime-gpu: coded caches, of both key frames, against
 GroupQueryAttention in float16.
 
-Random weights and random cache contents: what is measured is speed and memory. Weights, caches and logits lie on
-the GPU and are bound, the caches in place. Before anything is timed a step of each graph is held to the same step in
-torch, and with a window that keeps all tokens exact the two graphs are held to each other.
+Random weights and random cache contents: what is measured is speed and memory. Codes are ordered by head. Weights,
+caches and logits lie on the GPU and are bound, the caches in place. Before anything is timed a step of each graph is
+held to the same step in torch, and with a window that keeps all tokens exact the two graphs are held to each other.
 A time is of one step of all rows at a length, waited for. For ours 1 of 64 steps codes a block: it is timed apart and
 counted as 1 of 64. Memory is what the driver gives out in all, less what was given out before the weights.
 
@@ -96,7 +96,7 @@ class Runner:
     ) -> None:
         self.decoder, self.attention, self.weights, self.rule = decoder, attention, weights, rule
         self.device, self.dtype = weights["embed"].device.type, weights["embed"].dtype
-        self.config = AttentionConfig(decoder.head_dim**-0.5, rule)
+        self.config = AttentionConfig(decoder.head_dim**-0.5, rule, codes_by_head=True)
         self.codebooks = None if attention == "gqa" else codebooks(decoder, attention)
         path = write_decoder(
             directory, decoder, attention, self.dtype, positions, config=self.config, codebooks=self.codebooks
@@ -127,7 +127,7 @@ class Runner:
     def shape(self, part: str, batch: int, length: int) -> tuple[int, ...]:
         d = self.decoder
         if part.endswith("codes"):
-            capacity = max(self.rule.coded(length), self.rule.block)
+            capacity = max(self.rule.coded(length), self.rule.block)  # whole blocks, as codes by head have to be
             stages = STAGES[self.attention][part.startswith("value")]
             return batch, capacity, d.kv_heads * d.head_dim // WIDTH * stages
         return batch, d.kv_heads, length if self.attention == "gqa" else self.rule.exact_slots, d.head_dim
@@ -328,7 +328,10 @@ def measure_context(
         del runner
     gc.collect()
     torch.cuda.empty_cache()
-    return [{"attention": attention, "length": length, "largest": i == 1} | row for i, row in enumerate(rows)]
+    row_of = {"attention": attention, "length": length}
+    if attention != "gqa":
+        row_of["code_order"] = "head"
+    return [row_of | {"largest": i == 1} | row for i, row in enumerate(rows)]
 
 
 def main() -> None:

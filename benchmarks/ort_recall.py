@@ -44,6 +44,7 @@ def measure(artifact: Path, text: Path, provider: str, settings: dict[str, Any])
     return {
         "environment": environment() | {"onnxruntime": ort.__version__},
         "backend": model.backend,
+        "code_order": "head" if model.metadata.codes_by_head else "token",
         "artifact": {name: hashlib.sha256((artifact / name).read_bytes()).hexdigest() for name in FILES},
         "text": hashlib.sha256(text.read_bytes()).hexdigest(),
         "settings": asdict(chosen),

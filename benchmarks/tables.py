@@ -102,7 +102,9 @@ def depths(data: dict[str, Any]) -> str:
 
 
 def decode(data: dict[str, Any]) -> str:
-    """Where a run has rows of the rotated frame, with the time of keys coded before RoPE in the same turns."""
+    """Beside ours, where a run has them, times of the same turns: of codes by token, and of keys coded before RoPE."""
+    by_token = {(r["shape"], r["tokens"]): r["gsrq_ms"] for r in data["rows"] if r.get("code_order") == "token"}
+    shown = [row for row in data["rows"] if row.get("code_order") != "token"]
     header = ["layer", "cached tokens", "ours, ms", "GroupQueryAttention, ms", "faster", "cache smaller than fp32"]
     rows = [
         [
@@ -113,11 +115,16 @@ def decode(data: dict[str, Any]) -> str:
             f"**{row['speed_ratio']:.2f}x**",
             f"{row['cache_ratio']:.1f}x",
         ]
-        for row in data["rows"]
+        for row in shown
     ]
-    if any(row.get("rotated") for row in data["rows"]):
+    if by_token:
+        header.append("ours, codes by token, ms")
+        for cells, row in zip(rows, shown, strict=True):
+            found = by_token.get((row["shape"], row["tokens"]))
+            cells.append("" if found is None else f"{found:.2f}")
+    if any(row.get("rotated") for row in shown):
         header.append("keys before RoPE, ms")
-        for cells, row in zip(rows, data["rows"], strict=True):
+        for cells, row in zip(rows, shown, strict=True):
             cells.append(f"{row['pre_rope_ms']:.2f}" if row["rotated"] else "")
     return table(header, rows)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from gsrq_export.cache.rule import CODEBOOK_SIZE, CacheRule
+from gsrq_export.cache.rule import CODE_TILE, CODEBOOK_SIZE, CacheRule
 from gsrq_export.errors import GsrqError
 from gsrq_export.evaluate.tasks.names import TaskName
 from gsrq_export.model.architecture import Architecture
@@ -150,6 +150,11 @@ class CacheRecipe(_Section):
     block: Positive = 64
     exact_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     prefill: Literal["coded", "exact"] = "coded"
+    code_order: Literal["token", "head"] = "token"  # of stored codes, see cache/rule.py; changes no result
+
+    @property
+    def codes_by_head(self) -> bool:
+        return self.code_order == "head"
 
     @property
     def rule(self) -> CacheRule:
@@ -365,6 +370,15 @@ def _disagreements(recipe: Recipe) -> list[FieldProblem]:
                 cache.window,
                 f"nothing is ever coded: sinks + window + block is {first}, export.max_length {limit}",
                 f"lower sinks, window or block until they add up to at most {limit}, or raise export.max_length",
+            )
+        )
+    if cache.codes_by_head and cache.block % CODE_TILE:
+        problems.append(
+            FieldProblem(
+                "cache.block",
+                cache.block,
+                f"cache.code_order: head stores codes in tiles of {CODE_TILE} tokens",
+                f"use a multiple of {CODE_TILE}, or code_order: token",
             )
         )
     budgets = [budget.layer for budget in recipe.codec.layers]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention
-from gsrq_export.cache.rule import CacheRule
+from gsrq_export.cache.rule import CacheRule, code_run, to_token_order
 from gsrq_export.codec.codebook import Codebook
 
 
@@ -95,6 +95,13 @@ class Case:
             torch.tensor(self.lengths),
         )
 
+    def in_token_order(self, cache: LayerCache) -> LayerCache:
+        """The cache as one of the case with codes ordered by token."""
+        order = self.config.codes_by_head
+        runs = [code_run(b.groups, b.stages, b.width, self.head_dim, order) for b in (self.keys, self.values)]
+        codes = [to_token_order(c, run) for c, run in zip((cache.key_codes, cache.value_codes), runs, strict=True)]
+        return LayerCache(*codes, cache.key_exact, cache.value_exact)
+
     def empty(self) -> LayerCache:
         capacity = self.config.rule.coded(self.steps) + self.config.rule.block
         return LayerCache.empty(
@@ -146,4 +153,15 @@ ROTATED = [
     Case("rotated, exact prefill", AttentionConfig(0.25, SMALL, exact_prefill=True), rotated=True),
     Case("rotated, one head, odd", AttentionConfig(0.2, CacheRule(3, 1, 2)), heads=3, kv_heads=1, head_dim=6,
          rope_dim=6, key_width=6, value_width=3, steps=23, lengths=(23,), exact_dtype=torch.bfloat16, rotated=True),
+]  # fmt: skip
+TILED = CacheRule(2, 5, 8)
+BY_HEAD = [
+    Case("by head, several sub-vectors a head", AttentionConfig(0.25, TILED, codes_by_head=True), key_width=4,
+         value_width=8),
+    Case("by head, sub-vectors of several heads", AttentionConfig(0.25, TILED, beam=2, codes_by_head=True), heads=8,
+         kv_heads=8, key_width=32, value_width=128),
+    Case("by head, rotated, sliding, one a head", AttentionConfig(1.0, CacheRule(0, 3, 16), sliding_window=19,
+         codes_by_head=True), kv_heads=4, steps=43, lengths=(43, 27), value_width=16, rotated=True),
+    Case("by head, one head, odd", AttentionConfig(0.2, TILED, exact_prefill=True, codes_by_head=True), heads=3,
+         kv_heads=1, head_dim=6, rope_dim=6, key_width=6, value_width=3, steps=23, lengths=(23,)),
 ]  # fmt: skip

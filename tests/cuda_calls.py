@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-import torch
-from attention_cases import Case, Data
+from dataclasses import replace
 
-from gsrq_export.cache.reference import LayerCache
+import torch
+from attention_cases import TILED, Case, Data
+
+from gsrq_export.cache.reference import AttentionConfig, LayerCache
+from gsrq_export.cache.rule import CacheRule
 from gsrq_export.cuda import CallTensors, CudaLayer
+
+TILE_CASES = [  # codes by token, in blocks that are whole tiles: by_head() makes the other order of them
+    Case("tiles", AttentionConfig(0.25, TILED)),
+    Case("tiles, half a head, beam", AttentionConfig(0.25, TILED, beam=3), key_width=32, value_width=8),
+    Case("tiles, heads in pairs", AttentionConfig(0.25, TILED), heads=8, kv_heads=4, key_width=32),
+    Case("tiles, no window, sliding", AttentionConfig(0.3, CacheRule(0, 0, 8), sliding_window=9)),
+    Case("tiles, rotated, exact prefill", AttentionConfig(0.25, TILED, exact_prefill=True), key_width=8, rotated=True),
+]
 
 
 def layer_of_case(case: Case, data: Data, device: str = "cpu") -> CudaLayer:
     return CudaLayer(case.heads, case.head_dim, case.keys, case.values, data.cos, data.sin, case.config, device)
+
+
+def by_head(case: Case) -> Case:
+    """The same with stored codes ordered by head."""
+    return replace(case, config=replace(case.config, codes_by_head=True))
 
 
 def cache_to(cache: LayerCache, device: torch.device | str) -> LayerCache:

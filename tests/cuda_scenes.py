@@ -12,7 +12,7 @@ import torch
 from attention_cases import random_codebook
 
 from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention
-from gsrq_export.cache.rule import CacheRule
+from gsrq_export.cache.rule import CODE_TILE, CacheRule, code_run, from_token_order
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.cuda import CallTensors, CudaLayer
 
@@ -57,7 +57,9 @@ class Scene:
     def __str__(self) -> str:
         c, r = self.config, self.config.rule
         traits = [
-            name for name in ("exact_prefill", "rope_interleaved", "softcap", "sliding_window") if getattr(c, name)
+            name
+            for name in ("exact_prefill", "rope_interleaved", "softcap", "sliding_window", "codes_by_head")
+            if getattr(c, name)
         ]
         types = f"{self.dtype}/{self.exact_dtype}".replace("torch.", "")
         return (
@@ -103,7 +105,7 @@ def random_scene(seed: int) -> Scene:
         sliding_window=int(str(pick(0, 0, 0, 50))),
     )
     types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-    return Scene(
+    scene = Scene(
         past,
         new,
         kv_heads * between(1, 16),
@@ -123,6 +125,7 @@ def random_scene(seed: int) -> Scene:
         spare=between(0, 40),
         rotated=bool(between(0, 1)),
     )
+    return with_config(scene, codes_by_head=rule.block % CODE_TILE == 0 and between(0, 2) > 0)
 
 
 def guarded(content: torch.Tensor) -> torch.Tensor:
@@ -178,13 +181,16 @@ class Stage:
         return query, key, value
 
     def _state(self) -> LayerCache:
-        """A linear cache after `past` tokens: random codes where tokens are coded, random vectors in their slots."""
+        """A linear cache after `past` tokens: random codes, the same in either order, random vectors in their slots."""
         scene, batch, rule = self.scene, len(self.scene.past), self.scene.config.rule
         capacity = rule.coded(scene.total)
         if scene.page:
             capacity = -(-capacity // scene.page) * scene.page
         codes = [
-            torch.randint(-128, 128, (batch, capacity, b.code_bytes), generator=self.generator, device=self.device)
+            from_token_order(
+                torch.randint(-128, 128, (batch, capacity, b.code_bytes), generator=self.generator, device=self.device),
+                code_run(b.groups, b.stages, b.width, scene.head_dim, scene.config.codes_by_head),
+            )
             for b in (self.keys, self.values)
         ]
         empty = (rule.slot_tokens(self.past) < 0)[:, None, :, None]

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -22,12 +24,14 @@ from traffic.byte_tokenizer import byte_tokenizer
 from transformers import LlamaForCausalLM
 
 from gsrq_export import CacheRule, coded
+from gsrq_export.cache.rule import code_run, to_token_order
 from gsrq_export.codec.int8 import KEY_SPREAD, stage_integers
 from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.commands.app import cli
 from gsrq_export.errors import GsrqError
 from gsrq_export.evaluate.perplexity import perplexity
 from gsrq_export.evaluate.torch_runner import TorchRunner
+from gsrq_export.runtime.session import OrtModel
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -322,7 +326,7 @@ def test_rotated_keys_with_everything_the_codec_offers(model_dir: Path, tmp_path
     assert "key frame rotated" in run("inspect", "--artifact", out).output
     assert "keys coded after RoPE" in (out / "report.html").read_text()
     manifest = json.loads((out / "manifest.json").read_text())
-    assert (manifest["schema"], manifest["cache"]["key_frame"]) == ("1.1", "rotated")
+    assert (manifest["schema"], manifest["cache"]["key_frame"]) == ("1.2", "rotated")
     books = load_codebooks(out / "codebooks.safetensors")
     assert all(layer.keys.center is not None and layer.keys.center.any() for layer in books)
     stage_integers(books[0].keys, KEY_SPREAD)
@@ -338,11 +342,47 @@ def test_rotated_keys_with_everything_the_codec_offers(model_dir: Path, tmp_path
     assert found["perplexity"] == pytest.approx(metrics["coded"]["perplexity"]["perplexity"], rel=1e-3)
 
 
+def test_codes_by_head(model_dir: Path, tmp_path: Path) -> None:
+    """The artifact's codes are those of one ordered by token, by head; its logits are the torch cache's."""
+    rule = CacheRule(2, 8, 8)
+    changes = {
+        "cache": {"sinks": 2, "window": 8, "block": 8, "exact_dtype": "float32", "code_order": "head"},
+        "codec": {**RECIPE["codec"], "keys": {"width": 16, "stages": 2}, "beam": 2},
+        "evaluate": None,
+    }
+    out = tmp_path / "out"
+    result = build(write(tmp_path, model_dir, changes), out)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert run("verify", "--artifact", out).exit_code == 0
+    assert "codes ordered by head" in run("inspect", "--artifact", out).output
+    assert "codes ordered by head" in (out / "report.html").read_text()
+    assert json.loads((out / "manifest.json").read_text())["cache"]["code_order"] == "head"
+    graph = onnx.load(str(out / "model.onnx"), load_external_data=False)
+    nodes = [node for node in graph.graph.node if node.op_type == "GsrqAttention"]
+    assert [[a.i for a in node.attribute if a.name == "code_order"] for node in nodes] == [[1], [1]]
+
+    books, model = load_codebooks(out / "codebooks.safetensors"), LlamaForCausalLM.from_pretrained(model_dir)
+    ids = torch.randint(3, 257, (1, 70), generator=torch.Generator().manual_seed(0))
+    ours = OrtModel(out, threads=1, library=None)
+    assert ours.metadata.codes_by_head
+    logits = [ours.prefill(ids[:, :37].tolist())] + [ours.step([int(token)]) for token in ids[0, 37:]]
+    with coded(model, books, rule, beam=2, exact_dtype=torch.float32), torch.no_grad():
+        expected = model(ids, use_cache=True)
+    torch.testing.assert_close(torch.from_numpy(np.concatenate(logits)), expected.logits[0, 36:], atol=1e-3, rtol=1e-3)
+    for i, layer in enumerate(expected.past_key_values.layers):
+        for part, book in (("key_codes", books[i].keys), ("value_codes", books[i].values)):
+            held, want = torch.from_numpy(ours.read_cache(i, part)), getattr(layer.cache, part)
+            codes = to_token_order(held, code_run(book.groups, book.stages, book.width, 32, by_head=True))
+            assert torch.equal(codes[:, : rule.coded(70)], want)
+            assert not torch.equal(held[:, : rule.coded(70)], want)
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"codek": {}}, r"codek.*codec"),
     ({"codec": {"keys": {"width": 48, "stages": 2}}}, r"codec\.keys\.width.*48"),
     ({"codec": {"keys": {"width": 64, "stages": 0}}}, r"codec\.keys\.stages.*0"),
     ({"codec": {"method": "magic"}}, r"codec\.method.*magic"),
+    ({"cache": {**RECIPE["cache"], "code_order": "head"}}, r"cache\.block = 4.*code_order"),
     ({"export": {"max_length": 4096}}, r"export\.max_length.*4096.*512"),
     ({"model": {"path": "/nowhere/model"}}, r"/nowhere/model"),
     (

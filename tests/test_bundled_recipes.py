@@ -111,6 +111,11 @@ def test_a_recipe_that_its_own_architecture_cannot_follow(tmp_path: Path) -> Non
         assert "export.max_length = 9000: the model has 8192 positions" in str(result.exception)
 
 
+@pytest.mark.parametrize("name", sorted({*NAMES, *OWN}))
+def test_recipes_that_come_along_order_codes_by_head(name: str) -> None:
+    assert load_recipe(find_recipe(name)).cache.code_order == "head"
+
+
 # Composition.
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import onnx
 import pytest
 import torch
 
@@ -33,7 +34,7 @@ def _leave_no_modules() -> object:
 
 
 def small(bench: ModuleType, **change: float) -> object:
-    sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp": 96, "vocab": 101}
+    sizes = {"layers": 2, "hidden": 64, "heads": 8, "kv_heads": 4, "head_dim": 64, "mlp": 96, "vocab": 101}
     return bench.Decoder(**sizes, **change)
 
 
@@ -62,6 +63,14 @@ def test_the_check_refuses_another_model(bench: ModuleType, tmp_path: Path, atte
     made.decoder = replace(made.decoder, theta=10.0)  # of the reference; the graph has its tables
     with pytest.raises(SystemExit, match="logits"):
         bench.check_step(made, 300)
+
+
+def test_codes_are_ordered_by_head(bench: ModuleType, tmp_path: Path) -> None:
+    runner(bench, tmp_path, "rotated")
+    nodes = [
+        n for n in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node if n.domain == "ai.gsrq"
+    ]
+    assert [[a.i for a in node.attribute if a.name == "code_order"] for node in nodes] == [[1], [1]]
 
 
 def test_the_coding_step_codes_a_block_and_the_plain_one_none(bench: ModuleType, tmp_path: Path) -> None:

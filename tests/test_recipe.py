@@ -37,6 +37,7 @@ def test_defaults_and_round_trip() -> None:
     assert recipe.codec.values.nominal_bits == 1.0
     assert recipe.nominal_bits == pytest.approx((0.75 + 1) / 2)
     assert recipe.model.path == "org/some-model"
+    assert recipe.cache.code_order == "token"  # what recipes of earlier artifacts, which do not say, mean
     text = resolved_yaml(recipe)
     assert parse(text) == recipe
     assert resolved_yaml(parse(text)) == text
@@ -63,6 +64,11 @@ def test_defaults_and_round_trip() -> None:
         ("codec: {tau: .nan}", ["codec.tau = nan", "finite"]),
         ("codec: 3", ["codec = 3", "keys and values"]),
         ("cache: {sinks: -1}", ["cache.sinks = -1"]),
+        ("cache: {code_order: heads}", ["cache.code_order = 'heads'", "did you mean 'head'?", "token"]),
+        (
+            "cache: {code_order: head, block: 12}",
+            ["cache.block = 12", "cache.code_order: head", "a multiple of 8, or code_order: token"],
+        ),
         ("cache: {window: 2000}", ["cache.window = 2000", "nothing is ever coded", "export.max_length 2048"]),
         (
             "triton: {max_batch_size: 8, max_sequences: 4}",

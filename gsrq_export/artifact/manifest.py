@@ -1,7 +1,8 @@
-"""manifest.json: what an artifact holds and how it was made. Schema 1.1.
+"""manifest.json: what an artifact holds and how it was made. Schema 1.2.
 
 A reader accepts every minor version of its own major version and ignores keys that a newer minor added.
-1.1 added cache.key_frame; artifacts of 1.0 code keys before RoPE.
+1.1 added cache.key_frame; artifacts of 1.0 code keys before RoPE. 1.2 added cache.code_order;
+earlier ones order codes by token.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from gsrq_export.stages.storage import write_atomic
 
 MANIFEST = "manifest.json"
 SIGNATURE = "artifact.sig"  # of all other files; see signing.py
-SCHEMA = (1, 1)
+SCHEMA = (1, 2)
 MAX_MANIFEST_BYTES = 4 << 20
 OWN = (MANIFEST, SIGNATURE)  # which no manifest lists
 MAX_FILES = 10_000
@@ -64,6 +65,7 @@ class CacheEntry(_Entry):
     prefill: Literal["coded", "exact"]
     beam: Annotated[int, Field(ge=1, le=CODEBOOK_SIZE)]
     key_frame: Literal["pre-rope", "rotated"] = "pre-rope"
+    code_order: Literal["token", "head"] = "token"
 
 
 class SideEntry(_Entry):

@@ -21,7 +21,7 @@ from gsrq_export.stages.keys import file_hash
 
 CODEBOOKS, MODEL, RECIPE = "codebooks.safetensors", "model.onnx", "recipe.resolved.yaml"
 REQUIRED = (MODEL, CODEBOOKS, RECIPE)
-OP_DOMAIN = "ai.gsrq"
+OP_DOMAIN, OPERATOR = "ai.gsrq", "GsrqAttention"
 MAX_HEADER_BYTES = 16 << 20
 MAX_ONNX_BYTES = (1 << 31) - 1  # protobuf's own limit
 MAX_RECIPE_BYTES = 1 << 20
@@ -179,7 +179,7 @@ def _tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, np.ndarray[A
 
 
 def check_onnx(path: Path, manifest: Manifest) -> None:
-    """Structure, operator version, and that external data stays in the artifact and inside its files."""
+    """Structure, operator version, order of codes, and that external data stays in the artifact's own files."""
     root = path
     for _ in range(len(_own_name(path, manifest).split("/"))):
         root = root.parent
@@ -194,6 +194,13 @@ def check_onnx(path: Path, manifest: Manifest) -> None:
         raise ArtifactError(
             f"operator {OP_DOMAIN} version {versions[OP_DOMAIN]}, the manifest says {manifest.op_version}"
         )
+    for node in model.graph.node:
+        if (node.domain, node.op_type) == (OP_DOMAIN, OPERATOR):
+            order = ("token", "head")[any(a.name == "code_order" and a.i for a in node.attribute)]
+            if order != manifest.cache.code_order:
+                raise ArtifactError(
+                    f"node {node.name!r} orders codes by {order}, the manifest says {manifest.cache.code_order}"
+                )
     for tensor in _messages(model):
         place = {entry.key: entry.value for entry in tensor.external_data}
         if tensor.data_location != onnx.TensorProto.EXTERNAL and not place:

@@ -47,7 +47,8 @@ def slot_attention(
         input_pos: int [B or more], tokens of each that are in the cache.
         slot_idx: int [B or more], its row of the caches.
         cu_seqlen: int [B or more], where its tokens begin.
-        key_codes, value_codes: int8 [slots, tokens, code bytes].
+        key_codes, value_codes: int8 [slots, tokens, code bytes]; how codes are ordered follows from their number of
+            tokens, see gsrq_export.hosting.layers.with_code_order.
         key_exact, value_exact: [slots, KV heads, exact slots, head_dim].
         artifact: its directory; layer: counts layers that own a cache.
     Returns:
@@ -58,7 +59,7 @@ def slot_attention(
     """
     if query.ndim != 4 or key.ndim != 4:
         raise GsrqError(f"query has shape {list(query.shape)}", "give [b, s, heads, head_dim]")
-    owner = torch_layer(Path(artifact), layer, int(query.shape[2]), query.device)
+    owner = torch_layer(Path(artifact), layer, int(query.shape[2]), query.device, int(key_codes.shape[1]))
     metadata = (batch_info_host, seq_len, input_pos, slot_idx, cu_seqlen)
     return attend_slots(owner, (query, key, value), metadata, (key_codes, value_codes, key_exact, value_exact))
 

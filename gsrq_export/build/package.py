@@ -158,7 +158,7 @@ def _built(
         "Keys": budgets(recipe, "key", len(cache.layers)),
         "Values": budgets(recipe, "value", len(cache.layers)),
         "Cache rule": f"{rule.sinks} sinks, window {rule.window}, blocks of {rule.block}, {rule.exact_dtype}, "
-        f"prefill {rule.prefill}",
+        f"prefill {rule.prefill}, codes ordered by {rule.code_order}",
         "Longest context": f"{recipe.export.max_length} tokens",
     }
 

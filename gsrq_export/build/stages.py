@@ -83,7 +83,8 @@ def stages(source: Source) -> list[Stage]:
         ),
     ]
     if finetuning:
-        material = {"finetune": finetuning, "beam": beam, "cache": recipe.cache.model_dump(mode="json"), **here}
+        rule = recipe.cache.model_dump(mode="json", exclude={"code_order"})  # which changes no codebook
+        material = {"finetune": finetuning, "beam": beam, "cache": rule, **here}
         found.append(Stage("finetune", material, partial(_finetune, source), ("traffic", "codebooks")))
     if codewords == "int8":
         found.append(Stage(SNAPPING, {"codewords": codewords}, partial(_snap, source), (last_float(recipe),)))
@@ -217,6 +218,7 @@ def _onnx(source: Source, context: Context) -> None:
         beam=recipe.codec.beam,
         exact_prefill=recipe.cache.prefill == "exact",
         exact_dtype=getattr(torch, recipe.cache.exact_dtype),
+        codes_by_head=recipe.cache.codes_by_head,
     )
     with context.reporter.task("onnx: export", 1) as task:
         books = load_codebooks(_trained(source, context))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gsrq_export.cache.frame import from_frame, rotate, to_frame
-from gsrq_export.cache.rule import CODEBOOK_SIZE, CacheRule
+from gsrq_export.cache.rule import CODE_TILE, CODEBOOK_SIZE, CacheRule, code_run, from_token_order, to_token_order
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.errors import GsrqError
 
@@ -32,14 +32,20 @@ class AttentionConfig:
     exact_prefill: bool = False
     softcap: float = 0.0  # 0: none
     sliding_window: int = 0  # 0: none
+    codes_by_head: bool = False  # how stored codes are ordered, see cache/rule.py
 
     def __post_init__(self) -> None:
+        if self.codes_by_head and self.rule.block % CODE_TILE:
+            raise GsrqError(
+                f"block = {self.rule.block}: codes ordered by head lie in tiles of {CODE_TILE} tokens",
+                f"use a multiple of {CODE_TILE}, or codes ordered by token",
+            )
         if not 1 <= self.beam <= CODEBOOK_SIZE:
             raise GsrqError(f"beam = {self.beam}: out of range", f"use 1 to {CODEBOOK_SIZE}")
 
 
 def attributes(config: AttentionConfig, rotated_keys: bool = False) -> dict[str, int | float]:
-    """The attributes of an operator node. Without ``rotated_keys`` they are those of the first operator libraries."""
+    """The attributes of an operator node; what is unlike the first operator libraries, by an attribute of its own."""
     return {
         "scale": float(config.scale),
         "sinks": config.rule.sinks,
@@ -51,6 +57,7 @@ def attributes(config: AttentionConfig, rotated_keys: bool = False) -> dict[str,
         "softcap": float(config.softcap),
         "sliding_window": config.sliding_window,
         **({"key_frame": 1} if rotated_keys else {}),
+        **({"code_order": 1} if config.codes_by_head else {}),
     }
 
 
@@ -59,7 +66,8 @@ class LayerCache:
     """A layer's cache tensors.
 
     Attributes:
-        key_codes: int8 [B, capacity, code bytes of keys]; row c is token sinks + c.
+        key_codes: int8 [B, capacity, code bytes of keys]; row c is token sinks + c. Ordered as the operator's
+            config says; by head, capacity is a multiple of CODE_TILE.
         value_codes: int8 [B, capacity, code bytes of values].
         key_exact: float16, bfloat16 or float32 [B, KV heads, exact_slots, head_dim], before RoPE.
         value_exact: the same for values.
@@ -117,11 +125,15 @@ def gsrq_attention(
     Returns:
         (output float32 [B, T, heads, head_dim], zero in the padding; the cache after).
     Raises:
-        ValueError: a length exceeds the capacity or the rotary table.
+        ValueError: a length exceeds the capacity or the rotary table; a capacity that no tiles fill.
     """
     rule = config.rule
     batch, heads, steps, head_dim = query.shape
     kv_heads = key.shape[1]
+    if config.codes_by_head and cache.key_codes.shape[1] % CODE_TILE:
+        raise ValueError(f"a capacity of {cache.key_codes.shape[1]} is no multiple of {CODE_TILE}: codes lie by head")
+    runs = [code_run(b.groups, b.stages, b.width, head_dim, config.codes_by_head) for b in (keys, values)]
+    stored = [to_token_order(c, run) for c, run in zip((cache.key_codes, cache.value_codes), runs, strict=True)]
     total = past_lengths + new_lengths
     coded_after = rule.coded(total)
     most = int(coded_after.max()) if batch else 0
@@ -141,15 +153,17 @@ def gsrq_attention(
     new_token = torch.where(offset < new_lengths[:, None], position, -1)
     exact_token = torch.cat([rule.slot_tokens(past_lengths), new_token], 1)  # [B, E + T], -1: nothing there
 
+    key_codes = _code_blocks(stored[0], exact_keys, keys, past_lengths, total, config, cos, sin)
+    value_codes = _code_blocks(stored[1], exact_values, values, past_lengths, total, config, cos, sin)
     after = LayerCache(
-        _code_blocks(cache.key_codes, exact_keys, keys, past_lengths, total, config, cos, sin),
-        _code_blocks(cache.value_codes, exact_values, values, past_lengths, total, config, cos, sin),
+        from_token_order(key_codes, runs[0]),
+        from_token_order(value_codes, runs[1]),
         _write_ring(exact_keys, past_lengths, total, rule),
         _write_ring(exact_values, past_lengths, total, rule),
     )
 
-    coded_keys = _split_heads(keys.decode(after.key_codes[:, :most]), kv_heads)  # [B, KV, most, head_dim]
-    coded_values = _split_heads(values.decode(after.value_codes[:, :most]), kv_heads)
+    coded_keys = _split_heads(keys.decode(key_codes[:, :most]), kv_heads)  # [B, KV, most, head_dim]
+    coded_values = _split_heads(values.decode(value_codes[:, :most]), kv_heads)
     coded_token = (rule.sinks + torch.arange(most, device=query.device)).expand(batch, -1)
 
     token = torch.cat([coded_token, exact_token], 1)  # [B, L]
@@ -213,7 +227,7 @@ def _code_blocks(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> torch.Tensor:
-    """Code the blocks that leave the window between ``past`` and ``total`` tokens."""
+    """Code the blocks that leave the window between ``past`` and ``total`` tokens; ``codes`` in token order."""
     before, after = config.rule.coded(past), config.rule.coded(total)
     codes = codes.clone()
     for b in range(codes.shape[0]):

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 CODEBOOK_SIZE = 256  # one byte a code
+CODE_TILE = 8  # rows whose codes of a head lie together where codes are ordered by head
 
 IntOrTensor = TypeVar("IntOrTensor", int, torch.Tensor)
 
@@ -65,3 +66,36 @@ class CacheRule:
         token = torch.where(slot < self.sinks, slot, newest)
         valid = (token <= last) & ((slot < self.sinks) | (token >= self.sinks))
         return torch.where(valid, token, -1)
+
+
+def code_run(groups: int, stages: int, width: int, head_dim: int, by_head: bool) -> int:
+    """Bytes of a token's codes that lie together: all of them, or by head those of a KV head.
+
+    Where a sub-vector spans several heads, those of the heads that share it.
+    """
+    return max(1, head_dim // width) * stages if by_head else groups * stages
+
+
+def to_token_order(codes: torch.Tensor, run: int) -> torch.Tensor:
+    """Stored codes, row by row.
+
+    Args:
+        codes: [..., rows, row bytes], stored as [rows / 8][row bytes / run][8][run], rows a multiple of CODE_TILE; or
+            row by row, where ``run`` is all of a row's bytes.
+    Returns:
+        of the same shape and type; [..., c, :] are row c's codes.
+    """
+    *outer, rows, row_bytes = codes.shape
+    if run == row_bytes:
+        return codes
+    tiles = codes.reshape(*outer, rows // CODE_TILE, row_bytes // run, CODE_TILE, run)
+    return tiles.transpose(-3, -2).reshape(codes.shape)
+
+
+def from_token_order(codes: torch.Tensor, run: int) -> torch.Tensor:
+    """The reverse of to_token_order."""
+    *outer, rows, row_bytes = codes.shape
+    if run == row_bytes:
+        return codes
+    tiles = codes.reshape(*outer, rows // CODE_TILE, CODE_TILE, row_bytes // run, run)
+    return tiles.transpose(-3, -2).reshape(codes.shape)

@@ -34,7 +34,8 @@ def inspect(artifact: Path, as_json: bool) -> None:
         f"layers     {len(manifest.layers)}, {layer.num_kv_heads} KV heads of {layer.head_dim}; "
         f"keys D={layer.keys.width} R={layer.keys.stages}, values D={layer.values.width} R={layer.values.stages}\n"
         f"cache      {cache.sinks} sinks, window {cache.window}, blocks of {cache.block}, {cache.exact_dtype}, "
-        f"prefill {cache.prefill}, beam {cache.beam}, key frame {cache.key_frame}\n"
+        f"prefill {cache.prefill}, beam {cache.beam}, key frame {cache.key_frame}, "
+        f"codes ordered by {cache.code_order}\n"
         f"bits       {metrics.nominal_bits:g} nominal; effective for one sequence, all counted:"
     )
     for size in metrics.sizes:

@@ -128,5 +128,6 @@ def _encode_workspace(layer: CudaLayer, count: int) -> int:
     """Bytes for the encoder: what a call would need that codes one token in each of as many rows."""
     struct = LayerStruct.from_buffer_copy(layer.struct)
     struct.sinks, struct.window, struct.block = 0, 0, 1
+    struct.codes_by_head = 0  # blocks of one token fill no tiles; nothing is stored
     call = CallStruct(batch=min(count, ENCODE_ROWS), steps=1, max_total=1, capacity=1)
     return layer.library.bytes("workspace", ctypes.byref(struct), ctypes.byref(call))

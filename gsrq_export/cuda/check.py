@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from gsrq_export.cache.rule import CacheRule
+from gsrq_export.cache.rule import CODE_TILE, CacheRule
 from gsrq_export.errors import GsrqError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,6 +24,7 @@ class LayerShape(NamedTuple):
     value_bytes: int
     rule: CacheRule
     device: torch.device
+    codes_by_head: bool = False
 
 
 class CallTensors(NamedTuple):
@@ -33,7 +34,8 @@ class CallTensors(NamedTuple):
         query: float32, float16 or bfloat16 [B, heads, T, head_dim], before RoPE.
         key, value: of query's type [B, KV heads, T, head_dim].
         past_lengths, new_lengths: int64 [B].
-        key_codes, value_codes: int8 [B, capacity, code bytes]; with a block table [pages, page, code bytes].
+        key_codes, value_codes: int8 [B, capacity, code bytes]; with a block table [pages, page, code bytes]. Where the
+            layer orders codes by head, capacity or page is a multiple of CODE_TILE.
         key_exact, value_exact: float32, float16 or bfloat16 [B, KV heads, exact slots, head_dim].
         block_table: int32 [B, pages of a row]: entry i is the page of coded rows page * i .. page * i + page - 1.
     """
@@ -87,6 +89,11 @@ def check_call(layer: LayerShape, call: CallTensors, max_total: int | None) -> i
     _check("value_codes", call.value_codes, (torch.int8,), same, layer, ALIGNMENT)
     if call.block_table is not None and call.key_codes.shape[1] < 1:
         raise GsrqError("key_codes has pages of no rows", "give [pages, rows a page, code bytes]")
+    if layer.codes_by_head and (rows_of_a_page := int(call.key_codes.shape[1])) % CODE_TILE:
+        raise GsrqError(
+            f"key_codes has {rows_of_a_page} rows: codes ordered by head lie in tiles of {CODE_TILE} tokens",
+            f"give a multiple of {CODE_TILE}, or order codes by token",
+        )
     rule, capacity = layer.rule, call.capacity
     fits = min(layer.positions, capacity // rule.block * rule.block + rule.sinks + rule.window + rule.block - 1)
     if max_total is None:

@@ -76,7 +76,9 @@ class CudaLayer:
         self.cos = cos.to(device, torch.float32).contiguous()
         self.sin = sin.to(device, torch.float32).contiguous()
         code_bytes = (keys.code_bytes, values.code_bytes)
-        self.shape = LayerShape(heads, kv_heads, head_dim, int(cos.shape[0]), *code_bytes, config.rule, device)
+        self.shape = LayerShape(
+            heads, kv_heads, head_dim, int(cos.shape[0]), *code_bytes, config.rule, device, config.codes_by_head
+        )
         self.planes = 0
         self.geometric: bool | None = None
         if device.type == "cuda":
@@ -102,6 +104,7 @@ class CudaLayer:
             sliding_window=config.sliding_window,
             rope_interleaved=config.rope_interleaved,
             exact_prefill=config.exact_prefill,
+            codes_by_head=config.codes_by_head,
             scale=config.scale,
             softcap=config.softcap,
             cos=self.cos.data_ptr(),

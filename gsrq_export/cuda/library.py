@@ -16,7 +16,7 @@ import torch
 from gsrq_export import native
 from gsrq_export.errors import GsrqError
 
-ABI = 2
+ABI = 3
 MOST_STAGES = 256  # of a codebook
 INSPECT_SCRATCH = 4096  # bytes
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -37,7 +37,7 @@ class LayerStruct(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("heads", "kv_heads", "head_dim", "half_rope", "positions")),
         *((name, c_int32) for name in ("sinks", "window", "block", "beam", "sliding_window")),
-        *((name, c_int32) for name in ("rope_interleaved", "exact_prefill", "geometric")),
+        *((name, c_int32) for name in ("rope_interleaved", "exact_prefill", "geometric", "codes_by_head")),
         ("scale", c_float),
         ("softcap", c_float),
         ("cos", c_void_p),

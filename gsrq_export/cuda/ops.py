@@ -75,7 +75,10 @@ def _codes_shape(vectors: torch.Tensor, side: str, layer: int) -> torch.Tensor:
 
 
 def run_reference(layer: CudaLayer, call: CallTensors) -> torch.Tensor:
-    """The operator by gsrq_attention, the cache updated in place and coded rows read and written through the table."""
+    """The operator by gsrq_attention, the cache updated in place and coded rows read and written through the table.
+
+    Pages one after another are a linear cache in either order of codes: by head, a page is whole tiles.
+    """
     batch, heads, steps, head_dim = call.query.shape
     if batch == 0 or steps == 0:
         return call.query.new_empty(batch, steps, heads, head_dim)

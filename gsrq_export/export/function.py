@@ -5,7 +5,8 @@ used instead. docs/operator.md states the semantics, cache/reference.py is the o
 to its codes. Shapes come from the inputs, so one function serves all layers.
 
 Impossible lengths (docs/operator.md, errors) make the look-up of the rotary tables fail on purpose; the
-message is then ONNX Runtime's "indices element out of data bounds".
+message is then ONNX Runtime's "indices element out of data bounds". A capacity that no tiles fill, where codes are
+ordered by head, fails in a Reshape.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from gsrq_export.cache.rule import CODE_TILE
 from gsrq_export.export.coding import decode, encode
 from gsrq_export.export.graph import Graph, Value
 
@@ -42,16 +44,21 @@ OPTIONAL: dict[str, int | float] = {
 NEVER = 2**62  # an age no token reaches
 
 
-def build_function(rotated_keys: bool = False) -> onnx.FunctionProto:
+def build_function(rotated_keys: bool = False, codes_by_head: bool = False) -> onnx.FunctionProto:
     """The operator's body; two calls give the same bytes.
 
     Args:
         rotated_keys: of nodes whose keys are coded in the rotated frame. A body cannot ask whether an optional input is
             there, so each frame has its own; a model holds one.
+        codes_by_head: of nodes whose stored codes are ordered by head: turned to token order where they enter, and back
+            where they leave. The body of token order has none of that, and stays that of the first artifacts.
     """
     g = Graph()
     inputs = (*INPUTS, KEY_CENTER) if rotated_keys else INPUTS
     x = {name: g.value(name) for name in inputs}
+    if codes_by_head:
+        for side in ("key", "value"):
+            x[f"{side}_codes"] = _to_token_order(g, x, side)
     rule = _Rule.write(g)
     past, new = x["past_lengths"].unsqueeze(1), x["new_lengths"].unsqueeze(1)  # [B, 1]
     total = past + new
@@ -72,7 +79,7 @@ def build_function(rotated_keys: bool = False) -> onnx.FunctionProto:
         joined = g.op("Concat", buffer, g.op("CastLike", x[side], buffer), axis=2)
         exact[side] = joined.transpose(0, 2, 1, 3).reshape(0, 0, -1)
 
-    codes = _code_blocks(g, x, rule, exact, past, total)
+    codes = _code_blocks(g, x, rule, exact, past, total, codes_by_head)
     _write_ring(g, x, rule, exact, past, total)
 
     # All that a query may see: the coded tokens, then the exact rows; -1 where there is none.
@@ -104,7 +111,7 @@ def build_function(rotated_keys: bool = False) -> onnx.FunctionProto:
     # The padding saw nothing: its softmax is not a number, its output is zero.
     g.op("Where", real.unsqueeze(2, 3), output, 0.0, name="output")
 
-    optional = {**OPTIONAL, "key_frame": 1} if rotated_keys else OPTIONAL
+    optional = OPTIONAL | ({"key_frame": 1} if rotated_keys else {}) | ({"code_order": 1} if codes_by_head else {})
     return helper.make_function(
         DOMAIN,
         OPERATOR,
@@ -151,9 +158,16 @@ class _Rule:
 
 
 def _code_blocks(
-    g: Graph, x: dict[str, Value], rule: _Rule, exact: dict[str, Value], past: Value, total: Value
+    g: Graph,
+    x: dict[str, Value],
+    rule: _Rule,
+    exact: dict[str, Value],
+    past: Value,
+    total: Value,
+    codes_by_head: bool,
 ) -> dict[str, Value]:
-    """The codes after the call; the blocks that leave the window are encoded, padded to the row that has most."""
+    """The codes after the call, in token order; the blocks that leave the window are encoded, padded to the row that
+    has most."""
     before, after = rule.coded(past), rule.coded(total)
     longest = g.op("ReduceMax", after - before, keepdims=0)
     token = rule.sinks + before + g.arange(longest)
@@ -175,8 +189,34 @@ def _code_blocks(
         def unchanged(codes: Value = codes) -> Value:
             return codes
 
-        present[side] = g.choose(longest > 0, encoded, unchanged, name=f"present_{side}_codes")
+        name = f"present_{side}_codes"
+        present[side] = g.choose(longest > 0, encoded, unchanged, name="" if codes_by_head else name)
+        if codes_by_head:
+            _from_token_order(g, x, side, present[side], name)
     return present
+
+
+def _code_run(g: Graph, x: dict[str, Value], side: str) -> Value:
+    """cache/rule.py's code_run by head, int64 [1]."""
+    words = x[f"{side}_codebooks"]
+    return g.op("Max", x["key"].dim(3) // words.dim(3), 1) * words.dim(1)
+
+
+def _to_token_order(g: Graph, x: dict[str, Value], side: str) -> Value:
+    """The codes as they are stored, row by row; cache/rule.py states the order."""
+    codes, run = x[f"{side}_codes"], _code_run(g, x, side)
+    rows, row_bytes = codes.dim(1), codes.dim(2)
+    tiles = codes.reshape(codes.dim(0), rows // CODE_TILE, row_bytes // run, CODE_TILE, run)
+    return tiles.transpose(0, 1, 3, 2, 4).reshape(codes.dim(0), rows, row_bytes)
+
+
+def _from_token_order(g: Graph, x: dict[str, Value], side: str, codes: Value, name: str) -> None:
+    """The reverse of _to_token_order, as the output ``name``."""
+    run = _code_run(g, x, side)
+    rows, row_bytes = codes.dim(1), codes.dim(2)
+    tiles = codes.reshape(codes.dim(0), rows // CODE_TILE, CODE_TILE, row_bytes // run, run)
+    shape = g.op("Shape", codes)
+    g.op("Reshape", tiles.transpose(0, 1, 3, 2, 4), shape, allowzero=1, name=name)
 
 
 def _write_ring(g: Graph, x: dict[str, Value], rule: _Rule, exact: dict[str, Value], past: Value, total: Value) -> None:

@@ -69,7 +69,7 @@ def export_onnx(
         save_codebooks(written[0], codebooks, codebook_metadata or {})
         _attach_codebooks(graph, codebooks, written[0])
         _move_weights(graph, out_dir)
-        function = ir.serde.deserialize_function(build_function(rotated_keys(codebooks)))
+        function = ir.serde.deserialize_function(build_function(rotated_keys(codebooks), settings.codes_by_head))
         graph.functions[function.identifier()] = function
         graph.ir_version = IR_VERSION
         graph.metadata_props["gsrq.op_version"] = str(OPERATOR_VERSION)
@@ -192,5 +192,6 @@ def _cache_metadata(spec: ModelSpec, codebooks: list[LayerCodebooks], settings: 
         "max_length": spec.max_length,
         "prefill": "exact" if settings.exact_prefill else "coded",
         "exact_dtype": str(settings.exact_dtype).removeprefix("torch."),
+        **({"code_order": "head"} if settings.codes_by_head else {}),
         "layers": layers,
     }

@@ -34,12 +34,14 @@ class ExportSettings:
     Attributes:
         exact_prefill: a call's own tokens are exact to each other.
         exact_dtype: of the exact buffers: float16 or float32.
+        codes_by_head: how stored codes are ordered, see cache/rule.py.
     """
 
     rule: CacheRule = field(default_factory=CacheRule)
     beam: int = 1
     exact_prefill: bool = False
     exact_dtype: torch.dtype = torch.float16
+    codes_by_head: bool = False
 
     def attention(self, layer: LayerSpec) -> AttentionConfig:
         """The operator's attributes in a layer."""
@@ -51,6 +53,7 @@ class ExportSettings:
             exact_prefill=self.exact_prefill,
             softcap=layer.softcap,
             sliding_window=layer.sliding_window,
+            codes_by_head=self.codes_by_head,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from gsrq_export.artifact.verify import verify_artifact
 from gsrq_export.cache.reference import AttentionConfig
-from gsrq_export.cache.rule import CacheRule
+from gsrq_export.cache.rule import CODE_TILE, CacheRule
 from gsrq_export.codec.codebook import LayerCodebooks
 from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.cuda.layer import CudaLayer
@@ -111,13 +111,30 @@ def artifact_layers(directory: Path) -> ArtifactLayers:
     return ArtifactLayers(metadata, tuple(found))
 
 
+def with_code_order(config: AttentionConfig, page: int) -> AttentionConfig:
+    """The config with codes ordered by head where tiles fill blocks and pages, else by token.
+
+    By head, the CUDA kernels read them in fewer, longer pieces. A server's cache lives in its process alone, so its
+    order need not be the artifact's.
+
+    Args:
+        page: rows of codes of a page, or of a slot.
+    """
+    return replace(config, codes_by_head=page % CODE_TILE == 0 and config.rule.block % CODE_TILE == 0)
+
+
 @cache
-def torch_layer(directory: Path, index: int, heads: int, device: torch.device) -> CudaLayer:
-    """The layer on a device, kept for as long as the process lives: graphs hold on to it by its number."""
+def torch_layer(directory: Path, index: int, heads: int, device: torch.device, page: int) -> CudaLayer:
+    """The layer on a device, kept for as long as the process lives: graphs hold on to it by its number.
+
+    Args:
+        page: rows of codes of a page, or of a slot.
+    Raises:
+        GsrqError: see CudaLayer.
+    """
     layer = artifact_layers(directory).layers[index]
-    return CudaLayer(
-        heads, layer.shape.head_dim, layer.books.keys, layer.books.values, layer.cos, layer.sin, layer.config, device
-    )
+    books, config = layer.books, with_code_order(layer.config, page)
+    return CudaLayer(heads, layer.shape.head_dim, books.keys, books.values, layer.cos, layer.sin, config, device)
 
 
 def _config(node: Any) -> AttentionConfig:
@@ -130,6 +147,7 @@ def _config(node: Any) -> AttentionConfig:
         exact_prefill=bool(given.get("exact_prefill", 0)),
         softcap=float(given.get("softcap", 0.0)),
         sliding_window=int(given.get("sliding_window", 0)),
+        codes_by_head=bool(given.get("code_order", 0)),
     )
 
 

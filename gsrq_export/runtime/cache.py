@@ -11,7 +11,9 @@ from gsrq_export.runtime.metadata import PARTS, CacheMetadata
 
 
 class CacheBuffers:
-    """Zeroed caches with room for a number of coded tokens, which grows by doubling.
+    """Zeroed caches with room for a number of coded tokens, whole blocks, which grows by doubling.
+
+    Codes are copied by rows, in either order: a block's lie together, as it is a multiple of the tile.
 
     Args:
         in_place: one set, bound as input and output (the operator allows it); else two sets that take turns,
@@ -34,7 +36,7 @@ class CacheBuffers:
         return sum(value.tensor_size_in_bytes() for values in sets for value in values.values())
 
     def reserve(self, coded: int) -> None:
-        """Make room for ``coded`` coded tokens a row, keeping what is there."""
+        """Make room for ``coded`` coded tokens a row, whole blocks, keeping what is there."""
         if coded <= self.capacity:
             return
         old, old_capacity = self._now, self.capacity

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gsrq_export.cache.rule import CacheRule
+from gsrq_export.cache.rule import CODE_TILE, CacheRule
 from gsrq_export.errors import ArtifactError
 
 OP_VERSION = "1"
@@ -45,6 +45,8 @@ class CacheMetadata:
         exact_prefill: a call's own tokens are exact to each other (recipe ``prefill: exact``).
         exact_dtype: numpy name of the exact buffers' type.
         layers: layer ``i`` here is ``i`` in the tensors' names.
+        codes_by_head: how stored codes are ordered, see cache/rule.py; every capacity is then a multiple of CODE_TILE,
+            as every multiple of the block is.
     """
 
     rule: CacheRule
@@ -52,6 +54,7 @@ class CacheMetadata:
     exact_prefill: bool
     exact_dtype: str
     layers: tuple[LayerShape, ...]
+    codes_by_head: bool = False
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, str]) -> CacheMetadata:
@@ -78,6 +81,7 @@ class CacheMetadata:
                 for layer in data["layers"]
             )
             max_length, prefill, dtype = _size(data, "max_length"), data["prefill"], data["exact_dtype"]
+            order = data.get("code_order", "token")
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"model.onnx: bad {CACHE_KEY}: {error}", "build the artifact again") from error
         if prefill not in ("coded", "exact") or dtype not in EXACT_TYPES or not layers:
@@ -85,11 +89,16 @@ class CacheMetadata:
                 f"model.onnx: {CACHE_KEY} has prefill {prefill!r}, exact_dtype {dtype!r}, {len(layers)} layers",
                 f"need prefill coded or exact, exact_dtype one of {', '.join(EXACT_TYPES)}, a layer or more",
             )
-        return cls(rule, max_length, prefill == "exact", dtype, layers)
+        if order not in ("token", "head") or (order == "head" and rule.block % CODE_TILE):
+            raise ArtifactError(
+                f"model.onnx: {CACHE_KEY} has code_order {order!r}, block {rule.block}",
+                f"need code_order token, or head and a block that is a multiple of {CODE_TILE}",
+            )
+        return cls(rule, max_length, prefill == "exact", dtype, layers, order == "head")
 
     @property
     def full_capacity(self) -> int:
-        """Coded tokens that a sequence of max_length needs room for; at least a block."""
+        """Coded tokens that a sequence of max_length needs room for; one block or several."""
         return max(self.rule.coded(self.max_length), self.rule.block)
 
     def shape(self, layer: int, part: str, batch: int, capacity: int) -> tuple[int, ...]:

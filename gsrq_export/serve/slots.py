@@ -107,7 +107,7 @@ class SlotCache:
         """Take a sequence to another slot, and release its own."""
         coded = int(self.model.metadata.rule.coded(int(self.lengths[source])))
         for name, tensor in self._tensors.items():
-            if name.endswith("codes"):
+            if name.endswith("codes"):  # whole blocks: in either order of codes the first bytes
                 tensor[target, :coded] = tensor[source, :coded]
             else:
                 tensor[target] = tensor[source]

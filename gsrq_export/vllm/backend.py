@@ -135,7 +135,7 @@ class GsrqImpl(AttentionImpl[GsrqMetadata]):  # type: ignore[misc]
                 f"layer {name} of the served model has {'; '.join(wrong)} as the artifact has it",
                 "serve the artifact's own model on one GPU (no tensor parallelism)",
             )
-        self.layer = torch_layer(served.directory, index, self.num_heads, torch.device(device))
+        self.layer = torch_layer(served.directory, index, self.num_heads, torch.device(device), spec.block_size)
         self.exact_dtype, self.exact_pages = served.exact_dtype, spec.exact_pages
 
     def forward(

@@ -3,6 +3,7 @@
 The pool gives a layer one dense tensor of equal pages. Codes of keys and of values each lie densely, as the kernels
 take them: first the keys' part of all pages, then the values'. So a page's bytes do not lie together, and vLLM must
 not copy or clear pages by itself: the backend refuses what would (prefix caching, connectors).
+How codes are ordered within a page is the layer's matter; nothing here reads them by token.
 A sequence's first pages, keys' parts then values', are the bytes of its exact keys, then exact values.
 """
 
@@ -25,7 +26,7 @@ class LayerPages:
         GsrqError: the tensor is not dense, or too small.
 
     Attributes:
-        key_codes, value_codes: int8 [pages, tokens a page, code bytes], views.
+        key_codes, value_codes: int8 [pages, tokens a page, code bytes], views; codes in the layer's order.
     """
 
     def __init__(self, pool: torch.Tensor, shape: LayerShape, exact_dtype: torch.dtype, exact_pages: int) -> None:

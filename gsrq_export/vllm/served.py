@@ -45,7 +45,7 @@ class Served:
 
     @property
     def block_multiple(self) -> int:
-        """Tokens of a page are a multiple of this: whole blocks of the cache rule, and aligned."""
+        """Tokens of a page are a multiple of this: whole blocks of the cache rule, aligned, and whole code tiles."""
         return math.lcm(self.rule.block, ALIGNMENT)
 
     def exact_bytes(self, shape: LayerShape) -> int:

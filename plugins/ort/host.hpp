@@ -82,21 +82,24 @@ inline std::string read_attributes(const Api* api, const KernelInfo* info, cpu::
        {std::pair<const char*, int64_t*>{"sinks", &out->sinks}, {"window", &out->window}, {"block", &out->block}})
     if (!read(api, info, name, value)) return std::string("attribute ") + name + " is missing";
   if (!read(api, info, "scale", &out->scale)) return "attribute scale is missing";
-  int64_t interleaved = 0, exact_prefill = 0, key_frame = 0;
+  int64_t interleaved = 0, exact_prefill = 0, key_frame = 0, code_order = 0;
   read(api, info, "beam", &out->beam);
   read(api, info, "sliding_window", &out->sliding_window);
   read(api, info, "softcap", &out->softcap);
   read(api, info, "rope_interleaved", &interleaved);
   read(api, info, "exact_prefill", &exact_prefill);
   read(api, info, "key_frame", &key_frame);
+  read(api, info, "code_order", &code_order);
   for (const auto& [name, value] : {std::pair<const char*, int64_t>{"rope_interleaved", interleaved},
                                     {"exact_prefill", exact_prefill},
-                                    {"key_frame", key_frame}})
+                                    {"key_frame", key_frame},
+                                    {"code_order", code_order}})
     if (value != 0 && value != 1)
       return std::string("attribute ") + name + " is " + std::to_string(value) + ", must be 0 or 1";
   out->rope_interleaved = interleaved != 0;
   out->exact_prefill = exact_prefill != 0;
   out->rotated_keys = key_frame != 0;
+  out->codes_by_head = code_order != 0;
   return cpu::check(*out);
 }
 

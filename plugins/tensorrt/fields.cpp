@@ -12,7 +12,8 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
 constexpr const char* kIntNames[] = {"sinks",         "window",           "block",         "beam",
-                                     "sliding_window", "rope_interleaved", "exact_prefill", "key_frame"};
+                                     "sliding_window", "rope_interleaved", "exact_prefill", "key_frame",
+                                     "code_order"};
 constexpr const char* kFloatNames[] = {"scale", "softcap"};
 constexpr int kRequiredInts = 3, kRequiredFloats = 1;  // the first ones
 
@@ -79,6 +80,7 @@ std::string Fields::read(const nvinfer1::PluginFieldCollection* given) {
   a.rope_interleaved = ints_[5] != 0;
   a.exact_prefill = ints_[6] != 0;
   a.rotated_keys = ints_[7] != 0;
+  a.codes_by_head = ints_[8] != 0;
   return cpu::check(a);
 }
 

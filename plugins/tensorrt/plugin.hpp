@@ -31,7 +31,7 @@ class Fields {
   std::string text() const;  // "scale=0.25 sinks=4 ..."
 
  private:
-  static constexpr int kInts = 8, kFloats = 2;
+  static constexpr int kInts = 9, kFloats = 2;
   std::array<int32_t, kInts> ints_{};
   std::array<float, kFloats> floats_{};
   std::array<nvinfer1::PluginField, kInts + kFloats> fields_;

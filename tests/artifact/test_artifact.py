@@ -122,8 +122,8 @@ def test_sound(sound: Path) -> None:
     assert report.size == sum(f.stat().st_size for f in sound.rglob("*") if f.is_file() and f.name != "manifest.json")
     manifest = report.manifest
     assert load_manifest(sound) == manifest
-    assert manifest.schema_version == "1.1"
-    assert json.loads((sound / "manifest.json").read_text())["schema"] == "1.1"
+    assert manifest.schema_version == "1.2"
+    assert json.loads((sound / "manifest.json").read_text())["schema"] == "1.2"
     assert manifest.libraries == {"libgsrq.so": file_hash(Path(__file__))}
     assert {"triton/tiny/1/model.onnx", "model.onnx", "codebooks.safetensors"} <= set(manifest.files)
     assert {"torch", "python", "onnx"} <= set(manifest.environment)
@@ -322,16 +322,26 @@ def test_manifest_faults(artifact: Path, change: Callable[[dict[str, Any]], obje
     assert what in str(caught.value)
 
 
-def test_schema_1_0_is_read_as_keys_before_rope(artifact: Path) -> None:
-    edit_manifest(artifact, lambda d: (d.update(schema="1.0"), d["cache"].pop("key_frame")))
+@pytest.mark.parametrize(
+    ("schema", "later", "read"), [("1.0", "key_frame", "pre-rope"), ("1.1", "code_order", "token")]
+)
+def test_what_an_earlier_schema_lacks_is_read_as_it_was(artifact: Path, schema: str, later: str, read: str) -> None:
+    edit_manifest(artifact, lambda d: (d.update(schema=schema), d["cache"].pop(later)))
     assert find_problems(artifact) == []
-    assert load_manifest(artifact).cache.key_frame == "pre-rope"
+    assert getattr(load_manifest(artifact).cache, later) == read
 
 
 def test_a_key_frame_that_the_codebooks_have_not(artifact: Path) -> None:
     edit_manifest(artifact, lambda d: d["cache"].update(key_frame="rotated"))
     found = refusal(artifact)
     assert "layers.0.key.center" in found
+    assert "its cache rule" in found
+
+
+def test_an_order_of_codes_that_the_graph_has_not(artifact: Path) -> None:
+    edit_manifest(artifact, lambda d: d["cache"].update(code_order="head"))
+    found = refusal(artifact)
+    assert "orders codes by token, the manifest says head" in found
     assert "its cache rule" in found
 
 

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from click.testing import CliRunner
 from tiny_artifact import tiny_artifact
 
 from gsrq_export import autodeploy
+from gsrq_export.autodeploy import attention
 from gsrq_export.autodeploy.descriptor import INTERFACE, make_descriptor
+from gsrq_export.cache.rule import CacheRule
 from gsrq_export.cache.torch_cache import coded
 from gsrq_export.commands.app import cli
 from gsrq_export.errors import GsrqError
 from gsrq_export.export.trtllm import CONFIG, LAUNCHER, QUANTIZATION, export_trtllm
+from gsrq_export.hosting import layers
 from gsrq_export.hosting.layers import artifact_layers
 from gsrq_export.model.intercept import AttentionCall, intercept
 
@@ -140,6 +144,29 @@ def test_the_replaced_graph_runs_whole(artifact: Path) -> None:
         # The first token sees itself alone.
         group = output.shape[2] // given[f"value_{i}"].shape[2]
         torch.testing.assert_close(output[0, 0], given[f"value_{i}"][0, 0].repeat_interleave(group, 0))
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_slots_of_tiles_have_codes_by_head(artifact: Path, monkeypatch: pytest.MonkeyPatch, by_head: bool) -> None:
+    """The order follows the slot's tokens, whatever the artifact's is."""
+    found = artifact_layers(artifact.resolve())
+    rule = CacheRule(2, 8, 8)
+    layer = replace(found.layers[0], config=replace(found.layers[0].config, rule=rule, codes_by_head=by_head))
+    changed = replace(found, metadata=replace(found.metadata, rule=rule), layers=(layer, layer))
+    monkeypatch.setattr(layers, "artifact_layers", lambda _: changed)
+    monkeypatch.setattr(attention, "torch_layer", layers.torch_layer.__wrapped__)
+    seen: list[Any] = []
+    monkeypatch.setattr(attention, "attend_slots", lambda layer, *_: seen.append(layer) or torch.zeros(0))
+    shape = found.layers[0].shape
+    tokens = torch.zeros(1, 1, tiny_artifact().model.config.num_attention_heads, shape.head_dim)
+    for rows in (144, 150):
+        codes = torch.zeros(3, rows, 1, dtype=torch.int8)
+        none = [torch.zeros(1) for _ in range(5)]
+        exact = [torch.zeros(1) for _ in range(2)]
+        torch.ops.gsrq.slot_attention(
+            tokens, tokens.clone(), tokens.clone(), *none, codes, codes.clone(), *exact, str(artifact), 0
+        )
+    assert [layer.config.codes_by_head for layer in seen] == [True, False]
 
 
 def test_the_operator_is_what_it_declares(artifact: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import CASES, Case, continued
-from cuda_calls import layer_of_case
+from cuda_calls import TILE_CASES, by_head, layer_of_case
 
 from gsrq_export.autodeploy.attention import attend_slots, sequences
 from gsrq_export.cache.reference import LayerCache, rotate
@@ -28,10 +28,11 @@ def batch_info(calls: list[tuple[int, int]], long: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["3 numbers", "12 numbers"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *TILE_CASES], ids=str)
 def test_sequences_in_slots_are_what_they_are_alone(case: Case, long: bool) -> None:
     data = case.data()
-    layer = layer_of_case(case, data)
+    served = by_head(case) if case in TILE_CASES else case
+    layer = layer_of_case(served, data)
     every = torch.arange(case.steps).expand(case.batch, -1)
     interleaved = case.config.rope_interleaved
     cos, sin = data.cos[every], data.sin[every]
@@ -73,6 +74,7 @@ def test_sequences_in_slots_are_what_they_are_alone(case: Case, long: bool) -> N
             expected, alone[b] = continued(case, before, b, done[b], n, alone[b])
             torch.testing.assert_close(got[start : start + n], expected[0], atol=1e-5, rtol=1e-5)
             done[b] += n
+    many = served.in_token_order(many)
     for b, cache in enumerate(alone):
         coded = rule.coded(done[b])
         for name, tensor in vars(cache).items():

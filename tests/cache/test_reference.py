@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from attention_cases import CASES, ROTATED, Case
+from attention_cases import BY_HEAD, CASES, ROTATED, Case, continued
 
 from gsrq_export.cache.frame import rotate, to_frame
-from gsrq_export.cache.reference import LayerCache, gsrq_attention
-from gsrq_export.cache.rule import CacheRule
+from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention
+from gsrq_export.cache.rule import CODE_TILE, CacheRule
+from gsrq_export.errors import GsrqError
 
 
-@pytest.mark.parametrize("case", [*CASES, *ROTATED], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ROTATED, *BY_HEAD], ids=str)
 def test_output_is_attention_over_what_each_query_may_see(case: Case) -> None:
     """Each query alone, in a loop: its own list of visible keys, coded or exact, by the words of docs/operator.md."""
     data, config, rule = case.data(), case.config, case.config.rule
     output, after = case.run(data)
+    after = case.in_token_order(after)
     dtype = case.exact_dtype
     for b in range(case.batch):
         past, new = 0, int(data.lengths[b])
@@ -61,7 +65,7 @@ def at(x: torch.Tensor, position: int, data: object, case: Case) -> torch.Tensor
     return rotate(x[None, None, None], cos, sin, case.config.rope_interleaved).flatten()
 
 
-@pytest.mark.parametrize("case", [c for c in (*CASES, *ROTATED) if not c.config.exact_prefill], ids=str)
+@pytest.mark.parametrize("case", [c for c in (*CASES, *ROTATED, *BY_HEAD) if not c.config.exact_prefill], ids=str)
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_chunked_prefill_equals_one_shot(case: Case, chunk: int) -> None:
     data = case.data()
@@ -108,3 +112,41 @@ def test_overflow_is_refused() -> None:
     small = LayerCache.empty(case.batch, 1, case.kv_heads, case.head_dim, case.keys, case.values, CacheRule(0, 0, 1))
     with pytest.raises(ValueError, match="exceed the cache's capacity of 1"):
         case.run(data, small)
+
+
+@pytest.mark.parametrize("case", BY_HEAD, ids=str)
+def test_the_order_of_codes_changes_nothing_else(case: Case) -> None:
+    """Several calls into a cache that grows by rows at its end: equal outputs to the bit, the same codes elsewhere."""
+    data = case.data()
+    twin = replace(case, config=replace(case.config, codes_by_head=False))
+    caches = [
+        LayerCache(*(x[:1, :0] if x.ndim == 3 else x[:1] for x in vars(c.empty()).values())) for c in (case, twin)
+    ]
+    past = 0
+    for new in (9, 1, case.steps - 12, 1, 1):
+        room = case.config.rule.coded(past + new)
+        got = []
+        for i, of in enumerate((case, twin)):
+            more = room - caches[i].key_codes.shape[1]
+            codes = [torch.nn.functional.pad(c, (0, 0, 0, more)) for c in (caches[i].key_codes, caches[i].value_codes)]
+            caches[i] = replace(caches[i], key_codes=codes[0], value_codes=codes[1])
+            output, caches[i] = continued(of, data, 0, past, new, caches[i])
+            got.append(output)
+        assert torch.equal(*got)
+        for name, tensor in vars(case.in_token_order(caches[0])).items():
+            assert torch.equal(tensor, getattr(caches[1], name)), name
+        past += new
+    assert room >= 2 * CODE_TILE
+    moved = [not torch.equal(getattr(caches[0], n), getattr(caches[1], n)) for n in ("key_codes", "value_codes")]
+    total = case.kv_heads * case.head_dim
+    assert moved == [max(book.width, case.head_dim) < total for book in (case.keys, case.values)]
+
+
+def test_what_no_tiles_fill_is_refused() -> None:
+    with pytest.raises(GsrqError, match="block = 12: codes ordered by head lie in tiles of 8 tokens"):
+        AttentionConfig(1.0, CacheRule(2, 5, 12), codes_by_head=True)
+    case = BY_HEAD[0]
+    cache = case.empty()
+    odd = LayerCache(cache.key_codes[:, :31], cache.value_codes[:, :31], cache.key_exact, cache.value_exact)
+    with pytest.raises(ValueError, match="a capacity of 31 is no multiple of 8"):
+        case.run(case.data(), odd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from onnx import TensorProto, helper
 
 from gsrq_export.cache.reference import AttentionConfig, LayerCache, attributes, gsrq_attention
-from gsrq_export.cache.rule import CacheRule
+from gsrq_export.cache.rule import CODE_TILE, CacheRule
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.export.function import (
     DOMAIN,
@@ -123,6 +124,7 @@ class Node:
         out = {"output": TensorProto.FLOAT, **{f"present_{n}": types[n] for n in INPUTS[7:11]}}
         assert tuple(out) == OUTPUTS
         node = helper.make_node(OPERATOR, inputs, OUTPUTS, domain=DOMAIN, **attributes(c.config, rotated))
+        function = build_function(rotated, c.config.codes_by_head)
         graph = helper.make_graph(
             [node],
             "one",
@@ -130,7 +132,7 @@ class Node:
             [helper.make_tensor_value_info(n, t, [None] * rank(n)) for n, t in out.items()],
         )
         imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, OPERATOR_VERSION)]
-        model = helper.make_model(graph, opset_imports=imports, functions=[build_function(rotated)], ir_version=10)
+        model = helper.make_model(graph, opset_imports=imports, functions=[function], ir_version=10)
         onnx.checker.check_model(model)
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -229,6 +231,19 @@ VARIANTS = {
         "softcap": 1.5,
         "dtype": torch.bfloat16,
     },
+    "by head, several sub-vectors a head": {
+        "codes_by_head": True,
+        "rule": CacheRule(3, 5, 8),
+        "keys": random_codebook(6, 2, 4, 4),
+    },
+    "by head, sub-vectors of several heads": {
+        "codes_by_head": True,
+        "rule": CacheRule(0, 5, 16),
+        "heads": 4,
+        "kv_heads": 4,
+        "keys": centered(random_codebook(4, 3, 12, 4)),
+        "values": random_codebook(2, 3, 24, 5),
+    },
     "one head": {
         "heads": 1,
         "kv_heads": 1,
@@ -264,8 +279,11 @@ def test_random_sizes(seed: int) -> None:
         books.append(random_codebook(groups, stages, kv_heads * head_dim // groups, seed + side))
     if seed % 2:
         books[0] = centered(books[0])
+    rule = CacheRule(*(int(random.integers(low, 9)) for low in (0, 0, 1)))
+    by_head = seed % 4 > 1
     c = case(
-        rule=CacheRule(*(int(random.integers(low, 9)) for low in (0, 0, 1))),
+        rule=replace(rule, block=CODE_TILE) if by_head else rule,
+        codes_by_head=by_head,
         beam=int(random.integers(1, 5)),
         rope_interleaved=bool(random.integers(2)),
         exact_prefill=bool(random.integers(2)),
@@ -315,10 +333,10 @@ def test_ties_go_to_the_lower_path_and_code() -> None:
     assert_same(Node(c)(new, past, lengths, c.cache(2)), oracle(c, new, past, lengths, c.cache(2)))
 
 
-@pytest.mark.parametrize("rotated", [False, True])
-def test_empty_cache_storage(rotated: bool) -> None:
+@pytest.mark.parametrize("name", ["plain", "rotated", "by head, several sub-vectors a head"])
+def test_empty_cache_storage(name: str) -> None:
     """Capacity 0 serves until the first block is due, and then fails."""
-    c = case(capacity=0, **({"keys": centered(random_codebook(1, 5, 24, 0))} if rotated else {}))
+    c = case(**{"capacity": 0, **VARIANTS[name]})
     node, none = Node(c), torch.zeros(1, dtype=torch.int64)
     limit = c.config.rule.sinks + c.config.rule.window + c.config.rule.block
     for steps in (1, limit - 1):
@@ -400,9 +418,16 @@ def test_impossible_lengths_fail(past: list[int], new: list[int], steps: int) ->
         Node(c)(c.tokens(2, steps, 0), torch.tensor(past), torch.tensor(new), c.cache(2))
 
 
+@pytest.mark.parametrize("capacity", [5, 20])
+def test_a_capacity_that_no_tiles_fill_fails(capacity: int) -> None:
+    c = case(capacity=capacity, **VARIANTS["by head, several sub-vectors a head"])
+    with pytest.raises(Exception, match="Reshape"):
+        Node(c)(c.tokens(1, 3, 0), torch.tensor([0]), torch.tensor([3]), c.cache(1))
+
+
 def test_only_standard_operators_and_deterministic() -> None:
-    for rotated in (False, True):
-        function = build_function(rotated)
-        assert function.SerializeToString() == build_function(rotated).SerializeToString()
+    for kind in itertools.product((False, True), repeat=2):
+        function = build_function(*kind)
+        assert function.SerializeToString() == build_function(*kind).SerializeToString()
         assert [(o.domain, o.version) for o in function.opset_import] == [("", OPSET)]
         assert {n.domain for n in function.node} == {""}

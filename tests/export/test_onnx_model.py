@@ -276,6 +276,8 @@ def test_refusals_write_nothing(export: Callable[[str], Exported], tmp_path: Pat
         export_onnx(e.model, e.spec, foreign, e.settings, tmp_path)
     with pytest.raises(GsrqError, match=r"exact_dtype torch.float64 cannot be exported"):
         export_onnx(e.model, e.spec, e.codebooks, ExportSettings(exact_dtype=torch.float64), tmp_path)
+    with pytest.raises(GsrqError, match="block = 4: codes ordered by head lie in tiles of 8 tokens"):
+        export_onnx(e.model, e.spec, e.codebooks, ExportSettings(RULE, codes_by_head=True), tmp_path)
     with pytest.raises(GsrqError, match=r"is torch.bfloat16 on cpu"):
         export_onnx(tiny_model("Llama").bfloat16(), e.spec, e.codebooks, e.settings, tmp_path)
     assert list(tmp_path.iterdir()) == []

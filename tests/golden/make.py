@@ -31,8 +31,8 @@ RECIPE = {
     "name": "golden",
     "model": {"path": str(SOURCE / "model")},
     "traffic": {"sources": [{"kind": "self"}], "sequences": 6, "sequence_length": 48},
-    "codec": {"keys": {"width": 16, "stages": 2}, "values": {"width": 8, "stages": 1}, "iterations": 2},
-    "cache": {"sinks": 1, "window": 4, "block": 2, "exact_dtype": "float32"},
+    "codec": {"keys": {"width": 4, "stages": 2}, "values": {"width": 8, "stages": 1}, "iterations": 2},
+    "cache": {"sinks": 1, "window": 3, "block": 8, "exact_dtype": "float32", "code_order": "head"},
     "export": {"max_length": 48},
     "evaluate": {"perplexity": {"sequences": 1, "length": 48}},
 }

@@ -80,6 +80,13 @@ def check(stage: Stage, max_total: int | None = None, limit: float = 0) -> tuple
     return got, after
 
 
+def check_both(scene: Scene, limit: float = 0) -> None:
+    """One call against the reference with codes ordered by token, and by head: the same bits."""
+    by_token, _ = check(Stage(scene, DEVICE), limit=limit)
+    by_head, _ = check(Stage(with_config(scene, codes_by_head=True), DEVICE), limit=limit)
+    assert torch.equal(by_head.view(torch.int8), by_token.view(torch.int8))
+
+
 def slices(case: Case, start: int, stop: int) -> list[torch.Tensor]:
     """The part's tokens and lengths: query, key, value, past, new on the device."""
     data = case.data()
@@ -129,15 +136,15 @@ def test_random_scenes(seed: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_decode_for_any_number_of_query_heads(head_dim: int, group: int, rotated: bool) -> None:
     scene = replace(DECODE, heads=2 * group, head_dim=head_dim, half_rope=head_dim // 2, seed=group, rotated=rotated)
-    check(Stage(replace(scene, keys=(head_dim, 5), values=(head_dim, 7)), DEVICE))
+    check_both(replace(scene, keys=(head_dim, 5), values=(head_dim, 7)))
 
 
 @pytest.mark.parametrize("grid", [True, False])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 32, 33])
 def test_decode_for_any_number_of_stages(stages: int, grid: bool) -> None:
     scene = replace(WIDE, keys=(128, stages), values=(128, 1 + stages // 3), grid=grid, seed=stages)
-    check(Stage(scene, DEVICE))
-    check(Stage(replace(scene, keys=(256, stages), values=(64, stages)), DEVICE))
+    check_both(scene)
+    check_both(replace(scene, keys=(256, stages), values=(64, stages)))
 
 
 @pytest.mark.parametrize(
@@ -146,9 +153,9 @@ def test_decode_for_any_number_of_stages(stages: int, grid: bool) -> None:
 def test_decode_in_the_rotated_frame_for_any_number_of_stages(stages: tuple[int, int]) -> None:
     """By lookups as far as tables and bins fit into shared memory, else by the prefill kernels."""
     scene = replace(WIDE, keys=(128, stages[0]), values=(128, stages[1]), rotated=True, seed=stages[0])
-    check(Stage(scene, DEVICE))
-    check(Stage(replace(scene, keys=(256, stages[0]), values=(64, stages[1])), DEVICE))
-    check(Stage(replace(scene, keys=(64, stages[0]), values=(256, stages[1]), page=16), DEVICE))
+    check_both(scene)
+    check_both(replace(scene, keys=(256, stages[0]), values=(64, stages[1])))
+    check_both(replace(scene, keys=(64, stages[0]), values=(256, stages[1]), page=16))
 
 
 def test_the_form_of_the_codebooks_is_seen() -> None:
@@ -185,9 +192,9 @@ def test_the_form_of_the_codebooks_is_seen() -> None:
 def test_long_caches(traits: dict[str, object], dtype: torch.dtype) -> None:
     rule = AttentionConfig(128**-0.5, CacheRule(4, 64, 64))
     scene = replace(WIDE, past=(20011, 7001, 131, 0), new=(1, 1, 1, 1), dtype=dtype, config=rule, seed=5)
-    stage = Stage(replace(scene, **traits), DEVICE)  # type: ignore[arg-type]
-    check(stage)
-    check(stage, 20012)
+    scene = replace(scene, **traits)  # type: ignore[arg-type]
+    check_both(scene)
+    check(Stage(scene, DEVICE), 20012)
 
 
 @pytest.mark.parametrize("stages", [(16, 8), (24, 8)], ids=str)
@@ -196,7 +203,7 @@ def test_few_and_many_rows_in_the_rotated_frame(rows: int, stages: tuple[int, in
     """Up to four rows turn their queries beside the tables, more have a launch for it; long, short and empty rows."""
     past = (5003, 700, 0, 90, 3100, 64, 1500, 2, 4099)[:rows]
     scene = replace(WIDE, keys=(128, stages[0]), values=(128, stages[1]), past=past, new=(1,) * rows, rotated=True)
-    check(Stage(scene, DEVICE))
+    check_both(scene)
     check(
         Stage(replace(scene, keys=(256, stages[0]), values=(256, stages[1]), dtype=torch.bfloat16, seed=rows), DEVICE)
     )
@@ -207,7 +214,7 @@ def test_few_and_many_rows_in_the_rotated_frame(rows: int, stages: tuple[int, in
 def test_more_rows_than_blocks(past: tuple[int, ...], rotated: bool) -> None:
     """A block, or a cluster of some, goes through several rows, whole ones or with a stretch of one."""
     scene = replace(WIDE, keys=(128, 24), values=(128, 8), past=past, new=(1,) * len(past), rotated=rotated)
-    check(Stage(scene, DEVICE))
+    check_both(scene)
 
 
 @pytest.mark.parametrize("rotated", [False, True])
@@ -216,7 +223,7 @@ def test_many_rows_whose_value_slots_are_summed_together(values: tuple[int, int]
     """A block takes two slots or more of a sub-vector, and what is left of an odd number of stages."""
     past = tuple(range(100, 400, 2))
     scene = replace(WIDE, kv_heads=8, heads=32, values=values, past=past, new=(1,) * len(past), rotated=rotated)
-    check(Stage(scene, DEVICE))
+    check_both(scene)
 
 
 @pytest.mark.parametrize("rotated", [False, True])
@@ -224,7 +231,7 @@ def test_many_rows_whose_value_slots_are_summed_together(values: tuple[int, int]
 def test_long_caches_with_masks(traits: dict[str, object], rotated: bool) -> None:
     config = AttentionConfig(0.1, CacheRule(4, 64, 64))
     scene = replace(WIDE, past=(6011, 700), new=(1, 1), config=config, rotated=rotated)
-    check(Stage(with_config(scene, **traits), DEVICE))
+    check_both(with_config(scene, **traits))
 
 
 @pytest.mark.parametrize("rotated", [False, True])
@@ -233,7 +240,7 @@ def test_long_caches_with_masks(traits: dict[str, object], rotated: bool) -> Non
 def test_long_prefill(dtype: torch.dtype, exact_prefill: bool, rotated: bool) -> None:
     config = AttentionConfig(128**-0.5, CacheRule(4, 64, 64), exact_prefill=exact_prefill)
     scene = replace(WIDE, past=(0, 1500, 129), new=(1100, 700, 0), dtype=dtype, config=config, keys=(128, 4))
-    check(Stage(replace(scene, rotated=rotated), DEVICE))
+    check_both(replace(scene, rotated=rotated))
 
 
 def test_scores_far_apart() -> None:
@@ -242,9 +249,9 @@ def test_scores_far_apart() -> None:
     Scores are hundreds, so float16 products are off by a tenth and the weights of near ties by as much.
     """
     scene = replace(WIDE, past=(9000, 40, 700), new=(1, 1, 1), dtype=torch.float32, grid=True)
-    check(Stage(with_config(scene, scale=2.0), DEVICE), limit=0.05)
-    check(Stage(with_config(replace(scene, new=(20, 3, 7)), scale=2.0), DEVICE), limit=1e-4)
-    check(Stage(with_config(replace(scene, rotated=True), scale=2.0), DEVICE), limit=0.01)
+    check_both(with_config(scene, scale=2.0), limit=0.05)
+    check_both(with_config(replace(scene, new=(20, 3, 7)), scale=2.0), limit=1e-4)
+    check_both(with_config(replace(scene, rotated=True), scale=2.0), limit=0.01)
 
 
 @pytest.mark.parametrize(
@@ -282,9 +289,12 @@ def test_the_parts_are_the_whole() -> None:
     [
         WIDE,
         replace(WIDE, page=8),
+        with_config(WIDE, codes_by_head=True),
+        with_config(replace(WIDE, page=8), codes_by_head=True),
         replace(WIDE, rope="random", dtype=torch.bfloat16),
         replace(WIDE, rotated=True),
         replace(WIDE, rotated=True, page=8),
+        with_config(replace(WIDE, rotated=True), codes_by_head=True),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from attention_cases import CASES, ROTATED, Case, Data
+from attention_cases import BY_HEAD, CASES, ROTATED, Case, Data
 from op_session import ONNX_TYPE, OpSession
 from op_tensors import CACHE, assert_close, assert_same, feeds
 from tiny_artifact import tiny_artifact
@@ -42,7 +42,7 @@ def session(case: Case, data: Data, io: torch.dtype = torch.float32, tables: boo
 
 @pytest.mark.parametrize("tables", [True, False])
 @pytest.mark.parametrize("chunk", [37, 10, 1])
-@pytest.mark.parametrize("case", [*CASES, *ROTATED, WIDE], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ROTATED, *BY_HEAD, WIDE], ids=str)
 def test_the_shared_cases(case: Case, chunk: int, tables: bool) -> None:
     if case.config.exact_prefill and chunk != case.steps:
         pytest.skip("what exact prefill shows depends on the parts")

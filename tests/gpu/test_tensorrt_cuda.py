@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import trt_harness
-from attention_cases import CASES, ROTATED, Case, Data
+from attention_cases import BY_HEAD, CASES, ROTATED, Case, Data
 from op_tensors import CACHE, FEEDS, assert_close, assert_same, feeds
 from trt_harness import Desc, Harness, Plugin, descs, input_tensors
 
@@ -81,7 +81,7 @@ class Runner:
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "copied"])
 @pytest.mark.parametrize("chunk", [37, 10, 1])
-@pytest.mark.parametrize("case", [*CASES, *ROTATED, WIDE, TURNED], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ROTATED, *BY_HEAD, WIDE, TURNED], ids=str)
 def test_the_shared_cases(host: Harness, case: Case, chunk: int, in_place: bool) -> None:
     if case.config.exact_prefill and chunk != case.steps:
         pytest.skip("what exact prefill shows depends on the parts")

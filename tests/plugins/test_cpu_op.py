@@ -12,7 +12,7 @@ from attention_cases import random_codebook
 from op_session import CACHE, FEEDS, OpSession, from_ort, to_ort
 
 from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention
-from gsrq_export.cache.rule import CacheRule
+from gsrq_export.cache.rule import CODE_TILE, CacheRule, code_run, to_token_order
 from gsrq_export.codec.codebook import Codebook
 
 TOLERANCE = 1e-4
@@ -79,19 +79,24 @@ def centered(book: Codebook) -> Codebook:
     return replace(book, center=center)
 
 
-def random_setup(seed: int, rotated: bool = False) -> Setup:
+RULES = [(4, 64, 64), (0, 0, 1), (3, 5, 7), (0, 0, 3), (2, 0, 5), (1, 9, 4)]
+RULES_BY_HEAD = [(4, 64, 64), (0, 0, 8), (3, 5, 16), (0, 0, 24), (2, 0, 40), (1, 9, 8)]
+
+
+def random_setup(seed: int, rotated: bool = False, by_head: bool = False) -> Setup:
     """Odd shapes and options, drawn by seed."""
     draw = random.Random(seed)
     head_dim, kv_heads = draw.choice([16, 64, 96, 128, 30]), draw.choice([1, 2, 3, 4])
     widths = [w for w in (head_dim // 2, head_dim, 2 * head_dim, kv_heads * head_dim) if kv_heads * head_dim % w == 0]
     config = AttentionConfig(
         head_dim**-0.5,
-        CacheRule(*draw.choice([(4, 64, 64), (0, 0, 1), (3, 5, 7), (0, 0, 3), (2, 0, 5), (1, 9, 4)])),
+        CacheRule(*draw.choice(RULES_BY_HEAD if by_head else RULES)),
         beam=draw.choice([1, 3]),
         rope_interleaved=draw.random() < 0.5,
         exact_prefill=draw.random() < 0.4,
         softcap=draw.choice([0.0, 0.0, 2.0]),
         sliding_window=draw.choice([0, 0, 0, 9, 150]),
+        codes_by_head=by_head,
     )
     books = [
         random_codebook(
@@ -113,9 +118,15 @@ def random_setup(seed: int, rotated: bool = False) -> Setup:
     )
 
 
-@pytest.mark.parametrize(("seed", "rotated"), [*((seed, False) for seed in range(16)), *((s, True) for s in range(16))])
-def test_random_shapes_and_options_equal_the_reference(seed: int, rotated: bool, library: Path, isa: str) -> None:
-    setup, draw = random_setup(seed, rotated), random.Random(seed + 1000)
+RANDOM = [(seed, rotated, False) for rotated in (False, True) for seed in range(16)]
+RANDOM += [(seed, seed % 8 > 3, True) for seed in range(16, 32)]
+
+
+@pytest.mark.parametrize(("seed", "rotated", "by_head"), RANDOM)
+def test_random_shapes_and_options_equal_the_reference(
+    seed: int, rotated: bool, by_head: bool, library: Path, isa: str
+) -> None:
+    setup, draw = random_setup(seed, rotated, by_head), random.Random(seed + 1000)
     batch, steps, before = draw.choice([1, 2, 3]), [1, 1, 3, 97][seed % 4], draw.choice([0, 50, 333])
     positions = before + steps + 5
     cache, past = setup.empty(batch, positions), torch.zeros(batch, dtype=torch.int64)
@@ -130,7 +141,8 @@ def test_random_shapes_and_options_equal_the_reference(seed: int, rotated: bool,
 
 
 def small_setup(dtype: torch.dtype = torch.float16, rotated: bool = False, **config: object) -> Setup:
-    attention = replace(AttentionConfig(0.2, CacheRule(2, 5, 4)), **config)  # type: ignore[arg-type]
+    rule = CacheRule(2, 5, 8 if config.get("codes_by_head") else 4)
+    attention = replace(AttentionConfig(0.2, rule), **config)  # type: ignore[arg-type]
     keys = random_codebook(64, 32, 5, 1)
     return Setup(attention, centered(keys) if rotated else keys, random_codebook(64, 64, 4, 2), 6, 2, 32, 16, dtype)
 
@@ -159,6 +171,31 @@ def test_pieces_do_not_matter(dtype: torch.dtype, rotated: bool, library: Path, 
     assert_same(setup.reference(whole, setup.empty(1, total)), once)
     assert_same(once, run_in_pieces(session, setup, whole, [17, 1, 40, 1, 2, 40]))
     assert_same(once, run_in_pieces(session, setup, whole, [1] * total))
+
+
+# Key and value widths of 4 heads of 16: several sub-vectors a head, one a head, one of several heads.
+WIDTHS = [(16, 16, 0), (8, 4, 0), (32, 64, 0), (64, 8, 83), (16, 32, 83)]
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(("key_width", "value_width", "sliding_window"), WIDTHS)
+def test_the_order_of_codes_changes_no_bit(
+    key_width: int, value_width: int, sliding_window: int, rotated: bool, library: Path, isa: str
+) -> None:
+    """A cache that grows in several calls; the sliding window's first row lies within a tile of 8."""
+    keys, values = random_codebook(64, key_width, 5, 1), random_codebook(64, value_width, 3, 2)
+    config = AttentionConfig(0.25, CacheRule(3, 5, 8), sliding_window=sliding_window)
+    by_token = Setup(config, centered(keys) if rotated else keys, values, 8, 4, 16, 8)
+    by_head = replace(by_token, config=replace(config, codes_by_head=True))
+    pieces, total = [17, 1, 1, 80, *[1] * 12], 111
+    whole = by_token.tensors(torch.tensor([0]), torch.tensor([total]), total, total, 3)
+    output, cache = run_in_pieces(by_token.session(library), by_token, whole, pieces)
+    other, stored = run_in_pieces(by_head.session(library), by_head, whole, pieces)
+    assert torch.equal(output, other)
+    for name, book in (("key_codes", keys), ("value_codes", values)):
+        codes, run = getattr(stored, name), code_run(book.groups, book.stages, book.width, 16, True)
+        assert torch.equal(to_token_order(codes, run), getattr(cache, name))
+        assert torch.equal(codes, getattr(cache, name)) == (run == book.code_bytes)
 
 
 @pytest.mark.parametrize("exact_prefill", [False, True])
@@ -198,19 +235,23 @@ def test_rows_of_a_batch_do_not_touch_each_other(library: Path) -> None:
     assert torch.equal(after.key_exact[1], cache.key_exact[1])
 
 
-def long_setup(width: int, stages: int, rotated: bool = False) -> Setup:
+def long_setup(width: int, stages: int, rotated: bool = False, **config: object) -> Setup:
     keys, values = (random_codebook(256, width, stages, seed) for seed in (1, 2))
     if rotated:
         keys = centered(keys)
-    return Setup(AttentionConfig(128**-0.5), keys, values, 8, 2, 128, 64)
+    attention = AttentionConfig(128**-0.5, **config)  # type: ignore[arg-type]
+    return Setup(attention, keys, values, 8, 2, 128, 64)
 
 
 @pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize(("width", "stages", "tokens"), [(128, 3, 9000), (256, 5, 4300)])
+@pytest.mark.parametrize(
+    ("width", "stages", "tokens", "by_head", "sliding_window"),
+    [(128, 3, 9000, False, 0), (256, 5, 4300, False, 0), (128, 3, 9000, True, 8955), (256, 5, 4300, True, 0)],
+)
 def test_long_context_splits_and_threads_do_not_change_a_bit(
-    width: int, stages: int, tokens: int, rotated: bool, library: Path, isa: str
+    width: int, stages: int, tokens: int, by_head: bool, sliding_window: int, rotated: bool, library: Path, isa: str
 ) -> None:
-    setup = long_setup(width, stages, rotated)
+    setup = long_setup(width, stages, rotated, codes_by_head=by_head, sliding_window=sliding_window)
     past = torch.tensor([tokens])
     tensors = setup.tensors(past, torch.tensor([1]), 1, tokens + 1, 6)
     cache = setup.empty(1, tokens + 1)
@@ -253,8 +294,9 @@ def bind(session: OpSession, tensors: Tensors, cache: LayerCache):  # type: igno
     return binding, values
 
 
-def test_io_binding_updates_the_cache_in_place(library: Path) -> None:
-    setup, steps = small_setup(), 40
+@pytest.mark.parametrize("by_head", [False, True])
+def test_io_binding_updates_the_cache_in_place(by_head: bool, library: Path) -> None:
+    setup, steps = small_setup(codes_by_head=by_head), 40
     tensors = setup.tensors(torch.tensor([0]), torch.tensor([steps]), steps, steps + 1, 9)
     cache = setup.empty(1, steps + 30)
     cache.key_codes[:] = cache.value_codes[:] = 99  # rows past the coded ones must keep this
@@ -268,7 +310,7 @@ def test_io_binding_updates_the_cache_in_place(library: Path) -> None:
     types = [torch.int8, torch.int8, setup.dtype, setup.dtype]
     after = LayerCache(*[from_ort(values[name], dtype) for name, dtype in zip(CACHE, types, strict=True)])
     assert_same(want, (from_ort(outputs[0], torch.float32), after))
-    assert (after.key_codes[:, setup.config.rule.coded(steps) :] == 99).all()
+    assert (after.key_codes[:, setup.config.rule.coded(steps) :] == 99).all()  # whole tiles, in either order
 
 
 BAD_LENGTHS = [
@@ -340,6 +382,8 @@ BAD_ATTRIBUTES = [
     ({"softcap": -1.0}, "attribute softcap is -1, must be 0"),
     ({"rope_interleaved": 2}, "attribute rope_interleaved is 2, must be 0 or 1"),
     ({"key_frame": 2}, "attribute key_frame is 2, must be 0 or 1"),
+    ({"code_order": 2}, "attribute code_order is 2, must be 0 or 1"),
+    ({"code_order": 1}, "attribute block is 4, must be a multiple of 8 where code_order is 1"),
     ({"beam": 1.0}, "attribute beam must be an int, is a float"),
     ({"scale": 1}, "attribute scale must be a float, is an int"),
 ]
@@ -349,6 +393,18 @@ BAD_ATTRIBUTES = [
 def test_bad_attributes_stop_the_session(attribute: dict[str, int | float], message: str, library: Path) -> None:
     with pytest.raises(Exception, match=f"GsrqAttention: {message}"):
         small_setup().session(library, **attribute)
+
+
+def test_codes_by_head_need_a_capacity_of_whole_tiles(library: Path) -> None:
+    setup = small_setup(codes_by_head=True)
+    tensors = setup.tensors(torch.tensor([0]), torch.tensor([8]), 8, 100, 10)
+    cache = setup.empty(1, 50)
+    rows = cache.key_codes.shape[1]
+    assert rows % CODE_TILE == 0
+    cache.key_codes, cache.value_codes = cache.key_codes[:, 1:], cache.value_codes[:, 1:]
+    message = rf"key_codes has shape \[1, {rows - 1}, 10\]: capacity must be a multiple of 8 where code_order is 1"
+    with pytest.raises(Exception, match=f"GsrqAttention: {message}"):
+        setup.session(library).run(tensors, cache)
 
 
 def test_an_unknown_instruction_set_is_refused(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def test_a_file_that_is_no_library_and_one_of_another_version(tmp_path: Path) ->
         "int gsrq_cuda_abi(void) { return 99; }\n" + "".join(f"int {n}(void) {{ return 0; }}\n" for n in names)
     )
     subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(other)], check=True)
-    with pytest.raises(GsrqError, match="interface version 99, this program needs 2"):
+    with pytest.raises(GsrqError, match=f"interface version 99, this program needs {library.ABI}"):
         library.CudaLibrary(other)
 
 

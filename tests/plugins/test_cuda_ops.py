@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import CASES, Case
-from cuda_calls import call_tensors, layer_of_case, linear, paged
+from cuda_calls import TILE_CASES, by_head, call_tensors, layer_of_case, linear, paged
 
 from gsrq_export import CacheRule, GsrqError
 from gsrq_export.cache.reference import LayerCache, gsrq_attention
@@ -48,6 +48,56 @@ def test_the_cache_is_updated_in_place_as_the_reference_says(case: Case, page: i
         cache = linear(cache, table, after.key_codes.shape[1])
         cache = LayerCache(after.key_codes, after.value_codes, cache.key_exact, cache.value_exact)
     assert_equal(cache, after)
+
+
+@pytest.mark.parametrize("page", [0, 8, 24])
+@pytest.mark.parametrize("tiled", [False, True], ids=["by token", "by head"])
+@pytest.mark.parametrize("case", TILE_CASES, ids=str)
+def test_either_order_of_codes_gives_the_same(case: Case, tiled: bool, page: int) -> None:
+    """Prefilled, continued within a block and across blocks, decoded; the reference keeps its codes by token."""
+    data, stored = case.data(), by_head(case) if tiled else case
+    layer, expected = layer_of_case(stored, data), case.empty()
+    capacity = expected.key_codes.shape[1]
+    cache, table = paged(case.empty(), page) if page else (case.empty(), None)
+    start = 0
+    for steps in (19, 3, 11, *[1] * 4):
+        rows = slice(start, start + steps)
+        part = replace(data, **{n: getattr(data, n)[:, :, rows].contiguous() for n in ("query", "key", "value")})
+        past, new = data.lengths.clamp(max=start), (data.lengths - start).clamp(0, steps)
+        output, expected = gsrq_attention(
+            part.query, part.key, part.value, data.cos, data.sin, past, new, expected,
+            case.keys, case.values, case.config,
+        )  # fmt: skip
+        assert torch.equal(run(layer, call_tensors(part, past, new, cache, table)), output)
+        start += steps
+    assert start == case.steps
+    found = cache if table is None else linear(cache, table, capacity)
+    total, width = case.kv_heads * case.head_dim, max(case.keys.width, case.head_dim)
+    assert torch.equal(found.key_codes, expected.key_codes) == (not tiled or width == total), "as the case says"
+    found = stored.in_token_order(found)
+    assert torch.equal(found.key_exact, expected.key_exact)
+    assert torch.equal(found.value_exact, expected.value_exact)
+    for b, n in enumerate(case.config.rule.coded(data.lengths).tolist()):
+        assert torch.equal(found.key_codes[b, :n], expected.key_codes[b, :n])
+        assert torch.equal(found.value_codes[b, :n], expected.value_codes[b, :n])
+
+
+@pytest.mark.parametrize("page", [0, 12])
+def test_codes_by_head_need_whole_tiles(page: int) -> None:
+    """Capacity or page; nothing is written. By token the same tensors are taken."""
+    case = TILE_CASES[0]
+    data, cache = case.data(), case.empty()
+    cache = LayerCache(
+        cache.key_codes[:, :28].contiguous(), cache.value_codes[:, :28].contiguous(), *list(vars(cache).values())[2:]
+    )
+    cache, table = paged(cache, page) if page else (cache, None)
+    before = LayerCache(*(tensor.clone() for tensor in vars(cache).values()))
+    call = call_tensors(data, ZEROS, data.lengths, cache, table)
+    with pytest.raises(GsrqError, match=f"key_codes has {page or 28} rows: .* tiles of 8 tokens") as error:
+        run(layer_of_case(by_head(case), data), call)
+    assert "multiple of 8" in error.value.mend
+    assert_equal(cache, before)
+    assert torch.equal(run(layer_of_case(case, data), call), case.run(data)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

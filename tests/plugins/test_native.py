@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gsrq_export import native
-from gsrq_export.cache.rule import CODEBOOK_SIZE, CacheRule
+from gsrq_export.cache.rule import CODE_TILE, CODEBOOK_SIZE, CacheRule, code_run, from_token_order, to_token_order
 from gsrq_export.errors import GsrqError
 
 HERE = Path(__file__).resolve().parent
@@ -28,7 +28,12 @@ extern "C" int64_t slot32(int64_t j, int64_t s, int64_t w, int64_t p) { return g
 extern "C" int64_t slots(int64_t s, int64_t w, int64_t p) { return gsrq_exact_slots(s, w, p); }
 extern "C" int64_t row(int64_t j, int64_t s) { return gsrq_code_row(j, s); }
 extern "C" int64_t byte(int64_t g, int64_t r, int64_t stages) { return gsrq_code_byte(g, r, stages); }
+extern "C" int64_t run(int by_head, int64_t g, int64_t r, int64_t w, int64_t d) {
+  return gsrq_code_run(by_head, g, r, w, d);
+}
+extern "C" int64_t offset(int64_t c, int64_t b, int64_t row, int64_t run) { return gsrq_code_offset(c, b, row, run); }
 extern "C" int64_t size() { return GSRQ_CODEBOOK_SIZE; }
+extern "C" int64_t tile() { return GSRQ_CODE_TILE; }
 """
 
 
@@ -38,10 +43,10 @@ def test_the_header_and_python_state_the_same_layout(tmp_path: Path) -> None:
     include = f"-I{native.source_dir() / 'include'}"
     subprocess.run([COMPILER, "-shared", "-fPIC", include, str(source), "-o", str(shared)], check=True)
     c = ctypes.CDLL(str(shared))
-    for name in ("coded", "slot", "coded32", "slot32", "slots", "row", "byte", "size"):
+    for name in ("coded", "slot", "coded32", "slot32", "slots", "row", "byte", "run", "offset", "size", "tile"):
         getattr(c, name).restype = ctypes.c_int64
     i64 = ctypes.c_int64
-    assert c.size() == CODEBOOK_SIZE
+    assert (c.size(), c.tile()) == (CODEBOOK_SIZE, CODE_TILE)
     for rule in (CacheRule(), CacheRule(0, 0, 1), CacheRule(3, 5, 7), CacheRule(1, 0, 4), CacheRule(0, 9, 2)):
         swp = (i64(rule.sinks), i64(rule.window), i64(rule.block))
         assert c.slots(*swp) == rule.exact_slots
@@ -55,6 +60,19 @@ def test_the_header_and_python_state_the_same_layout(tmp_path: Path) -> None:
     # docs/operator.md: byte g * R + r is stage r of sub-vector g, as Codebook.encode lays them out.
     order = torch.arange(5 * 3).reshape(5, 3)
     assert [[c.byte(i64(g), i64(r), i64(3)) for r in range(3)] for g in range(5)] == order.tolist()
+    # (sub-vectors, stages, their width, head_dim): one a head, several a head, several heads a sub-vector.
+    for groups, stages, width, head_dim in ((3, 5, 16, 16), (6, 2, 8, 24), (2, 7, 64, 16)):
+        for by_head in (False, True):
+            run = code_run(groups, stages, width, head_dim, by_head)
+            assert c.run(int(by_head), *map(i64, (groups, stages, width, head_dim))) == run
+            rows, row_bytes = 3 * CODE_TILE, groups * stages
+            codes = torch.arange(rows * row_bytes).reshape(rows, row_bytes)
+            stored = from_token_order(codes, run)
+            assert to_token_order(stored, run).equal(codes)
+            flat = stored.flatten()
+            for row in range(rows):
+                at = [c.offset(i64(row), i64(byte), i64(row_bytes), i64(run)) for byte in range(row_bytes)]
+                assert flat[at].equal(codes[row])
 
 
 def test_abi_declarations_equal_onnxruntimes_header(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from trt_harness import Desc, Harness, Plugin, descs, input_tensors
 
 from gsrq_export import native
 from gsrq_export.cache.reference import attributes
+from gsrq_export.cache.rule import CacheRule
+from gsrq_export.cuda import library
 from gsrq_export.errors import GsrqError
 
 LEAN = """
@@ -50,6 +52,13 @@ os._exit(0)  # the runtime's own exit handlers want a GPU
 """
 
 
+# What a plan holds of attributes that nodes of the first libraries lack.
+LATER = {"key_frame": "int 0", "code_order": "int 0"}
+BY_HEAD = replace(
+    ROTATED[0], name="by head", config=replace(CASES[0].config, rule=CacheRule(2, 5, 8), codes_by_head=True)
+)
+
+
 @pytest.fixture(params=[10, 11])
 def host(request: pytest.FixtureRequest) -> Harness:
     return trt_harness.harness(request.param)
@@ -68,7 +77,7 @@ def call(case: Case, io: torch.dtype = torch.float32) -> tuple[list[Desc], list[
     return descs(input_tensors(case, feeds, vars(case.empty())))
 
 
-@pytest.mark.parametrize("case", [*CASES, *ROTATED], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ROTATED, BY_HEAD], ids=str)
 def test_attributes_survive_a_plan_and_copies(host: Harness, case: Case) -> None:
     given = attributes(case.config, case.rotated)
     plugin = made(host, case)
@@ -78,10 +87,10 @@ def test_attributes_survive_a_plan_and_copies(host: Harness, case: Case) -> None
     expected |= {n: f"int {v}" for n, v in given.items() if not isinstance(v, float)}
     for copy in (plugin, plugin.another("clone"), plugin.another("attach"), plugin.another("reload").another("clone")):
         held = dict(line.split(" ", 1) for line in copy.text("serialized"))
-        assert held == {"key_frame": "int 0", **expected}
+        assert held == {**LATER, **expected}
     name, build, cache_id, fields = plugin.text("identity")
     assert (name, build) == ("ai.gsrq GsrqAttention 1", "PLUGIN_V3ONE_BUILD 2")
-    assert set(fields.split()) == {*given, "key_frame"}
+    assert set(fields.split()) == {*given, *LATER}
     assert all(f"{n}=" in cache_id for n in given)
     assert plugin.aliased() == [-1, 7, 8, 9, 10]
 
@@ -94,6 +103,8 @@ def test_attributes_survive_a_plan_and_copies(host: Harness, case: Case) -> None
         ({"scale": 1}, "attribute scale must be a float"),
         ({"sinks": 1.5}, "attribute sinks must be an int"),
         ({"key_frame": 2}, "attribute key_frame is 2, must be 0 or 1"),
+        ({"code_order": 2}, "attribute code_order is 2, must be 0 or 1"),
+        ({"code_order": 1}, "attribute block is 4, must be a multiple of 8 where code_order is 1"),
         ({"rope_interleaved": -1}, "attribute rope_interleaved is -1, must be 0 or 1"),
         ({"beam": 5000}, "attribute beam is 5000"),
         ({"unheard": 1}, "attribute unheard is unknown"),
@@ -136,21 +147,22 @@ def test_types_and_shapes_of_outputs(host: Harness, case: Case, io: torch.dtype)
             assert plugin.supports(changed, pos) == free, (pos, wrong)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        ({0: (3, 4, 37, 15)}, "head_dim must be even"),
-        ({1: (3, 3, 37, 16)}, "must be a multiple of key's 3"),
-        ({5: (4,)}, "past_lengths has shape [4], expected [3]"),
-        ({8: (3, 36, 5)}, "value_codes has shape"),
-        ({9: (3, 2, 10, 16)}, "key_exact has shape"),
-        ({11: (2, 3, 255, 16)}, "key_codebooks has shape"),
-        ({13: (2, 16, 15)}, "key_transform has shape"),
-    ],
-)
-def test_shapes_are_checked(host: Harness, spoil: dict[int, tuple[int, ...]], said: str) -> None:
-    inputs, outputs = call(CASES[0])
-    plugin = made(host, CASES[0])
+SPOILT = [
+    (CASES[0], {0: (3, 4, 37, 15)}, "head_dim must be even"),
+    (CASES[0], {1: (3, 3, 37, 16)}, "must be a multiple of key's 3"),
+    (CASES[0], {5: (4,)}, "past_lengths has shape [4], expected [3]"),
+    (CASES[0], {8: (3, 36, 5)}, "value_codes has shape"),
+    (CASES[0], {9: (3, 2, 10, 16)}, "key_exact has shape"),
+    (CASES[0], {11: (2, 3, 255, 16)}, "key_codebooks has shape"),
+    (CASES[0], {13: (2, 16, 15)}, "key_transform has shape"),
+    (BY_HEAD, {7: (3, 31, 6), 8: (3, 31, 2)}, "key_codes has shape [3, 31, 6]: capacity must be a multiple of 8"),
+]
+
+
+@pytest.mark.parametrize(("case", "spoil", "said"), SPOILT, ids=str)
+def test_shapes_are_checked(host: Harness, case: Case, spoil: dict[int, tuple[int, ...]], said: str) -> None:
+    inputs, outputs = call(case)
+    plugin = made(host, case)
     assert plugin.shape_change(inputs, outputs) == 0, host.messages()
     changed = [(dtype, spoil.get(i, shape)) for i, (dtype, shape) in enumerate(inputs)]
     assert plugin.shape_change(changed, outputs) != 0
@@ -182,7 +194,7 @@ def test_where_the_kernels_are_looked_for(host: Harness, tmp_path: Path, monkeyp
     for i, (named, said) in enumerate(
         [
             (str(tmp_path / "nothing.so"), "the kernels cannot be loaded"),
-            (str(host.plugin), "has interface version none, this plugin needs 2"),
+            (str(host.plugin), f"has interface version none, this plugin needs {library.ABI}"),
             ("", "libgsrq_cuda.so: cannot open"),
             ("", None),
         ]

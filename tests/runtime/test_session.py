@@ -16,6 +16,7 @@ import torch
 from tiny_artifact import MAX_LENGTH, RULE, TinyArtifact, tiny_artifact
 
 from gsrq_export import GsrqError, coded, native
+from gsrq_export.cache.rule import code_run, to_token_order
 from gsrq_export.errors import ArtifactError
 from gsrq_export.evaluate.ort_runner import OrtRunner
 from gsrq_export.evaluate.torch_runner import TorchRunner
@@ -65,12 +66,27 @@ def reference(artifact: TinyArtifact, prompt: list[int], then: list[int]) -> tup
     return torch.stack(logits), out.past_key_values
 
 
-KINDS = [("Llama", False, torch.float32), ("Llama", True, torch.float32), ("Qwen3", False, torch.float16)]
+def in_token_order(artifact: TinyArtifact, layer: int, part: str, codes: np.ndarray) -> np.ndarray:
+    """The codes of a layer's cache as the torch cache has them."""
+    books, head_dim = artifact.codebooks[layer], artifact.model.config.head_dim
+    book = books.keys if part == "key_codes" else books.values
+    run = code_run(book.groups, book.stages, book.width, head_dim, artifact.codes_by_head)
+    return to_token_order(torch.from_numpy(codes), run).numpy()
 
 
-@pytest.mark.parametrize(("family", "exact_prefill", "exact_dtype"), KINDS)
-def test_prefill_and_steps(open_model: Open, family: str, exact_prefill: bool, exact_dtype: torch.dtype) -> None:
-    artifact = tiny_artifact(family, exact_prefill, exact_dtype)
+KINDS = [
+    ("Llama", False, torch.float32, False),
+    ("Llama", True, torch.float32, False),
+    ("Qwen3", False, torch.float16, False),
+    ("Qwen3", False, torch.float32, True),
+]
+
+
+@pytest.mark.parametrize(("family", "exact_prefill", "exact_dtype", "by_head"), KINDS)
+def test_prefill_and_steps(
+    open_model: Open, family: str, exact_prefill: bool, exact_dtype: torch.dtype, by_head: bool
+) -> None:
+    artifact = tiny_artifact(family, exact_prefill, exact_dtype, by_head)
     tight = exact_dtype == torch.float32
     model = open_model(artifact)
     prompts, then = rows(61, 1, 17, 42), rows(30, 30, 30, 30, seed=1)
@@ -80,10 +96,10 @@ def test_prefill_and_steps(open_model: Open, family: str, exact_prefill: bool, e
     for b, (prompt, tokens) in enumerate(zip(prompts, then, strict=True)):
         expected, cache = reference(artifact, prompt, tokens)
         np.testing.assert_allclose(np.stack([step[b] for step in got]), expected, atol=1e-3 if tight else 2e-2)
-        held = int(RULE.coded(len(prompt) + 30))
+        held = int(artifact.rule.coded(len(prompt) + 30))
         for i, layer in enumerate(cache.layers):  # type: ignore[attr-defined]
             for part in ("key_codes", "value_codes"):
-                codes = model.read_cache(i, part)[b, :held]
+                codes = in_token_order(artifact, i, part, model.read_cache(i, part))[b, :held]
                 same = codes == getattr(layer.cache, part)[0, :held].numpy()
                 assert same.all() if tight else same.mean() > 0.98
 
@@ -223,6 +239,8 @@ def test_damaged_artifacts(tmp_path: Path) -> None:
             (set_cache(window="8"), "bad gsrq.cache: window is '8'"),
             (set_cache(prefill="maybe"), "prefill 'maybe'"),
             (set_cache(exact_dtype="int4"), "exact_dtype 'int4'"),
+            (set_cache(code_order="row"), "code_order 'row'"),
+            (set_cache(code_order="head"), "code_order 'head', block 4"),
             (set_cache(layers=3), "bad gsrq.cache"),
             (one_layer_fewer, r"inputs are not those of its metadata: past\.1\.key_codes"),
         )

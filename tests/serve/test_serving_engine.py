@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from serve_artifact import MAX_LENGTH, PROMPTS, generated, served_artifact
+from tiny_artifact import tiny_artifact
 
 from gsrq_export import GsrqError
 from gsrq_export.runtime.generate import Sampling, load_eos, load_tokenizer
+from gsrq_export.runtime.metadata import PARTS
 from gsrq_export.runtime.session import OrtModel
 from gsrq_export.serve.engine import Engine
 from gsrq_export.serve.limits import Limits, QueueFullError
@@ -166,20 +168,21 @@ def test_a_full_queue_and_few_pages() -> None:
         engine.submit(Request("x"), print)
 
 
-@pytest.mark.parametrize("library", ["auto", None])
-def test_slots_are_neighbours_and_give_memory_back(library: str | None) -> None:
-    model = OrtModel(served_artifact(), 1, library)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("library", "by_head"), [("auto", False), (None, False), (None, True)])
+def test_slots_are_neighbours_and_give_memory_back(library: str | None, by_head: bool) -> None:
+    path = tiny_artifact(codes_by_head=True).path if by_head else served_artifact()
+    model = OrtModel(path, 1, library)  # type: ignore[arg-type]
     cache = SlotCache(model, 6)
     prompts = [list(range(3, 3 + n)) for n in (60, 45, 70)]
     for slot, prompt in enumerate(prompts):
         cache.run(slot + 1, [prompt])
-    alone = OrtModel(served_artifact(), 1, library)  # type: ignore[arg-type]
-    before = [cache.read(3, f"0.{part}") for part in ("key_codes", "value_exact")]
+    alone = OrtModel(path, 1, library)  # type: ignore[arg-type]
+    before = [cache.read(3, f"0.{part}") for part in PARTS]
     cache.move(3, 1)
-    for old, part in zip(before, ("key_codes", "value_exact"), strict=True):
+    for old, part in zip(before, PARTS, strict=True):
         np.testing.assert_array_equal(cache.read(1, f"0.{part}"), old)
     assert cache.lengths.tolist() == [0, 70, 45, 0, 0, 0]
-    assert [cache.pages(int(n)) for n in cache.lengths] == [0, 3, 1, 0, 0, 0]
+    assert [cache.pages(int(n)) for n in cache.lengths] == ([0, 7, 4, 0, 0, 0] if by_head else [0, 3, 1, 0, 0, 0])
     logits = cache.run(1, [[9], []])
     alone.prefill([prompts[2]])
     np.testing.assert_array_equal(logits[0], alone.step([9])[0])

@@ -14,7 +14,10 @@ from gsrq_export.tune.target import make_target, parse_memory
 
 LAYERS = [LayerShape(2, 64), LayerShape(2, 64), LayerShape(1, 32)]
 RECIPE = parse_recipe(
-    "{name: r, model: {path: m}, cache: {sinks: 4, window: 16, block: 16}, export: {max_length: 4096}}", "r", Path()
+    "{name: r, model: {path: m}, export: {max_length: 4096},"
+    " cache: {sinks: 4, window: 16, block: 16, code_order: head}}",
+    "r",
+    Path(),
 )
 BUDGET = {
     (0, "key"): CodecSide(width=128, stages=20),
@@ -35,7 +38,9 @@ def test_bytes_of_the_places_are_the_footprint(context: int, sequences: int) -> 
 
 def test_recipes_carry_the_budget_with_as_few_entries_as_needed() -> None:
     recipe = with_budget(RECIPE, BUDGET)
-    assert parse_recipe(resolved_yaml(recipe), "r", Path("/")).codec == recipe.codec
+    assert recipe.cache == RECIPE.cache
+    again = parse_recipe(resolved_yaml(recipe), "r", Path("/"))
+    assert (again.codec, again.cache) == (recipe.codec, recipe.cache)
     for (layer, kind), side in BUDGET.items():
         assert recipe.codec.side(kind, layer) == side
     same = uniform(LAYERS[:2], heads=True, stages=5)

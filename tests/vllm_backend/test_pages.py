@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import CASES, Case, continued
-from cuda_calls import layer_of_case
+from cuda_calls import TILE_CASES, by_head, layer_of_case
 from vllm_backend import interface
 
 interface.install()
 
 from gsrq_export.cache.reference import LayerCache, rotate  # noqa: E402
-from gsrq_export.cache.rule import CacheRule  # noqa: E402
+from gsrq_export.cache.rule import CODE_TILE, CacheRule  # noqa: E402
 from gsrq_export.codec.codebook import LayerCodebooks  # noqa: E402
 from gsrq_export.errors import GsrqError  # noqa: E402
+from gsrq_export.hosting import layers  # noqa: E402
 from gsrq_export.hosting.layers import ArtifactLayer, ArtifactLayers  # noqa: E402
 from gsrq_export.runtime.metadata import CacheMetadata, LayerShape  # noqa: E402
 from gsrq_export.vllm import backend  # noqa: E402
@@ -46,25 +47,19 @@ def served_case(case: Case, data: Any) -> Served:
     return Served(Path("case"), ArtifactLayers(metadata, (layer,)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *TILE_CASES], ids=str)
 def test_sequences_in_pages_are_what_they_are_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     data, rule = case.data(), case.config.rule
-    served, layer = served_case(case, data), layer_of_case(case, data)
-    monkeypatch.setattr(backend, "served_artifact", lambda: served)
-    monkeypatch.setattr(backend, "torch_layer", lambda *_: layer)
+    served = served_case(case, data)
+    serve(served, monkeypatch)
     page = backend.GsrqBackend.get_supported_kernel_block_sizes()[0].base
     spec = backend.GsrqBackend.customize_spec(full_spec(case, page))
-    impl = backend.GsrqImpl(
-        case.heads,
-        case.head_dim,
-        case.config.scale,
-        case.kv_heads,
-        sliding_window=case.config.sliding_window or None,
-        logits_soft_cap=case.config.softcap or None,
-    )
-    name = "model.layers.0.self_attn.attn"
-    config = interface.config_of({name: impl}, len(data.cos), chunked=False)
-    builder = backend.GsrqBuilder(spec, [name], config, torch.device("cpu"))
+    impl = implementation(case)
+    builder = builder_of(impl, spec, len(data.cos))
+    layer = impl.layer
+    assert layer is not None
+    tiled = case in TILE_CASES
+    assert layer.config.codes_by_head == tiled == (rule.block % CODE_TILE == 0)
     # As few pages as the steps need: what a sequence gives back is another's next.
     scheduler = interface.Scheduler(spec, 1 + 3 * spec.pages(case.steps))
     pool = scheduler.pool()
@@ -110,6 +105,34 @@ def test_sequences_in_pages_are_what_they_are_alone(case: Case, monkeypatch: pyt
         exact = pages.read_exact(ids[None], torch.tensor([done[b]]))
         for found, kept in zip(exact, (cache.key_exact, cache.value_exact), strict=True):
             torch.testing.assert_close(found, kept, atol=1e-2, rtol=1e-2)
+        coded = rule.coded(done[b])
+        linear = [c[ids[spec.exact_pages :]].flatten(0, 1)[None] for c in (pages.key_codes, pages.value_codes)]
+        stored = (by_head(case) if tiled else case).in_token_order(LayerCache(*linear, *exact))
+        assert torch.equal(stored.value_codes[0, :coded], cache.value_codes[0, :coded]), "values are not rotated"
+
+
+def serve(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the backend serve it; its layers are made anew."""
+    monkeypatch.setattr(backend, "served_artifact", lambda: served)
+    monkeypatch.setattr(layers, "artifact_layers", lambda _: served.layers)
+    monkeypatch.setattr(backend, "torch_layer", layers.torch_layer.__wrapped__)
+
+
+def implementation(case: Case) -> backend.GsrqImpl:
+    return backend.GsrqImpl(
+        case.heads,
+        case.head_dim,
+        case.config.scale,
+        case.kv_heads,
+        sliding_window=case.config.sliding_window or None,
+        logits_soft_cap=case.config.softcap or None,
+    )
+
+
+def builder_of(impl: backend.GsrqImpl, spec: GsrqSpec, longest: int) -> backend.GsrqBuilder:
+    name = "model.layers.0.self_attn.attn"
+    config = interface.config_of({name: impl}, longest, chunked=False)
+    return backend.GsrqBuilder(spec, [name], config, torch.device("cpu"))
 
 
 def empty(case: Case) -> LayerCache:

@@ -45,7 +45,21 @@ GSRQ_INLINE int32_t gsrq_slot32(int32_t token, int32_t sinks, int32_t window, in
 /* Row of the code tensor that holds a coded token. */
 GSRQ_INLINE int64_t gsrq_code_row(int64_t token, int64_t sinks) { return token - sinks; }
 
-/* Byte, within a token's row, of stage r of sub-vector g. */
+/* Byte, of a token's codes, of stage r of sub-vector g. */
 GSRQ_INLINE int64_t gsrq_code_byte(int64_t group, int64_t stage, int64_t stages) { return group * stages + stage; }
+
+#define GSRQ_CODE_TILE 8 /* rows whose codes of a head lie together where codes are ordered by head */
+
+/* Bytes of a token's codes that lie together: all of them, or by head those of a KV head (of the heads that share a
+ * sub-vector, where one spans several). */
+GSRQ_INLINE int64_t gsrq_code_run(int by_head, int64_t groups, int64_t stages, int64_t width, int64_t head_dim) {
+  return by_head ? (width < head_dim ? head_dim / width : 1) * stages : groups * stages;
+}
+
+/* Where, from a linear cache's row 0 or a page's, byte `byte` of a row's codes lies: [row / 8][byte / run][row % 8][byte % run].
+ * Where run is row_bytes, that is row * row_bytes + byte. */
+GSRQ_INLINE int64_t gsrq_code_offset(int64_t row, int64_t byte, int64_t row_bytes, int64_t run) {
+  return (row / GSRQ_CODE_TILE * row_bytes + byte / run * run) * GSRQ_CODE_TILE + row % GSRQ_CODE_TILE * run + byte % run;
+}
 
 #endif /* GSRQ_LAYOUT_H_ */

@@ -57,6 +57,9 @@ std::string check(const Attributes& a) {
   if (a.sinks < 0 || a.sinks > most) return bad("sinks", a.sinks, "0 or more");
   if (a.window < 0 || a.window > most) return bad("window", a.window, "0 or more");
   if (a.block < 1 || a.block > most) return bad("block", a.block, "1 or more");
+  static_assert(GSRQ_CODE_TILE == 8);
+  if (a.codes_by_head && a.block % GSRQ_CODE_TILE != 0)
+    return bad("block", a.block, "a multiple of 8 where code_order is 1");
   static_assert(GSRQ_CODEBOOK_SIZE == 256);
   if (a.beam < 1 || a.beam > GSRQ_CODEBOOK_SIZE) return bad("beam", a.beam, "1 to 256");
   if (a.sliding_window < 0) return bad("sliding_window", a.sliding_window, "0 (none) or positive");
@@ -94,6 +97,8 @@ std::string check(const Attributes& a, const Shapes& s) {
   const int64_t capacity = s.key_codes[1];
   if (capacity < 0 || capacity > kMostTokens)
     return "key_codes has shape " + text(s.key_codes) + ": capacity must be 0 to 2^40";
+  if (a.codes_by_head && capacity % GSRQ_CODE_TILE != 0)
+    return "key_codes has shape " + text(s.key_codes) + ": capacity must be a multiple of 8 where code_order is 1";
   if (auto e = expect("key_codes", s.key_codes, {batch, capacity, kb[0] * kb[1]}, "batch, capacity, groups * stages");
       !e.empty())
     return e;

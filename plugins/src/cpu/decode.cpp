@@ -196,16 +196,14 @@ void Layer::decode(const Call& call, const KeyState& state, const std::vector<in
   for (const Row& row : rows)
     for (int64_t h = 0; h < kv; ++h)
       for (int64_t split = 0; split < row.splits; ++split) parts.push_back({&row, h, split});
-  const int64_t key_stride = call.key_words.groups * call.key_words.stages;
   for_each_task(threads, parts.size(), [&](size_t i) {
     const Row& row = *parts[i].row;
     const int64_t h = parts[i].a, split = parts[i].b, begin = split * row.split_size;
     const auto describe = [&](auto& task) {
       task.rope = {call.cos, call.sin, call.half_rope, a.rope_interleaved};
-      task.code_stride = key_stride;
-      task.codes = call.present_key_codes +
-                   (row.row * call.capacity + gsrq_code_row(row.first + begin, a.sinks)) * key_stride +
-                   gsrq_code_byte(h * d / call.key_words.width, 0, call.key_words.stages);
+      const StoredCodes stored(a, call, call.key_words, row.row);
+      task.codes = call.present_key_codes + stored.at(h * d / call.key_words.width, 0);
+      task.code_rows = stored.rows(gsrq_code_row(row.first + begin, a.sinks));
       task.count = std::min(row.split_size, row.count - begin);
       task.first_token = row.first + begin;
       task.query = row.query + h * slices * lanes * 2 * kLanes;
@@ -254,7 +252,6 @@ void Layer::decode(const Call& call, const KeyState& state, const std::vector<in
   for (const Row& row : rows)
     for (int64_t g = 0; g < words.groups; ++g)
       for (int64_t chunk = 0; chunk < chunks; ++chunk) parts.push_back({&row, g, chunk});
-  const int64_t value_stride = words.groups * words.stages;
   for_each_task(threads, parts.size(), [&](size_t i) {
     const Row& row = *parts[i].row;
     const int64_t g = parts[i].a, chunk = parts[i].b, head = g * words.width / d;
@@ -263,10 +260,9 @@ void Layer::decode(const Call& call, const KeyState& state, const std::vector<in
     task.group = g;
     task.first_stage = chunk * bin_stages;
     task.stages = std::min(bin_stages, words.stages - task.first_stage);
-    task.code_stride = value_stride;
-    task.codes = call.present_value_codes +
-                 (row.row * call.capacity + gsrq_code_row(row.first, a.sinks)) * value_stride +
-                 gsrq_code_byte(g, task.first_stage, words.stages);
+    const StoredCodes stored(a, call, words, row.row);
+    task.codes = call.present_value_codes + stored.at(g, task.first_stage);
+    task.code_rows = stored.rows(gsrq_code_row(row.first, a.sinks));
     task.count = row.count;
     task.heads = group_heads;
     task.queries = queries;

@@ -130,10 +130,9 @@ void Layer::encode(const Call& call, const void* new_keys, const void* new_value
     task.metric = metric.matrix.empty() ? nullptr : metric.matrix.data() + part.group * width * width;
     task.norms = metric.norms.data() + part.group * words.stages * kCodewords;
     task.vectors = vectors;
-    task.code_stride = words.groups * words.stages;
-    task.codes = (part.values ? call.present_value_codes : call.present_key_codes) +
-                 (part.row * call.capacity + part.first) * task.code_stride +
-                 gsrq_code_byte(part.group, 0, words.stages);
+    const StoredCodes stored(a, call, words, part.row);
+    task.codes = (part.values ? call.present_value_codes : call.present_key_codes) + stored.at(part.group, 0);
+    task.code_rows = stored.rows(part.first);
     task.scratch = scratch;
     kernels_->encode(task);
   });

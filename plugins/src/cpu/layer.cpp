@@ -113,10 +113,11 @@ AttendTask Layer::attend_task(const Call& call, int64_t row, int64_t kv_head, co
   task.rope = {call.cos, call.sin, call.half_rope, a.rope_interleaved};
   task.key_words = call.key_words;
   task.value_words = call.value_words;
-  task.key_codes =
-      call.present_key_codes + row * call.capacity * call.key_words.groups * call.key_words.stages;
-  task.value_codes =
-      call.present_value_codes + row * call.capacity * call.value_words.groups * call.value_words.stages;
+  const StoredCodes keys(a, call, call.key_words, row), values(a, call, call.value_words, row);
+  task.key_codes = call.present_key_codes + keys.at(kv_head * call.head_dim / call.key_words.width, 0);
+  task.value_codes = call.present_value_codes + values.at(kv_head * call.head_dim / call.value_words.width, 0);
+  task.key_rows = keys.rows(0);
+  task.value_rows = values.rows(0);
   task.kv_head = kv_head;
   task.head_dim = call.head_dim;
   task.queries = queries;

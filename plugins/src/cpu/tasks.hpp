@@ -23,6 +23,23 @@ inline CodedRange coded_range(const Attributes& a, const Call& call, int64_t row
   return {first, std::max<int64_t>(0, end - first)};
 }
 
+// The codes of one side of a batch row's cache, in either order.
+struct StoredCodes {
+  int64_t stages, row_bytes, run, start;  // start: of the batch row in the tensor
+
+  StoredCodes(const Attributes& a, const Call& call, const Words& words, int64_t batch_row)
+      : stages(words.stages),
+        row_bytes(words.groups * words.stages),
+        run(gsrq_code_run(a.codes_by_head, words.groups, words.stages, words.width, call.head_dim)),
+        start(batch_row * call.capacity * row_bytes) {}
+
+  // Where row 0's code of a sub-vector's stage lies in the tensor.
+  int64_t at(int64_t group, int64_t stage) const {
+    return start + gsrq_code_offset(0, gsrq_code_byte(group, stage, stages), row_bytes, run);
+  }
+  CodeRows rows(int64_t first) const { return {first, run, GSRQ_CODE_TILE * (row_bytes - run)}; }
+};
+
 // Memory of the running thread, kept until the thread ends; floats, 64-byte aligned.
 inline float* task_scratch(size_t floats) {
   thread_local AlignedBuffer buffer;

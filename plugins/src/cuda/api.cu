@@ -59,6 +59,10 @@ int check(const gsrq_layer& layer, const gsrq_call& call) {
     return fail("max_total %lld exceeds the rotary table's %d positions", static_cast<long long>(call.max_total),
                 layer.positions);
   const int64_t coded = gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block);
+  const int64_t rows = call.block_table == nullptr ? call.capacity : call.page;
+  if (layer.codes_by_head && (rows % kCodeTile != 0 || layer.block % kCodeTile != 0))
+    return fail("%lld rows of codes and blocks of %d: ordered by head, both must be multiples of %d", static_cast<long long>(rows),
+                layer.block, kCodeTile);
   if (call.block_table == nullptr && coded > call.capacity)
     return fail("%lld coded tokens exceed the cache's capacity of %lld", static_cast<long long>(coded),
                 static_cast<long long>(call.capacity));

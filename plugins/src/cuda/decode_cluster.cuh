@@ -112,7 +112,7 @@ struct Shared {  // a CTA's shared memory, by the plan; the key slice lies first
   uint32_t* bins;  // [256][stride]: of the current window
   float* scores;   // [buffers][cluster][own tiles][16][lanes]: partial, of the tokens that the CTA weighs
   float* maxima;   // [kValueWarps][lanes]
-  uint32_t full, empty, done, slice;  // addresses of barriers: one a buffer, one a buffer, one, one
+  uint32_t full, empty, done, slice;  // addresses of barriers: one a buffer, one a buffer, two, one
   float* factors;  // [owners][lanes]: what the owners' bins of an item are multiplied by
   uint32_t states;  // address of [2][cluster][lanes]: reference (log2) and sum of weights of each CTA's part of an item
 };
@@ -125,9 +125,9 @@ __device__ inline Shared shared_of(const DecodePlan& p) {
   s.full = shared_address(s.maxima + kValueWarps * 8);
   s.empty = s.full + 8 * kMostBuffers;
   s.done = s.empty + 8 * kMostBuffers;
-  s.slice = s.done + 8;
+  s.slice = s.done + 16;
   s.states = s.slice + 8;
-  s.factors = s.maxima + kValueWarps * 8 + 2 * (2 * kMostBuffers + 2) + 2 * 2 * p.cluster * p.lanes;
+  s.factors = s.maxima + kValueWarps * 8 + 2 * (2 * kMostBuffers + 4) + 2 * 2 * p.cluster * p.lanes;
   return s;
 }
 

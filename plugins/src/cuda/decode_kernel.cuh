@@ -29,8 +29,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
       barrier_init(shared.empty + 8 * b, plan.cluster);
       barrier_expect(shared.full + 8 * b, plan.cluster * plan.tiles_of(rank % plan.owners) * kTile * Lanes * 4);
     }
-    barrier_init(shared.done, plan.cluster + 1);
-    barrier_expect(shared.done, plan.cluster * Lanes * 8);
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(shared.done + 8 * i, plan.cluster + 1);
+      barrier_expect(shared.done + 8 * i, plan.cluster * Lanes * 8);
+    }
     barrier_init(shared.slice, 1);
   }
   cluster_sync();  // no CTA may write into another that has not started

@@ -26,7 +26,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
                            const Shared& shared, Cursor cursor, uint32_t rank) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int slice = rank % plan.slices, part_of_stages = rank / plan.slices, split = part_of_stages % plan.splits;
-  const int half = layer.half_rope, bytes = layer.keys.groups * layer.keys.stages;
+  const int half = layer.half_rope, tile_bytes = kCodeTile * layer.keys.groups * layer.keys.stages;
   const int first_block = split * plan.blocks;
 
   // A head's slice of the codebook; the first comes while the constants below are read.
@@ -73,11 +73,9 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
   // Where a thread reads of codeword 0 of the first stages: the two halves in its order.
   uint32_t words = shared_address(shared_memory) + t * 32 + place.parity * 16, other_words = words ^ 16;
   uint32_t byte_pair = t | (4 + t) << 4;
-  int token_in_chunk = warp * kTile + g;
   keep(words);
   keep(other_words);
   keep(byte_pair);
-  token_in_chunk = __shfl_sync(~0u, token_in_chunk, lane);  // else it is computed anew in each chunk
 #pragma unroll
   for (int i = 0; i < Blocks; ++i) {
     keep(low[i]);
@@ -129,42 +127,48 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     }
   };
 
-  // Codes of an item's tokens. Those of the next item are fetched before this one ends.
+  // Codes of an item's tokens. Those of the next item are fetched before this one ends. A thread's tokens are the g-th of
+  // octets, and so lie tile_bytes apart in either order of codes.
+  const int first_byte = first_block * kBlockStages + (kOneWord ? 4 * t : 0);
+  static_assert(kTile == 2 * kCodeTile, "a thread has a token of two octets of a tile");
   struct Source {
-    const int8_t* linear;  // of a linear cache at the item's first token, where the CTA's stages, or the thread's, begin
-    int last_token, row, first_row, first_byte, last_byte;
+    const int8_t* codes;  // of a linear cache's octet 0, where the CTA's stages, or the thread's, begin; else of the tensor's row 0
+    int last_octet, row, first_row, last_token, run;
   };
   const auto source_of = [&](const Cursor& of) {
     const Range range = coded_range(layer, call, of.row);
-    const int group_byte = static_cast<int>(static_cast<int64_t>(of.vhead / plan.parts) * layer.head_dim / layer.keys.width) *
-                           layer.keys.stages;
+    const CodePlaces places = code_places(layer, layer.keys, of.vhead / plan.parts);
     Source out;
-    out.first_byte = group_byte + first_block * kBlockStages + (kOneWord ? 4 * t : 0);
-    out.last_byte = group_byte + layer.keys.stages;
     out.row = of.row;
     out.first_row = range.first - layer.sinks;
     out.last_token = range.count - 1;
-    out.linear = call.key_codes + (of.row * call.capacity + out.first_row) * bytes + out.first_byte;
+    out.last_octet = max(out.last_token - g, 0) / kCodeTile;
+    out.run = places.run;
+    const int64_t row = of.row * call.capacity + out.first_row + min(g, out.last_token);
+    out.codes = call.key_codes + (Fast ? places.at(row) + first_byte : places.first);
     return out;
   };
-  // Past the row: of its last token.
-  const auto fetch = [&](uint32_t (&out)[2][kWords], const Source& source, int chunk, int tile) {
+  const auto first_octet = [&](int chunk) { return chunk * (kChunk / kCodeTile) + warp * (kTile / kCodeTile); };  // of the warp
+  // Past the row: one of its last tokens.
+  const auto fetch = [&](uint32_t (&out)[2][kWords], const Source& source, int first, int tile) {
 #pragma unroll
     for (int o = 0; o < 2; ++o) {
-      const int i = min(chunk * kChunk + token_in_chunk + tile * kNextTile + 8 * o, source.last_token);
+      const int octet = min(first + tile * (kNextTile / kCodeTile) + o, source.last_octet);
       if constexpr (Fast) {
-        const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
-        load_codes<kWords, true>(out[o], source.linear + at, 0, 0);
+        const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(octet)) * static_cast<uint32_t>(tile_bytes);
+        load_codes<kWords, true>(out[o], source.codes + at, 0, 0);
       } else {
-        const int8_t* row = call.key_codes + row_of(call, source.row, source.first_row + i) * bytes;
-        load_codes<kWords, false>(out[o], row, source.first_byte, source.last_byte);
+        const int i = min(octet * kCodeTile + g, source.last_token);
+        const CodePlaces places{0, tile_bytes, source.run};
+        load_codes<kWords, false>(out[o], source.codes + places.at(row_of(call, source.row, source.first_row + i)), first_byte,
+                                  layer.keys.stages);
       }
     }
   };
 
   Source source = source_of(cursor);
-  fetch(coming[1], source, cursor.first, 1);
-  fetch(coming[0], source, cursor.first + 1, 0);  // again below if that is the next item's
+  fetch(coming[1], source, first_octet(cursor.first), 1);
+  fetch(coming[0], source, first_octet(cursor.first + 1), 0);  // again below if that is the next item's
   uint32_t codes[2][kPacked];  // of the tile that is multiplied
   for (;;) {
     Cursor after = cursor;
@@ -180,17 +184,17 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
         ++loads;
       }
       uint32_t first_words[2][kWords];
-      fetch(first_words, source, cursor.first, 0);
+      fetch(first_words, source, first_octet(cursor.first), 0);
       pack(codes, first_words);
       barrier_wait(shared.slice, loads & 1);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) gather(gathered[i], codes, i);
     }
-    if (cursor.stop - cursor.first == 1) fetch(coming[0], next, 0, 0);
+    if (cursor.stop - cursor.first == 1) fetch(coming[0], next, first_octet(0), 0);
     const int first_token = layer.sinks + source.first_row;
     // In local memory until it is needed: registers are short.
-    const int8_t* volatile next_linear = next.linear;
-    volatile int next_last = next.last_token;
+    const int8_t* volatile next_codes_at = next.codes;
+    volatile int next_last = next.last_octet;
 
     // The queries: head g's pairs of the slice, turned to the new token's position and back by a tile's first token.
     const int of_part = kTwice ? g % 4 : g, head = kv_head * plan.group + part * plan.part_heads + of_part;
@@ -237,15 +241,15 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       scale_1 = __shfl_sync(~0u, query_scale, 8 * t + 4);
     };
 
-    // The chunk whose codes are fetched next, and how many of those are left of this item.
-    int ahead = cursor.first + 1, left_ahead = cursor.stop - ahead;
+    // Of the chunk whose codes are fetched next the warp's first octet, and how many chunks are left of this item.
+    int ahead = first_octet(cursor.first + 1), left_ahead = cursor.stop - cursor.first - 1;
     const auto go_on = [&] {
       source = next;
-      source.linear = next_linear;
-      source.last_token = next_last;
+      source.codes = next_codes_at;
+      source.last_octet = next_last;
     };
     if (left_ahead == 0) {
-      ahead = 0;
+      ahead = first_octet(0);
       go_on();
     }
 #pragma unroll 1
@@ -286,9 +290,9 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
             for (int j = 0; j < kPacked; ++j) codes[o][j] = next_codes[o][j];
           fetch(coming[1 - m], source, ahead, 1 - m);
           if (m == 0) {
-            ++ahead;
+            ahead += kChunk / kCodeTile;
             if (--left_ahead == 0) {
-              ahead = 0;
+              ahead = first_octet(0);
               go_on();
             }
           }

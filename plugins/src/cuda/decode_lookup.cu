@@ -69,21 +69,36 @@ __device__ inline void add_shared(uint32_t at, uint32_t x) { asm volatile("red.s
 
 // Codes of one side of an item's tokens, where the head's slots begin.
 struct Codes {
-  const int8_t* base;  // of a linear cache at the item's first token, else of page 0
-  uint32_t row_bytes;
+  const int8_t* base;  // of row 0 of the tensor or, linear, of the tile that has the item's first token
+  uint32_t tile, run;  // CodePlaces'
+  int skipped;         // linear: rows of that tile before the token
   int slots, parts;
   int alignment;       // 8, 4, or 1 where bytes must be taken one by one
+  // Of the item's token i, in a linear cache; else of the tensor's row i.
+  __device__ const int8_t* at(int64_t i) const {
+    const int64_t row = skipped + i;
+    return base + row / kCodeTile * tile + row % kCodeTile * run;
+  }
+  // Of token first + i, both less than 2^31, where a tile begins or the item does.
+  __device__ const int8_t* at(int first, int i) const {
+    const uint32_t row = skipped + i;
+    return base + static_cast<uint64_t>(static_cast<uint32_t>(first) / kCodeTile + row / kCodeTile) * tile +
+           row % kCodeTile * run;
+  }
 };
 
-__device__ inline Codes codes_of(const gsrq_call& call, const gsrq_codebook& book, const int8_t* codes, int kv_head,
-                                 int head_dim, int slots, int parts, int64_t first_row) {
+__device__ inline Codes codes_of(const gsrq_layer& layer, const gsrq_call& call, const gsrq_codebook& book, const int8_t* codes,
+                                 int kv_head, int slots, int parts, int64_t first_row) {
+  const CodePlaces places = code_places(layer, book, kv_head);
   Codes c;
-  const int64_t first = static_cast<uint32_t>(kv_head * head_dim) / static_cast<uint32_t>(book.width) * book.stages;
-  c.row_bytes = static_cast<uint32_t>(book.groups * book.stages);
+  c.tile = static_cast<uint32_t>(places.tile);
+  c.run = static_cast<uint32_t>(places.run);
   c.slots = slots;
   c.parts = parts;
-  c.base = codes + first + (call.block_table == nullptr ? first_row * c.row_bytes : 0);
-  const int64_t all = first | c.row_bytes | slots;
+  const bool linear = call.block_table == nullptr;
+  c.skipped = linear ? static_cast<int>(first_row % kCodeTile) : 0;
+  c.base = codes + places.first + (linear ? first_row / kCodeTile * c.tile : 0);
+  const int64_t all = places.first | c.run | slots;
   c.alignment = all % 8 == 0 ? 8 : all % 4 == 0 ? 4 : 1;
   return c;
 }
@@ -91,7 +106,7 @@ __device__ inline Codes codes_of(const gsrq_call& call, const gsrq_codebook& boo
 // Starts copying the codes of a warp's tokens to staged[part][thread], for a linear cache in pieces of 8 bytes. Lanes
 // stand token by token, so that what they read together lies together. Unrolled: addresses wait for no copy.
 template <int Threads>
-__device__ inline void fetch_pieces(const int8_t* from, uint32_t row_bytes, int parts, uint32_t inverse, int tokens, int lane,
+__device__ inline void fetch_pieces(const Codes& codes, int first, int parts, uint32_t inverse, int tokens, int lane,
                                     uint32_t staged) {
   const int all = min(tokens, 32) * parts;
 #pragma unroll
@@ -101,7 +116,7 @@ __device__ inline void fetch_pieces(const int8_t* from, uint32_t row_bytes, int 
     if (piece < all)
       asm volatile(
           "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(staged + (part * Threads + token) * kPartSlots),
-          "l"(from + (token * row_bytes + part * kPartSlots))
+          "l"(codes.at(first, token) + part * kPartSlots)
           : "memory");
   }
 }
@@ -166,12 +181,6 @@ __device__ inline BinPlace bin_place(int i) {
   return {part + code * kPartSlots + slot, part + slot * kCodewords + code};
 }
 
-// Of a warp.
-__device__ inline float largest(float x) {
-#pragma unroll
-  for (int o = 16; o > 0; o /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, o));
-  return x;
-}
 
 __device__ __noinline__ float4 capped(float4 x, float cap) {
   const auto one = [&](float v) { return cap * kLog2e * tanhf(v / cap); };
@@ -234,10 +243,9 @@ __global__ void __launch_bounds__(Threads, 1)
       state.count = end - begin;
       state.ends = end == range.count;
       const int64_t linear_row = row * call.capacity + state.first_row;
-      state.keys =
-          codes_of(call, layer.keys, call.key_codes, kv_head, layer.head_dim, plan.key_slots, key_parts, linear_row);
+      state.keys = codes_of(layer, call, layer.keys, call.key_codes, kv_head, plan.key_slots, key_parts, linear_row);
       state.values =
-          codes_of(call, layer.values, call.value_codes, kv_head, layer.head_dim, plan.head.slots, value_parts, linear_row);
+          codes_of(layer, call, layer.values, call.value_codes, kv_head, plan.head.slots, value_parts, linear_row);
       state.center = static_cast<const char*>(memory.center) +
                      (item * memory.padded + begin) * static_cast<int64_t>(fixed ? sizeof(uint2) : sizeof(float4));
       state.partial = static_cast<int64_t>(cursor.vhead) * call.batch + row + blockIdx.x;
@@ -259,11 +267,10 @@ __global__ void __launch_bounds__(Threads, 1)
     const int count = state.count, rounds = (count + Threads - 1) / Threads;
     if (count == 0) break;
     const int64_t item = static_cast<int64_t>(state.cursor.row) * vheads + state.cursor.vhead;
-    const auto fetch = [&](const Codes& codes, const gsrq_codebook& book, int parts, uint32_t inverse, int round,
-                           int first_part) {
+    const auto fetch = [&](const Codes& codes, int parts, uint32_t inverse, int round, int first_part) {
       const int first = round * Threads + warp * 32, tokens = count - first;
       if (Whole) {
-        const int8_t* const from = codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first + lane)) * codes.row_bytes;
+        const int8_t* const from = codes.at(first, lane);
         uint2* const to = staged + (round & 1) * stage;
         if (lane < tokens) {
           if (first_part == 0) copy_async(to + 2 * thread, from, true);
@@ -274,22 +281,16 @@ __global__ void __launch_bounds__(Threads, 1)
       if (tokens <= 0) return;
       const int to = (round & 1) * stage + first_part * Threads + warp * 32;
       if (Simple) {
-        const uint32_t row_bytes = book.groups * book.stages;
-        fetch_pieces<Threads>(codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first)) * row_bytes, row_bytes, parts,
-                              inverse, tokens, lane, staged_at + to * kPartSlots);
+        fetch_pieces<Threads>(codes, first, parts, inverse, tokens, lane, staged_at + to * kPartSlots);
       } else if (call.block_table == nullptr)
-        fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) {
-          return codes.base + static_cast<uint64_t>(static_cast<uint32_t>(first + i)) * codes.row_bytes;
-        });
+        fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) { return codes.at(first, i); });
       else
         fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) {
-          return codes.base + code_row(call, state.cursor.row, state.first_row + first + i) * codes.row_bytes;
+          return codes.at(code_row(call, state.cursor.row, state.first_row + first + i));
         });
     };
-    const auto fetch_keys = [&](int round) { fetch(state.keys, layer.keys, key_parts, plan.key_inverse, round, 0); };
-    const auto fetch_values = [&](int round) {
-      fetch(state.values, layer.values, value_parts, plan.value_inverse, round, key_parts);
-    };
+    const auto fetch_keys = [&](int round) { fetch(state.keys, key_parts, plan.key_inverse, round, 0); };
+    const auto fetch_values = [&](int round) { fetch(state.values, value_parts, plan.value_inverse, round, key_parts); };
     fetch_keys(0);  // codes are older than the launch before
     commit_async();
     wait_for_previous();
@@ -366,8 +367,8 @@ __global__ void __launch_bounds__(Threads, 1)
       score[3] = real ? sum.w : kNone;
     };
 
-    constexpr uint32_t kMostOfThread = (1ull << 32) / Threads - kLookupLargest;  // then no bin overflows
-    uint32_t window_sum[kLookupLanes] = {};  // of the thread's tokens
+    constexpr uint32_t kMostOfWarp = ~0u / (Threads / 32);  // then no bin overflows
+    uint32_t window_sum[kLookupLanes] = {};  // of the warp's tokens
     bool flushed = false;
     // Adds the window's bins, as floats, to those of the item's earlier windows, and zeroes them. All threads call it
     // together, their adds done. Ends with them in step.
@@ -381,8 +382,7 @@ __global__ void __launch_bounds__(Threads, 1)
         const float before = state.reference[h], most = fmaxf(before, reference[h]);
         kept[h] = before == kNone ? 0.0f : exp2_fast(before - most);
         added[h] = reference[h] == kNone ? 0.0f : exp2_fast(reference[h] - most - kLookupBits);
-        const uint32_t sum = __reduce_add_sync(~0u, window_sum[h]);
-        if (lane == h) atomicAdd(&state.window[h], sum);
+        if (lane == h) atomicAdd(&state.window[h], window_sum[h]);
         window_sum[h] = 0;
       }
 #pragma unroll 1
@@ -415,67 +415,76 @@ __global__ void __launch_bounds__(Threads, 1)
     look_up(0, first_center);
     // In step `round` weights of that round are added, then the next one's scores are looked up; codes come for later.
 #pragma unroll 1
-    for (int round = 0; round < rounds; ++round) {
-      __syncwarp();  // all lanes have read what is copied over
-      fetch_keys(round + 2);
-      fetch_values(round + 1);
-      commit_async();
-      wait_async<1>();
+    for (int round = 0;; ++round) {
+      const bool ended = round == rounds;
       const int token = round * Threads + thread;
-      float4 next;
-      {
-        float4 now = state.now;
-        const bool exceeds = round == 0 || score[0] > now.x + kLookupHeadroom || score[1] > now.y + kLookupHeadroom ||
-                             score[2] > now.z + kLookupHeadroom || score[3] > now.w + kLookupHeadroom;
-        const uint32_t fullest = max(max(window_sum[0], window_sum[1]), max(window_sum[2], window_sum[3]));
-        // All earlier adds are done.
-        if (__syncthreads_or(exceeds || fullest > kMostOfThread)) {
-          if (round > 0) flush();
+      uint32_t weight[kLookupLanes], added[kLookupLanes];
+      // The thread's weights under a reference, and the warp's sums of them; whether they are more than the window takes.
+      const auto weigh = [&](float4 now) {
+        const float references[kLookupLanes] = {now.x, now.y, now.z, now.w};
+        bool exceeds = false;
 #pragma unroll
-          for (int h = 0; h < kLookupLanes; ++h) {
-            const float most = largest(score[h]);
-            if (lane == h) state.maxima[warp][h] = most;
-          }
-          __syncthreads();
-          const float4 own = lane < Threads / 32 ? *reinterpret_cast<const float4*>(state.maxima[lane])
-                                                 : make_float4(kNone, kNone, kNone, kNone);
-          const float4 most = make_float4(largest(own.x), largest(own.y), largest(own.z), largest(own.w));
-          now = round == 0 ? most
-                           : make_float4(fmaxf(now.x, most.x), fmaxf(now.y, most.y), fmaxf(now.z, most.z), fmaxf(now.w, most.w));
-          if (thread == 0) state.now = now;
-          __syncthreads();  // the next round reads it
+        for (int h = 0; h < kLookupLanes; ++h) {
+          weight[h] = __float2uint_rn(exp2_fast(score[h] - references[h] + kLookupBits));
+          added[h] = __reduce_add_sync(~0u, min(weight[h], kLookupLargest));
+          exceeds |= weight[h] > kLookupLargest || window_sum[h] + added[h] > kMostOfWarp;
         }
-        next = load_center(token + Threads);
-        if (token < count) {
-          const float references[kLookupLanes] = {now.x, now.y, now.z, now.w};
-          uint32_t weight[kLookupLanes];
+        return exceeds;
+      };
+      bool exceeds = true;
+      if (!ended) {
+        __syncwarp();  // all lanes have read what is copied over
+        fetch_keys(round + 2);
+        fetch_values(round + 1);
+        commit_async();
+        wait_async<1>();
+        exceeds = weigh(state.now) || round == 0;
+      }
+      // All earlier adds are done.
+      if (__syncthreads_or(exceeds)) {
+        if (round > 0) flush();
+        if (ended) break;
 #pragma unroll
-          for (int h = 0; h < kLookupLanes; ++h) {
-            weight[h] = __float2uint_rn(exp2_fast(score[h] - references[h] + kLookupBits));
-            window_sum[h] += weight[h];
-          }
-          // Step b's is head b ^ head_turn.
-          const uint32_t w01 = head_turn & 1 ? weight[1] : weight[0], w10 = head_turn & 1 ? weight[0] : weight[1];
-          const uint32_t w23 = head_turn & 1 ? weight[3] : weight[2], w32 = head_turn & 1 ? weight[2] : weight[3];
-          const uint32_t own[kLookupLanes] = {head_turn & 2 ? w23 : w01, head_turn & 2 ? w32 : w10,
-                                              head_turn & 2 ? w01 : w23, head_turn & 2 ? w10 : w32};
-          const uint2* const codes = staged + (round & 1) * stage + key_parts * Threads + thread;
+        for (int h = 0; h < kLookupLanes; ++h) {
+          const float most = warp_max(score[h]);
+          if (lane == h) state.maxima[warp][h] = most;
+        }
+        __syncthreads();
+        const float4 own = lane < Threads / 32 ? *reinterpret_cast<const float4*>(state.maxima[lane])
+                                               : make_float4(kNone, kNone, kNone, kNone);
+        float4 now = make_float4(warp_max(own.x), warp_max(own.y), warp_max(own.z), warp_max(own.w));
+        if (round > 0) {
+          const float4 before = state.now;
+          now = make_float4(fmaxf(now.x, before.x), fmaxf(now.y, before.y), fmaxf(now.z, before.z), fmaxf(now.w, before.w));
+        }
+        __syncthreads();  // all have read the last one
+        if (thread == 0) state.now = now;
+        __syncthreads();  // the next round reads it
+        weigh(now);
+      }
+      const float4 next = load_center(token + Threads);
 #pragma unroll
-          for (int p = 0; p < kMostParts; ++p) {
-            if (p >= value_parts) break;
-            each_slot(turned(codes[p * Threads], selector(value_turn)), [&](uint32_t code, int a) {
-              const uint32_t at = bins_at + code;  // bins lie at a multiple of 128: the turns change its low bits alone
+      for (int h = 0; h < kLookupLanes; ++h) window_sum[h] += added[h];
+      if (token < count) {
+        // Step b's is head b ^ head_turn.
+        const uint32_t w01 = head_turn & 1 ? weight[1] : weight[0], w10 = head_turn & 1 ? weight[0] : weight[1];
+        const uint32_t w23 = head_turn & 1 ? weight[3] : weight[2], w32 = head_turn & 1 ? weight[2] : weight[3];
+        const uint32_t own[kLookupLanes] = {head_turn & 2 ? w23 : w01, head_turn & 2 ? w32 : w10,
+                                            head_turn & 2 ? w01 : w23, head_turn & 2 ? w10 : w32};
+        const uint2* const codes = staged + (round & 1) * stage + key_parts * Threads + thread;
 #pragma unroll
-              for (int b = 0; b < kLookupLanes; ++b) add_shared((at ^ (a * 16 | b * 4)) + p * kPartBytes, own[b]);
-            });
-          }
+        for (int p = 0; p < kMostParts; ++p) {
+          if (p >= value_parts) break;
+          each_slot(turned(codes[p * Threads], selector(value_turn)), [&](uint32_t code, int a) {
+            const uint32_t at = bins_at + code;  // bins lie at a multiple of 128: the turns change its low bits alone
+#pragma unroll
+            for (int b = 0; b < kLookupLanes; ++b) add_shared((at ^ (a * 16 | b * 4)) + p * kPartBytes, own[b]);
+          });
         }
       }
       __syncwarp();
       if (round + 1 < rounds) look_up(round + 1, next);
     }
-    __syncthreads();
-    flush();
     if (thread == 0) {
       int2* const owners = memory.parts.owners + (state.partial - blockIdx.x);
       if (state.cursor.first == 0) owners->x = blockIdx.x;

@@ -13,8 +13,7 @@ constexpr int kPartBytes = kCodewords * kPartWords * 4;    // of a table or of b
 constexpr int kMostParts = 5;                              // of keys or values
 constexpr int kFixedShared = 2048;                         // of lookup_kernel, beside its tables
 constexpr int kLookupBits = 18;         // weights are integers of 2^-18 of their window's reference
-constexpr float kLookupHeadroom = 3.0f;  // log2 by which one may exceed it
-constexpr uint32_t kLookupLargest = (1u << (kLookupBits + 3)) + 2;  // a weight, and what rounding adds
+constexpr uint32_t kLookupLargest = 1u << 26;  // weight: 2^8 times the reference's; the sum of a warp's fits 32 bits
 constexpr int kCenterSteps = 8, kCenterPairs = 8 * kCenterSteps;  // RoPE pairs that the tensor-core kernel takes
 constexpr int kCenterTiles = 8;                                   // of 16 tokens that one turn of the queries serves
 constexpr float kCenterMost = 32767, kCenterZero = 8421376;       // 2^23 + 2^15: a float with the integer in its low bits

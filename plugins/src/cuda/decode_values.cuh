@@ -21,13 +21,6 @@ __device__ inline bool any_value_thread(bool x) {
   return any != 0;
 }
 
-// Largest over a warp, by integer comparison of the floats' bits.
-__device__ inline float warp_max(float x) {
-  const int bits = __float_as_int(x);
-  const int most = __reduce_max_sync(~0u, bits ^ ((bits >> 31) & 0x7fffffff));
-  return __int_as_float(most ^ ((most >> 31) & 0x7fffffff));
-}
-
 __device__ inline void add_shared(uint32_t address, uint32_t x) {
   asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
@@ -63,7 +56,7 @@ __device__ inline BinPlace bin_place(int i) {
 }
 
 constexpr int kPlainCluster = 4;
-constexpr int kNoToken = 1 << 30;  // past all others: of a warp that has no tile in a round
+constexpr int kNoOctet = 1 << 28;  // past all others: of a warp that has no tile in a round
 constexpr int kTogether = 2;  // steps for which the value warps meet once
 
 // A warp weighs a tile of the CTA's and bins it for up to 32 / Lanes slots: each half of the warp has the tile's 16 tokens,
@@ -79,7 +72,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   constexpr int kPadded = Stride / Lanes, kPartSlots = kWhole || kPadded < 32 / Lanes ? kPadded : 32 / Lanes;
   constexpr int kParts = kPadded / kPartSlots, kSlots = kPartSlots / 2, kWords = (kSlots + 3) / 4;
   const int owner = rank % plan.owners, way = rank / plan.owners, own_tiles = plan.tiles_of(owner);
-  const int bytes = layer.values.groups * layer.values.stages;
+  const int tile_bytes = kCodeTile * layer.values.groups * layer.values.stages;
   const int cluster_size = Plain ? kPlainCluster : plan.cluster, owners = Plain ? kPlainCluster : plan.owners;
   const int most_tiles = Plain ? kChunkTiles / kPlainCluster : plan.own_tiles;
   constexpr int kTurns = kWhole ? 1 : kTogether;  // tokens of a thread in the steps for which the warps meet
@@ -88,7 +81,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   const int units = own_tiles * kParts, round_bits = Plain || units <= kValueWarps ? 0 : units <= 2 * kValueWarps ? 1 : 2;
   constexpr int round_tokens = kTile * kValueWarps / kParts;  // no round has more
   static_assert(kChunkTiles * kParts <= 4 * kValueWarps, "four rounds at most");
-  const int round_stride = kValueWarps / kParts * plan.owners * kTile;
+  const int round_stride = kValueWarps / kParts * plan.owners * (kTile / kCodeTile);
   const uint32_t full_bytes = plan.cluster * own_tiles * kTile * Lanes * 4;
   const uint32_t part_bytes = most_tiles * kTile * Lanes * 4, buffer_bytes = cluster_size * part_bytes;
   const uint32_t last_buffer = plan.buffers - 1;
@@ -115,7 +108,9 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   int first_step = kWhole ? warp / kWholeTiles : 0;
   keep(first_step);
   const auto own_step = [&](int step, int j) { return step + (kWhole ? first_step : j); };
-  int first_offset = kWhole || warp < units ? (tile * plan.owners + owner) * kTile + lane % kTile : kNoToken;
+  const int of_octet = lane % kCodeTile;  // a thread's tokens are the same of all octets: tile_bytes apart in either order of codes
+  int first_offset =
+      kWhole || warp < units ? (tile * plan.owners + owner) * (kTile / kCodeTile) + lane % kTile / kCodeTile : kNoOctet;
   int first_slot = way * plan.slots_per_cta + warp % kParts * kPartSlots + (kSlots < 4 ? 0 : half * kSlots);
   uint32_t scores_of_thread = shared_address(shared.scores) + (tile * kTile + lane % kTile) * Lanes * 4;
   uint32_t empty_of_other = remote(shared.empty, thread < plan.cluster ? thread : 0);
@@ -130,23 +125,26 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   for (int i = thread; i < plan.bins(); i += kValueThreads) shared.bins[i] = 0;
   sync_warps<kValueThreads>(2);
 
-  // Of the item: where its codes lie, its steps (a round of a chunk each, kTogether of them at a time), the thread's first token.
-  const int8_t* linear = nullptr;
-  int last_token = 0, first_row = 0, group_byte = 0, row = 0, steps = 0, first_token = 0;
-  // The thread's token in a step; past all others if none.
-  const auto token_of = [&](int step) {
-    if (round_bits == 0) return first_token + step * kChunk;
-    const int round = step & ((1 << round_bits) - 1), token = first_token + (step >> round_bits) * kChunk;
-    return round * kValueWarps + warp < units ? token + round * round_stride : kNoToken;
+  // Of the item: where the thread's codes of octet 0 lie (not fast: those of the tensor's row 0), its steps (a round of a chunk
+  // each, kTogether of them at a time), the octets of the thread's first token and of its last one, less than 0 if it has none.
+  const int8_t* codes_at = nullptr;
+  int last_octet = 0, first_row = 0, row = 0, run = 0, steps = 0, first_octet = 0;
+  constexpr int kChunkOctets = kChunk / kCodeTile;
+  // The octet of the thread's token in a step; past all others if none.
+  const auto octet_of = [&](int step) {
+    if (round_bits == 0) return first_octet + step * kChunkOctets;
+    const int round = step & ((1 << round_bits) - 1), octet = first_octet + (step >> round_bits) * kChunkOctets;
+    return round * kValueWarps + warp < units ? octet + round * round_stride : kNoOctet;
   };
   uint32_t coming[kTurns][kWords];
-  const auto fetch = [&](int step) {  // past the row: its last token
+  const auto fetch = [&](int step) {  // past the row: one of its last tokens
 #pragma unroll
     for (int j = 0; j < kTurns; ++j) {
       if (own_step(step, j) >= steps) break;
-      const int i = min(token_of(own_step(step, j)), last_token);
+      const int octet = max(min(octet_of(own_step(step, j)), last_octet), 0);
       if constexpr (Fast) {
-        const int8_t* codes = linear + static_cast<uint64_t>(static_cast<uint32_t>(i)) * static_cast<uint32_t>(bytes);
+        const int8_t* codes =
+            codes_at + static_cast<uint64_t>(static_cast<uint32_t>(octet)) * static_cast<uint32_t>(tile_bytes);
         if (kWords == 2 && wide) {
           const uint2 both = __ldg(reinterpret_cast<const uint2*>(codes));
           coming[j][0] = both.x;
@@ -157,25 +155,28 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
         for (int w = 0; w < kWords; ++w)
           coming[j][w] = first_slot + 4 * w < plan.slots ? __ldg(reinterpret_cast<const uint32_t*>(codes) + w) : 0;
       } else {
-        load_codes<kWords, false>(coming[j], call.value_codes + row_of(call, row, first_row + i) * bytes,
-                                  group_byte + first_slot, group_byte + plan.slots);
+        const int of_row = first_row + octet * kCodeTile + (last_octet < 0 ? 0 : of_octet);
+        const CodePlaces places{0, tile_bytes, run};
+        load_codes<kWords, false>(coming[j], codes_at + places.at(row_of(call, row, of_row)), first_slot, plan.slots);
       }
     }
   };
   const auto begin = [&](const Cursor& item) {
     const int kv_head = item.vhead / plan.parts;
     const Range range = coded_range(layer, call, item.row);
-    group_byte = static_cast<int>(static_cast<int64_t>(kv_head) * layer.head_dim / layer.values.width) * layer.values.stages;
+    const CodePlaces places = code_places(layer, layer.values, kv_head);
     first_row = range.first - layer.sinks;
     row = item.row;
-    linear = call.value_codes + (item.row * call.capacity + first_row) * bytes + group_byte + first_slot;
-    last_token = range.count - 1;
+    run = places.run;
+    const int64_t tensor_row = item.row * call.capacity + first_row + min(of_octet, range.count - 1);
+    codes_at = call.value_codes + (Fast ? places.at(tensor_row) + first_slot : places.first);
+    last_octet = (range.count - 1 - of_octet + kCodeTile) / kCodeTile - 1;
     steps = (item.stop - item.first) << round_bits;
-    first_token = item.first * kChunk + first_offset;
-    keep(linear);
-    keep(last_token);
+    first_octet = item.first * kChunkOctets + first_offset;
+    keep(codes_at);
+    keep(last_octet);
     keep(steps);
-    keep(first_token);
+    keep(first_octet);
     fetch(0);
   };
 
@@ -278,7 +279,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
         for (int h = 0; h < Lanes; ++h) score[j][h] = 0;
         if (own_step(step, j) >= steps) break;  // what lies there is not of this item
-        if (!Plain && token_of(own_step(step, j)) >= kNoToken) continue;  // nor of this warp
+        if (!Plain && octet_of(own_step(step, j)) >= kNoOctet) continue;  // nor of this warp
         if constexpr (Plain) {  // all on their way at once
           float parts[kPlainCluster][Lanes];
 #pragma unroll
@@ -298,7 +299,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
       bool exceeds = window_tokens + kTurns * round_tokens > kWindowTokens || window_tokens == 0;
 #pragma unroll
       for (int j = 0; j < kTurns; ++j) {
-        const bool valid = own_step(step, j) < steps && token_of(own_step(step, j)) <= last_token;
+        const bool valid = own_step(step, j) < steps && octet_of(own_step(step, j)) <= last_octet;
 #pragma unroll
         for (int h = 0; h < Lanes; ++h) {
           if (softcap > 0) score[j][h] = soft_capped(score[j][h], softcap);
@@ -386,7 +387,8 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
       if (lane == h) shared.maxima[warp * Lanes + h] = sum;
     }
     sync_warps<kValueThreads>(2);
-    const uint32_t states = shared.states + (item & 1) * plan.cluster * Lanes * 8;
+    // Items take turns with two barriers: a CTA that is done with the next item may signal before another has seen this one's end.
+    const uint32_t states = shared.states + (item & 1) * plan.cluster * Lanes * 8, done = shared.done + (item & 1) * 8;
     if (thread < plan.cluster * Lanes) {
       const int head = thread % Lanes, other = thread / Lanes;
       float total = 0, most = kNone;
@@ -395,20 +397,20 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
       for (int h = 0; h < Lanes; ++h)
         if (h == head) most = item_reference[h];
-      store_remote(remote(states + (rank * Lanes + head) * 8, other), most, total, remote(shared.done, other));
+      store_remote(remote(states + (rank * Lanes + head) * 8, other), most, total, remote(done, other));
     }
-    if (thread < plan.cluster) barrier_release_remote(remote(shared.done, thread));
+    if (thread < plan.cluster) barrier_release_remote(remote(done, thread));
     const Cursor ended = unpark(parked);
     if (rank == 0 && thread == 0) {
       int2* const owners = memory.owners + static_cast<int64_t>(ended.vhead) * call.batch + ended.row;
       if (ended.first == 0) owners->x = cluster;
-      if (ended.stop * kChunk > last_token) owners->y = cluster;
+      if (ended.stop * kChunkOctets > last_octet) owners->y = cluster;  // of octets' first tokens, as the thread's are
     }
     cursor = ended;
     cursor.next(layer, call);
     if (!cursor.done()) begin(cursor);  // its codes come while the others end
-    barrier_acquire(shared.done, item & 1);
-    if (thread == 0) barrier_expect(shared.done, plan.cluster * Lanes * 8);
+    barrier_acquire(done, item >> 1 & 1);
+    if (thread == 0) barrier_expect(done, plan.cluster * Lanes * 8);
 
     // Each owner adds an equal share of its way's bins.
     const int64_t partial = static_cast<int64_t>(ended.vhead) * call.batch + ended.row + cluster;

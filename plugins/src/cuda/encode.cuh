@@ -116,9 +116,13 @@ struct EncodeSource {
   }
 
   // The stages' codes of sub-vector g.
-  __device__ int8_t* target(const gsrq_codebook& book, const gsrq_call& call, int64_t b, int64_t row, int64_t g) const {
-    const int64_t at = vectors != nullptr ? row : code_row(call, static_cast<int32_t>(b), row);
-    return codes + at * book.groups * book.stages + gsrq_code_byte(g, 0, book.stages);
+  __device__ int8_t* target(const gsrq_layer& layer, const gsrq_codebook& book, const gsrq_call& call, int64_t b, int64_t row,
+                            int64_t g) const {
+    if (vectors != nullptr) return codes + row * book.groups * book.stages + gsrq_code_byte(g, 0, book.stages);
+    const int32_t element = static_cast<int32_t>(g) * book.width, head = element / layer.head_dim;
+    const CodePlaces places = code_places(layer, book, head);
+    return codes + places.at(code_row(call, static_cast<int32_t>(b), row)) +
+           (element - head * layer.head_dim) / book.width * book.stages;
   }
 };
 

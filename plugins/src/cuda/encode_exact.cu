@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) encode_tiles(gsrq_layer layer, gsrq_
       paths = keep;
     }
     if (threadIdx.x < count) {
-      int8_t* out = source.target(book.book, call, b, first_row + threadIdx.x, g);
+      int8_t* out = source.target(layer, book.book, call, b, first_row + threadIdx.x, g);
       int64_t path = 0;
       for (int64_t r = stages - 1; r >= 0; --r) {
         const int64_t at = r * columns + threadIdx.x * beam + path;

@@ -206,12 +206,12 @@ __global__ void __launch_bounds__(32 * RowWarps * WordWarps, RowWarps* WordWarps
         const float its_norm = __shfl_sync(0xffffffffu, norm, leader);
         __syncwarp();  // the stages before were written by another lane
         const Exact exact{layer, call, book, source, b, first_row + at_row, g,
-                          source.target(book.book, call, b, first_row + at_row, g)};
+                          source.target(layer, book.book, call, b, first_row + at_row, g)};
         const int better = other < 0 ? among_all(exact, stage, layout, residual + at_row * residual_stride, error, its_norm)
                                      : (exact.beats(stage, a, other) ? other : a);
         if (row == at_row) code = better;
       }
-      if (real && sub == 0) source.target(book.book, call, b, first_row + row, g)[stage] = static_cast<int8_t>(code);
+      if (real && sub == 0) source.target(layer, book.book, call, b, first_row + row, g)[stage] = static_cast<int8_t>(code);
 #pragma unroll
       for (int same = 0; same < S::kTurns; ++same)  // not indexed by what is known only at run time: stays in registers
         if (same == turn) chosen[same] = code;

@@ -80,7 +80,7 @@ __device__ inline Origin origin_of(const gsrq_layer& layer, const gsrq_call& cal
     element = (b * layer.kv_heads * call.steps + token - past) * d;
   }
   out.from += element * (out.dtype == GSRQ_F32 ? 4 : 2);
-  out.target = source.target(book.book, call, b, row, g);
+  out.target = source.target(layer, book.book, call, b, row, g);
   return out;
 }
 

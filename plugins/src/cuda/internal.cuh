@@ -64,6 +64,23 @@ __device__ inline int64_t code_row(const gsrq_call& call, int32_t b, int64_t row
          row % call.page;
 }
 
+// Where, in a tensor of codes, those lie that begin at a KV head's first byte: at(row) + j is byte j of the head's. A row is the
+// tensor's: code_row. Rows i and i + kCodeTile are always tile bytes apart.
+constexpr int kCodeTile = GSRQ_CODE_TILE;
+struct CodePlaces {
+  int64_t first;  // of row 0
+  int32_t tile, run;  // bytes from a tile of rows to the next, from a row to the next within one
+  __host__ __device__ int64_t at(int64_t row) const { return first + row / kCodeTile * tile + row % kCodeTile * run; }
+};
+
+__host__ __device__ inline CodePlaces code_places(const gsrq_layer& layer, const gsrq_codebook& book, int32_t kv_head) {
+  const uint32_t d = layer.head_dim, width = book.width, stages = book.stages, row_bytes = book.groups * stages;
+  const uint32_t byte = static_cast<uint32_t>(kv_head) * d / width * stages;
+  if (!layer.codes_by_head) return {byte, static_cast<int32_t>(kCodeTile * row_bytes), static_cast<int32_t>(row_bytes)};
+  const uint32_t run = (width < d ? d / width : 1) * stages;  // gsrq_code_run, without 64-bit divisions; byte is a multiple
+  return {static_cast<int64_t>(byte) * kCodeTile, static_cast<int32_t>(kCodeTile * row_bytes), static_cast<int32_t>(run)};
+}
+
 // Elements (first, second) of RoPE pair p of a head; pairs past half_rope do not turn.
 __host__ __device__ inline void pair_elements(const gsrq_layer& layer, int32_t p, int32_t* first, int32_t* second) {
   const int32_t half = layer.half_rope;

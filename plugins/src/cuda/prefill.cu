@@ -14,10 +14,10 @@ constexpr int kKeysOfSplit = 256, kMostSplits = 64;
 __device__ void put(float* to, float x) { *to = x; }
 __device__ void put(__half* to, float x) { *to = __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
 
-// Element of a coded vector: the sum of its codewords.
-__device__ float decoded(const gsrq_codebook& book, const int8_t* codes, int element) {
+// Element of a coded vector: the sum of its codewords. codes: of the KV head whose first element is `first`.
+__device__ float decoded(const gsrq_codebook& book, const int8_t* codes, int first, int element) {
   const int g = element / book.width, j = element % book.width;
-  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(codes) + g * book.stages;
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(codes) + (g - first / book.width) * book.stages;
   const __half* words = static_cast<const __half*>(book.codewords) +
                         static_cast<int64_t>(g) * book.stages * 256 * book.width + j;
   float sum = 0;
@@ -46,11 +46,11 @@ __global__ void __launch_bounds__(kThreads) gather(gsrq_layer layer, gsrq_call c
     token = layer.sinks + entry;
     if (entry >= row.after || token < oldest) return;
     const int64_t line = code_row(call, static_cast<int32_t>(b), entry);
-    const int8_t* codes = call.key_codes + line * layer.keys.groups * layer.keys.stages;
+    const int8_t* codes = call.key_codes + code_places(layer, layer.keys, static_cast<int>(head)).at(line);
     const int base = static_cast<int>(head) * d;
-    key = make_float2(decoded(layer.keys, codes, base + first), decoded(layer.keys, codes, base + second));
-    codes = call.value_codes + line * layer.values.groups * layer.values.stages;
-    value = make_float2(decoded(layer.values, codes, base + first), decoded(layer.values, codes, base + second));
+    key = make_float2(decoded(layer.keys, codes, base, base + first), decoded(layer.keys, codes, base, base + second));
+    codes = call.value_codes + code_places(layer, layer.values, static_cast<int>(head)).at(line);
+    value = make_float2(decoded(layer.values, codes, base, base + first), decoded(layer.values, codes, base, base + second));
     at = ((b * layer.kv_heads + head) * plan.coded + entry) * plan.stride;
   } else {
     const int64_t e = entry - plan.coded;

@@ -127,7 +127,9 @@ void run_input(const uint8_t* data, size_t size) {
   a.scale = 0.125f;
   a.sinks = in.below(5);
   a.window = in.below(9);
-  a.block = 1 + in.below(5);
+  const uint8_t order = in.byte();
+  a.codes_by_head = order >= 192;
+  a.block = (1 + order % 5) * (a.codes_by_head ? GSRQ_CODE_TILE : 1);
   a.beam = 1 + in.below(3);
   a.sliding_window = in.below(4) ? 0 : in.below(40);
   a.softcap = in.below(4) ? 0 : 30;
@@ -141,7 +143,8 @@ void run_input(const uint8_t* data, size_t size) {
   // A sound call ...
   const int64_t batch = in.below(3), kv = 1 + in.below(3), queries = 1 + in.below(3), steps = in.below(8);
   const int64_t d = 2 * (1 + in.below(20)), half = in.below(d / 2 + 1);
-  const int64_t capacity = flags & 4 ? 64 + in.below(100) : in.below(24);
+  int64_t capacity = flags & 4 ? 64 + in.below(100) : in.below(24);
+  if (a.codes_by_head) capacity = capacity / GSRQ_CODE_TILE * GSRQ_CODE_TILE;
   const auto width_of = [&](int64_t kind) { return kind == 0 ? d : kind == 1 ? kv * d : kind == 2 && d % 4 == 0 ? d / 2 : 1; };
   const int64_t kw = width_of(in.below(4)), vw = width_of(in.below(4));
   const int64_t ks = 1 + in.below(3), vs = 1 + in.below(3);

@@ -1,13 +1,15 @@
 // Flash attention of a tile of queries over key/value tiles of 64 tokens, coded or exact. Each row (query, head) sees
 // one interval of a tile: the cache rule makes every visible set an interval of coded and two of exact tokens.
 
-// sum over the stages of one token's codewords, elements begin .. begin + n - 1 of the concatenated heads
+// sum over the stages of one token's codewords, elements begin .. begin + n - 1 of the concatenated heads; codes are those
+// from the first of their sub-vectors on
 static inline void decode_row(const Words& words, const uint8_t* codes, int64_t begin, int64_t n, float* out) {
+  const int64_t first = begin / words.width;
   while (n > 0) {
     const int64_t group = begin / words.width, column = begin % words.width;
     const int64_t run = words.width - column < n ? words.width - column : n;
     const uint16_t* book = words.data + group * words.stages * kCodewords * words.width + column;
-    const uint8_t* code = codes + gsrq_code_byte(group, 0, words.stages);
+    const uint8_t* code = codes + gsrq_code_byte(group - first, 0, words.stages);
     int64_t e = 0;
     for (; e + 4 * kWidth <= run; e += 4 * kWidth) {
       vf sum[4] = {splat(0), splat(0), splat(0), splat(0)};
@@ -67,10 +69,8 @@ static inline void fill_tile(const AttendTask& task, Source source, int64_t firs
     float* value = scratch.values + t * padded;
     if (source == Source::coded) {
       const int64_t row = gsrq_code_row(token, task.sinks);
-      decode_row(task.key_words, task.key_codes + row * task.key_words.groups * task.key_words.stages, column, d,
-                 scratch.row);
-      decode_row(task.value_words, task.value_codes + row * task.value_words.groups * task.value_words.stages, column,
-                 d, value);
+      decode_row(task.key_words, task.key_codes + code_offset(task.key_rows, row), column, d, scratch.row);
+      decode_row(task.value_words, task.value_codes + code_offset(task.value_rows, row), column, d, value);
     } else {
       const bool old = token < task.past;
       const int64_t at =

@@ -18,7 +18,8 @@ struct Attributes {
   float scale = 0, softcap = 0;
   int64_t sinks = 0, window = 0, block = 0, beam = 1, sliding_window = 0;
   bool rope_interleaved = false, exact_prefill = false;
-  bool rotated_keys = false;  // keys are coded after RoPE
+  bool rotated_keys = false;   // keys are coded after RoPE
+  bool codes_by_head = false;  // how stored codes are ordered, gsrq/layout.h
 };
 
 using Shape = std::vector<int64_t>;

@@ -131,8 +131,10 @@ static void encode(const EncodeTask& task) {
     next_path = swap_path;
     held = keep;
   }
-  for (int64_t row = 0; row < task.rows; ++row)
-    for (int64_t r = 0; r < stages; ++r) task.codes[row * task.code_stride + r] = path[row * held * stages + r];
+  for (int64_t row = 0; row < task.rows; ++row) {
+    uint8_t* codes = task.codes + code_offset(task.code_rows, row);
+    for (int64_t r = 0; r < stages; ++r) codes[r] = path[row * held * stages + r];
+  }
 }
 
 static void norms(const NormsTask& task) {

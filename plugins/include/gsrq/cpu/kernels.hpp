@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "gsrq/layout.h"
+
 namespace gsrq::cpu {
 
 enum class Element : int { f16, bf16, f32 };
@@ -15,6 +17,7 @@ inline constexpr int64_t kChunk = 32;       // tokens whose rotation is an offse
 inline constexpr int64_t kMostSlices = 2;   // of key codewords in a pass over the tokens
 inline constexpr int64_t kTile = 64;        // tokens of a key/value tile of attend
 inline constexpr int64_t kCodewords = 256;  // = GSRQ_CODEBOOK_SIZE
+inline constexpr int64_t kCodesAhead = 32;  // rows whose codes are on their way from memory
 
 static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static constexpr int64_t element_size(Element e) { return e == Element::f32 ? 4 : 2; }
@@ -43,6 +46,22 @@ struct Words {
   int64_t groups, stages, width;
 };
 
+// Rows of codes from the first one of a task on, in either order: row i's begin code_offset(rows, i) bytes on from row 0's.
+struct CodeRows {
+  int64_t first;
+  int64_t stride;  // from row to row
+  int64_t skip;    // more of it from 8 rows to the next 8; 0 where codes are ordered by token
+};
+static inline int64_t code_offset(const CodeRows& rows, int64_t i) {
+  const int64_t row = rows.first + i;
+  return row * rows.stride + static_cast<int64_t>(static_cast<uint64_t>(row) / GSRQ_CODE_TILE) * rows.skip;
+}
+// For a loop that is at row i. By head a page has but a few tiles of a head, too few for a processor to see where the next
+// ones lie. Past the end nothing is read, and a prefetch does not fault.
+static inline void prefetch_codes(const uint8_t* codes, const CodeRows& rows, int64_t i) {
+  __builtin_prefetch(codes + code_offset(rows, i + kCodesAhead));
+}
+
 // Key codewords of one KV head in 16-bit fixed point, cut into slices of 16 RoPE pairs so that a slice of all
 // stages stays in the second-level cache. A decoded element is unit * (bias + sum_r multiplier_r * word_r).
 struct KeySlices {
@@ -69,8 +88,9 @@ struct PrepareTask {  // one KV head; writes what KeySlices points to
 struct ScoreTask {
   KeySlices keys;
   Rope rope;
-  const uint8_t* codes;  // of the first token, at this head's sub-vector
-  int64_t code_stride, count, first_token;
+  const uint8_t* codes;  // row 0's of the cache, at this head's sub-vector
+  CodeRows code_rows;
+  int64_t count, first_token;
   const float* query;  // [slices, lanes, 2, 16]: rotated to its position and scaled; lanes is a multiple of 4
   int64_t lanes;
   float softcap;
@@ -95,7 +115,8 @@ struct LookupTask {
   int64_t stages, slices;
   Rope rope;
   const uint8_t* codes;
-  int64_t code_stride, count, first_token;
+  CodeRows code_rows;
+  int64_t count, first_token;
   const float* query;
   int64_t lanes;
   float softcap;
@@ -106,8 +127,9 @@ struct LookupTask {
 // Weights summed into bins (stage, code), then bins x codewords: the coded values' part of the output.
 struct ValueTask {
   Words words;
-  const uint8_t* codes;  // of the first token, at the first stage of the task
-  int64_t code_stride, count;
+  const uint8_t* codes;  // row 0's of the cache, at the first stage of the task
+  CodeRows code_rows;
+  int64_t count;
   int64_t group, first_stage, stages;
   int64_t heads, queries, lanes;  // KV heads that share the sub-vector, query heads of each, lanes of each
   int64_t width;                  // elements of each of those heads in the sub-vector
@@ -123,8 +145,9 @@ struct ValueTask {
 struct AttendTask {
   Rope rope;
   Words key_words, value_words;
-  const uint8_t* key_codes;  // of the row; first coded token
+  const uint8_t* key_codes;  // row 0's of the cache, at this head's first sub-vector
   const uint8_t* value_codes;
+  CodeRows key_rows, value_rows;
   int64_t kv_head, head_dim, queries;  // query heads of this KV head
   const float* query;                  // [queries, query_stride] rows of [steps, head_dim], from the tile's first query
   int64_t query_stride;
@@ -153,8 +176,8 @@ struct EncodeTask {
   const double* metric;  // [width, width] = A^T A, or null for the identity
   const double* norms;   // [stages, 256]: c^T A^T A c of the group
   const double* vectors;  // [rows, width]
-  uint8_t* codes;         // out, first byte of the sub-vector
-  int64_t code_stride;
+  uint8_t* codes;         // out, row 0's of the cache, first byte of the sub-vector
+  CodeRows code_rows;
   double* scratch;  // encode_scratch(...) doubles
 };
 

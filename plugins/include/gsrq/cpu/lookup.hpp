@@ -101,12 +101,21 @@ static void center_scores(const LookupTask& task) {
 template <class V>
 static inline void add_entries(const LookupTask& task, int64_t lane) {
   const int64_t lanes = task.lanes, stage = kCodewords * lanes, stages = task.stages;
+  const int64_t stride = task.code_rows.stride;
   const float* table = task.table + lane;
   float* w = task.weights + lane;
+  const auto one = [&](int64_t t) {
+    const uint8_t* codes = task.codes + code_offset(task.code_rows, t);
+    V sum = load<V>(w + t * lanes);
+    for (int64_t r = 0; r < stages; ++r) sum += load<V>(table + r * stage + codes[r] * lanes);
+    store(w + t * lanes, sum);
+  };
   int64_t t = 0;
+  for (; t < task.count && (task.code_rows.first + t) % 4 != 0; ++t) one(t);  // 4 rows are then of one tile, a stride apart
   for (; t + 4 <= task.count; t += 4) {
-    const uint8_t* c0 = task.codes + t * task.code_stride;
-    const uint8_t *c1 = c0 + task.code_stride, *c2 = c1 + task.code_stride, *c3 = c2 + task.code_stride;
+    const uint8_t* c0 = task.codes + code_offset(task.code_rows, t);
+    const uint8_t *c1 = c0 + stride, *c2 = c1 + stride, *c3 = c2 + stride;
+    prefetch_codes(task.codes, task.code_rows, t);
     V s0 = load<V>(w + t * lanes), s1 = load<V>(w + (t + 1) * lanes);
     V s2 = load<V>(w + (t + 2) * lanes), s3 = load<V>(w + (t + 3) * lanes);
     const float* entries = table;
@@ -121,12 +130,7 @@ static inline void add_entries(const LookupTask& task, int64_t lane) {
     store(w + (t + 2) * lanes, s2);
     store(w + (t + 3) * lanes, s3);
   }
-  for (; t < task.count; ++t) {
-    const uint8_t* codes = task.codes + t * task.code_stride;
-    V sum = load<V>(w + t * lanes);
-    for (int64_t r = 0; r < stages; ++r) sum += load<V>(table + r * stage + codes[r] * lanes);
-    store(w + t * lanes, sum);
-  }
+  for (; t < task.count; ++t) one(t);
 }
 
 static void lookup(const LookupTask& task) {

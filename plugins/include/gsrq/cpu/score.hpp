@@ -278,8 +278,9 @@ static void score_pass(const ScoreTask& task, int64_t first_slice, float factor)
       const uint8_t* codes[4];
       for (int j = 0; j < 4; ++j) {
         at[j] = t + j < n ? t + j : n - 1;
-        codes[j] = task.codes + (begin + at[j]) * task.code_stride;
+        codes[j] = task.codes + code_offset(task.code_rows, begin + at[j]);
       }
+      prefetch_codes(task.codes, task.code_rows, begin + t);
       sum_stages<SLICES>(codes, words, slice_words, stages, task.keys.multipliers, bias, key);
       for (int j = 0; j < 4; ++j) {
         for (int s = 0; s < SLICES; ++s) {

@@ -16,7 +16,8 @@ static void fill_bins(const ValueTask& task, float* bins) {
       weights[b] = task.weights + head * task.weight_stride + lane;
     }
     for (int64_t t = begin; t < end; ++t) {
-      const uint8_t* codes = task.codes + t * task.code_stride;
+      const uint8_t* codes = task.codes + code_offset(task.code_rows, t);
+      prefetch_codes(task.codes, task.code_rows, t);
       v4 w[BLOCKS];
       for (int b = 0; b < BLOCKS; ++b) w[b] = load<v4>(weights[b] + t * task.lanes) * factor[b];
       float* stage = bins;
@@ -31,7 +32,7 @@ static void fill_bins(const ValueTask& task, float* bins) {
 static void fill_bins_any(const ValueTask& task, float* bins) {
   const int64_t all = task.heads * task.lanes;
   for (int64_t t = 0; t < task.count; ++t) {
-    const uint8_t* codes = task.codes + t * task.code_stride;
+    const uint8_t* codes = task.codes + code_offset(task.code_rows, t);
     const int64_t split = t / task.split_size;
     for (int64_t head = 0; head < task.heads; ++head) {
       for (int64_t l = 0; l < task.lanes; l += 4) {

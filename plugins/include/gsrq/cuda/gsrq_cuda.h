@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define GSRQ_CUDA_ABI 2
+#define GSRQ_CUDA_ABI 3
 #define GSRQ_CUDA_API __attribute__((visibility("default")))
 
 enum { GSRQ_F32 = 0, GSRQ_F16 = 1, GSRQ_BF16 = 2 };
@@ -35,6 +35,7 @@ typedef struct {
   int32_t sinks, window, block, beam, sliding_window;
   int32_t rope_interleaved, exact_prefill;
   int32_t geometric;
+  int32_t codes_by_head; /* how stored codes are ordered, gsrq/layout.h; then C, page and block are multiples of 8 */
   float scale, softcap;
   const float *cos, *sin;
   gsrq_codebook keys, values;

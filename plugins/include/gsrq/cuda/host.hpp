@@ -70,6 +70,7 @@ inline gsrq_layer describe(const cpu::Attributes& a, const cpu::Shapes& s, const
   layer.sliding_window = narrow("sliding_window", a.sliding_window);
   layer.rope_interleaved = a.rope_interleaved;
   layer.exact_prefill = a.exact_prefill;
+  layer.codes_by_head = a.codes_by_head;
   layer.scale = a.scale;
   layer.softcap = a.softcap;
   layer.cos = static_cast<const float*>(inputs[3]);
