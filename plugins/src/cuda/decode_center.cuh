@@ -10,15 +10,18 @@ namespace gsrq::cuda::decoding {
 constexpr int kPrepareThreads = 256;
 constexpr int kCenterTokens = kPrepareThreads / 32 * kCenterTiles * 16, kCenterHeads = 8, kFewCenterHeads = 4;
 constexpr float kCenterMargin = 1.25f;  // what a table may be off from rotations, and rounding, beside the bound
-static_assert(kPrepareThreads / 32 == kCenterHeads, "a warp turns the queries of one vhead");
+constexpr int kTurnWarps = kPrepareThreads / 32 / kFewCenterHeads;  // that turn the queries of a vhead
 
 // Shared memory of score_center.
 constexpr int kCenterBytes = kCenterTiles * kCenterSteps * 32 * static_cast<int>(sizeof(uint4)) +
                              kCenterHeads * kCenterPairs * kLookupLanes * static_cast<int>(sizeof(float2));
 
-// How the work is cut into blocks: vheads in all and of one; stretches of kCenterTokens that it has, one after another.
+// How the work is cut into blocks: vheads in all and of one; stretches of kCenterTokens that it has, one after another; blocks
+// of a row's tokens, and of its vheads. With one row a block runs its code once, and reading it takes longer than running it:
+// there is little of it.
 struct CenterWork {
   int vheads, heads, stretches;
+  unsigned pieces, groups;
 };
 
 // What a block has: up to kCenterHeads vheads of a row, and some stretches of kCenterTokens.
@@ -27,72 +30,71 @@ struct CenterBlock {
   int begin, end;              // coded tokens
   bool first;                  // of the row's tokens
   Range range;
-  __device__ CenterBlock(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory, const CenterWork& work,
-                         int block)
-      : range{} {
-    const int tokens = work.stretches * kCenterTokens, pieces = static_cast<int>((memory.padded + tokens - 1) / tokens);
-    const int groups = (work.vheads + work.heads - 1) / work.heads;
-    row = block / (pieces * groups);
-    first_vhead = block / pieces % groups * work.heads;
+  __device__ CenterBlock(const gsrq_layer& layer, const gsrq_call& call, const CenterWork& work, unsigned block) : range{} {
+    const unsigned of_row = block / work.pieces, piece = block - of_row * work.pieces;
+    row = static_cast<int>(of_row / work.groups);
+    first_vhead = static_cast<int>(of_row - row * work.groups) * work.heads;
     here = min(work.heads, work.vheads - first_vhead);
     range = coded_range(layer, call, row);
-    first = block % pieces == 0;
-    begin = block % pieces * tokens;
-    end = min(begin + tokens, range.count);
+    first = piece == 0;
+    begin = static_cast<int>(piece) * work.stretches * kCenterTokens;
+    end = min(begin + work.stretches * kCenterTokens, range.count);
   }
 };
 
 // A score as an integer of 1 / inverse above 2^15, in the low 16 bits: those of a float of 2^23 or more are an integer.
 __device__ inline uint32_t fixed(float x, float inverse) { return __float_as_uint(fmaf(x, inverse, kCenterZero)); }
 
-// A warp's vhead: its drifts, and what bounds the sum of those.
+// Drifts of up to kFewCenterHeads vheads, and what bounds the sum of those. kTurnWarps take a vhead, some heads each.
 __device__ inline void turn_center(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan,
                                    const LookupMemory& memory, const CenterBlock& own, int vheads, float2* drifts,
                                    float* inverses) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = lane % kLookupLanes, d = layer.head_dim;
-  if (warp >= own.here) {
-    for (int i = lane; i < kCenterPairs * kLookupLanes; i += 32)
-      drifts[warp * kCenterPairs * kLookupLanes + i] = make_float2(0, 0);
-    return;
-  }
-  const TurnedQuery query(layer, call, plan, own.row, own.first_vhead + warp, h);
-  float bound = 0, rest = 0;
-  constexpr int kTogether = 4, kStep = 32 / kLookupLanes;
+  constexpr int kHeads = kLookupLanes / kTurnWarps;
+  __shared__ float2 sums[kFewCenterHeads][kLookupLanes];  // (bound, rest)
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pairs = layer.head_dim / 2;
+  const int of_block = warp / kTurnWarps, first_head = warp % kTurnWarps * kHeads;
+  const bool real = of_block < own.here;
+  const int vhead = own.first_vhead + (real ? of_block : 0);
+  const TurnedQuery queries[kHeads] = {TurnedQuery(layer, call, plan, own.row, vhead, first_head),
+                                       TurnedQuery(layer, call, plan, own.row, vhead, first_head + 1)};
+  static_assert(kHeads == 2, "the queries above");
+  float bound[kHeads] = {}, rest[kHeads] = {};
 #pragma unroll 1
-  for (int first = lane / kLookupLanes; first < max(d / 2, kCenterPairs); first += kTogether * kStep) {
-    const auto pair_of = [&](int j) { return min(first + j * kStep, d / 2 - 1); };
-    const auto load = [&](int j) { return TurnedPair(layer, call, query, pair_of(j)); };
-    const TurnedPair pairs[kTogether] = {load(0), load(1), load(2), load(3)};
-    float mx[kTogether], my[kTogether], size[kTogether];
+  for (int p = lane; p < max(pairs, kCenterPairs); p += 32) {
+    const int here = min(p, pairs - 1);
+    const TurnedPair turned[kHeads] = {TurnedPair(layer, call, queries[0], here), TurnedPair(layer, call, queries[1], here)};
+    const float mx = __ldg(queries[0].center + turned[0].e0), my = __ldg(queries[0].center + turned[0].e1);
+    const float size = fabsf(__ldg(layer.cos + min(here, layer.half_rope - 1)));  // row 0 has the table's scale
+    const bool turns = p < layer.half_rope;
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      mx[j] = __ldg(query.center + pairs[j].e0);
-      my[j] = __ldg(query.center + pairs[j].e1);
-      size[j] = __ldg(layer.cos + min(pair_of(j), layer.half_rope - 1));  // row 0 has the table's scale
-    }
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const int p = first + j * kStep;
-      const bool turns = p < layer.half_rope;
-      const float2 drift = drift_of(pairs[j].turned(query), mx[j], my[j]);
-      bound += turns ? length_of(drift) * fabsf(size[j]) : 0.0f;
-      rest += turns || p >= d / 2 ? 0.0f : drift.x;
+    for (int h = 0; h < kHeads; ++h) {
+      const float2 drift = drift_of(turned[h].turned(queries[h]), mx, my);
+      bound[h] += turns ? length_of(drift) * size : 0.0f;
+      rest[h] += turns || p >= pairs ? 0.0f : drift.x;
       if (p < kCenterPairs)
-        drifts[warp * kCenterPairs * kLookupLanes + drift_at(p, h)] = turns ? drift : make_float2(0, 0);
+        drifts[of_block * kCenterPairs * kLookupLanes + drift_at(p, first_head + h)] =
+            turns && real ? drift : make_float2(0, 0);
     }
   }
 #pragma unroll
-  for (int o = kLookupLanes; o < 32; o *= 2) {
-    bound += __shfl_xor_sync(~0u, bound, o);
-    rest += __shfl_xor_sync(~0u, rest, o);
-  }
-  if (lane < kLookupLanes) {
-    const float unit = bound * (kCenterMargin / kCenterMost);
-    inverses[warp * kLookupLanes + lane] = unit > 0 ? 1 / unit : 0.0f;
+  for (int o = 16; o > 0; o /= 2)
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      bound[h] += __shfl_xor_sync(~0u, bound[h], o);
+      rest[h] += __shfl_xor_sync(~0u, rest[h], o);
+    }
+  if (lane == 0)
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) sums[of_block][first_head + h] = make_float2(bound[h], rest[h]);
+  __syncthreads();
+  if (threadIdx.x < own.here * kLookupLanes) {
+    const float2 all = sums[threadIdx.x / kLookupLanes][threadIdx.x % kLookupLanes];
+    const float unit = all.x * (kCenterMargin / kCenterMost);
+    inverses[threadIdx.x] = unit > 0 ? __fdividef(1.0f, unit) : 0.0f;
     if (own.first) {
-      const int64_t at = (static_cast<int64_t>(own.row) * vheads + own.first_vhead + warp) * kLookupLanes + lane;
+      const int64_t at = (static_cast<int64_t>(own.row) * vheads + own.first_vhead) * kLookupLanes + threadIdx.x;
       memory.unit[at] = unit;
-      memory.rest[at] = rest;
+      memory.rest[at] = all.y;
     }
   }
 }
@@ -107,7 +109,7 @@ __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, con
   constexpr int kPairs = 2;  // of vheads that are scored together
   constexpr int kThreads = kPrepareThreads;
   __shared__ __align__(8) float inverses[kCenterHeads * kLookupLanes];  // of units
-  const CenterBlock own(layer, call, memory, work, block);
+  const CenterBlock own(layer, call, work, static_cast<unsigned>(block));
   const int vheads = work.vheads;
   if (own.begin >= own.end) return;
   const int here = own.here, end = own.end, half = layer.half_rope;
@@ -115,7 +117,14 @@ __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, con
   const int64_t item = static_cast<int64_t>(own.row) * vheads + own.first_vhead;
   uint4* const offsets = reinterpret_cast<uint4*>(shared_memory);  // [tiles][steps][32]
   float2* const drifts = reinterpret_cast<float2*>(offsets + kCenterTiles * kCenterSteps * 32);  // [vheads][pairs * 4]
-  for (int i = thread; i < kCenterTiles * kCenterSteps * 32; i += kThreads) copy_async(offsets + i, memory.offsets + i, true);
+  static_assert(kCenterTiles * kCenterSteps * 32 % kThreads == 0, "each thread copies as many");
+#pragma unroll
+  for (int i = 0; i < kCenterTiles * kCenterSteps * 32; i += kThreads)
+    copy_async(offsets + i + thread, memory.offsets + i + thread, true);
+  if (Full && lane < 4) {  // the row of the table that the warp turns by first, on its way from memory meanwhile
+    const int64_t at = static_cast<int64_t>(own.range.first + min(own.begin + warp * kCenterTiles * 16, end - 1)) * half;
+    prefetch((lane < 2 ? layer.cos : layer.sin) + at + lane % 2 * 32);
+  }
   const int used = here * kCenterPairs * kLookupLanes / 2;
   if (Alone) {
     commit_async();
@@ -176,7 +185,7 @@ __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, con
         to[i] = static_cast<uint2*>(memory.center) + (item + vhead) * memory.padded + own_token;
         left[i] = vhead < here ? end - own_token : 0;
       }
-#pragma unroll 2
+#pragma unroll 1
       for (int tile = 0; tile < kCenterTiles; ++tile) {
         float sums[kPairs][4] = {};
 #pragma unroll
@@ -203,7 +212,7 @@ __device__ void score_center(const gsrq_layer& layer, const gsrq_call& call, con
 // The same for any rotary table, in float32: a thread a (token, head). A launch has turned the queries.
 __device__ inline void score_center_plain(const gsrq_layer& layer, const gsrq_call& call, const LookupMemory& memory,
                                           const CenterWork& work, int block) {
-  const CenterBlock own(layer, call, memory, work, block);
+  const CenterBlock own(layer, call, work, static_cast<unsigned>(block));
   const int vheads = work.vheads;
   if (own.begin >= own.end) return;
   const int half = layer.half_rope, here = own.here, pairs = drift_pairs(layer);

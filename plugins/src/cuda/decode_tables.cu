@@ -76,19 +76,23 @@ __global__ void __launch_bounds__(kThreads)
 template <int Chunks, bool Exact, bool Alone>
 __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, const LookupPlan& plan,
                             const LookupMemory& memory, const Work& work, int block) {
-  const int groups = kCodewords / work.table_codes, vheads = work.vheads;
-  const int first_code = block % groups * work.table_codes, part = block / groups % plan.key_parts;
-  const int vhead = block / (groups * plan.key_parts) % vheads, kv_head = vhead / plan.head.parts;
-  const int first_row = block / (groups * plan.key_parts * vheads) * kTableRows, rows = min(kTableRows, call.batch - first_row);
+  const unsigned groups = kCodewords / static_cast<unsigned>(work.table_codes), vheads = work.vheads;
+  const unsigned of_part = static_cast<unsigned>(block) / groups, of_vhead = of_part / static_cast<unsigned>(plan.key_parts);
+  const unsigned of_rows = Alone ? 0 : of_vhead / vheads;
+  const int first_code = static_cast<int>(block - of_part * groups) * work.table_codes;
+  const int part = static_cast<int>(of_part - of_vhead * plan.key_parts), vhead = static_cast<int>(of_vhead - of_rows * vheads);
+  const int kv_head = static_cast<int>(static_cast<unsigned>(vhead) / static_cast<unsigned>(plan.head.parts));
+  const int first_row = static_cast<int>(of_rows) * kTableRows, rows = min(kTableRows, call.batch - first_row);
   const int d = layer.head_dim, pitch = d + kPadHalves, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int g = lane / 4, t = lane % 4, slot = part * kPartSlots + warp;
   __half* const queries = reinterpret_cast<__half*>(shared_memory);  // [rows][high, low][4 heads][pitch]
   const bool real = slot < plan.key_slots;  // slots past the last are zeros
-  const int used = real ? slot : 0, of_head = used / layer.keys.stages * plan.key_width;
+  const int used = real ? slot : 0, of_head = used / static_cast<unsigned>(layer.keys.stages) * plan.key_width;
   const int element = kv_head * d + of_head, width = layer.keys.width;
-  const int64_t stage = static_cast<int64_t>(element / width) * layer.keys.stages + used % layer.keys.stages;
+  const int64_t stage = static_cast<int64_t>(static_cast<unsigned>(element) / static_cast<unsigned>(width)) * layer.keys.stages +
+                        static_cast<unsigned>(used) % static_cast<unsigned>(layer.keys.stages);
   const __half* const word = static_cast<const __half*>(layer.keys.codewords) + (stage * kCodewords + first_code + g) * width +
-                             element % width + 8 * t;
+                             static_cast<unsigned>(element) % static_cast<unsigned>(width) + 8 * t;
   uint32_t same = 0x3210;  // moves with it are made once and not in each row's turn
   asm volatile("" : "+r"(same));
   uint32_t a[2 * Chunks][4];
@@ -113,11 +117,15 @@ __device__ void fill_tables(const gsrq_layer& layer, const gsrq_call& call, cons
   };
   load(0);
   if (real)
+#pragma unroll 1
     for (int i = 16 + lane / 2; i < work.table_codes; i += 16)
+#pragma unroll 1
       for (int at = lane % 2 * 64; at < plan.key_width; at += 128) prefetch(word + (i - g) * width + at - 8 * t);
   if (Alone) {
+#pragma unroll 1
     for (int i = thread; i < rows * kLookupLanes * (d / 2); i += kThreads) {
-      const int p = i % (d / 2), column = i / (d / 2), row = column / kLookupLanes, h = column % kLookupLanes;
+      const int column = static_cast<int>(static_cast<unsigned>(i) / (static_cast<unsigned>(d) / 2)), p = i - column * (d / 2);
+      const int row = column / kLookupLanes, h = column % kLookupLanes;
       const TurnedQuery query(layer, call, plan.head, first_row + row, vhead, h);
       const TurnedPair pair(layer, call, query, p);
       const float2 q = pair.turned(query);
@@ -277,8 +285,10 @@ int prepare_lookup(const gsrq_layer& layer, const gsrq_call& call, const LookupP
   const int center_heads = alone ? kFewCenterHeads : kCenterHeads;
   const int64_t of_stretch = (vheads + center_heads - 1) / center_heads * batch;
   const int64_t together = std::min(stretches, (stretches * of_stretch + kCenterBlocks - 1) / kCenterBlocks);
-  work.center = {work.vheads, center_heads, static_cast<int>(together)};
-  const int64_t centers = (stretches + together - 1) / together * of_stretch;
+  const int64_t pieces = (stretches + together - 1) / together;
+  work.center = {work.vheads, center_heads, static_cast<int>(together), static_cast<unsigned>(pieces),
+                 static_cast<unsigned>(of_stretch / batch)};
+  const int64_t centers = pieces * of_stretch;
   const int64_t tables =
       kCodewords / work.table_codes * plan.key_parts * vheads * ((batch + kTableRows - 1) / kTableRows);
   const int64_t exact = work.splits * vheads * batch / (work.exact_rows ? kThreads / 32 : 1);
