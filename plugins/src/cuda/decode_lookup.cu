@@ -79,7 +79,7 @@ struct Codes {
     const int64_t row = skipped + i;
     return base + row / kCodeTile * tile + row % kCodeTile * run;
   }
-  // Of token first + i, both less than 2^31, where a tile begins or the item does.
+  // Of the item's token first + i, in a linear cache; first is a multiple of kCodeTile.
   __device__ const int8_t* at(int first, int i) const {
     const uint32_t row = skipped + i;
     return base + static_cast<uint64_t>(static_cast<uint32_t>(first) / kCodeTile + row / kCodeTile) * tile +

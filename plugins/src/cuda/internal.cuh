@@ -64,8 +64,9 @@ __device__ inline int64_t code_row(const gsrq_call& call, int32_t b, int64_t row
          row % call.page;
 }
 
-// Where, in a tensor of codes, those lie that begin at a KV head's first byte: at(row) + j is byte j of the head's. A row is the
-// tensor's: code_row. Rows i and i + kCodeTile are always tile bytes apart.
+// Where, in a tensor of codes, those lie that begin at a KV head's first byte: at(row) + j is byte j of the head's, as
+// gsrq_code_offset has it, in steps that a kernel can take apart. A row is the tensor's: code_row. Rows i and i + kCodeTile are
+// always tile bytes apart.
 constexpr int kCodeTile = GSRQ_CODE_TILE;
 struct CodePlaces {
   int64_t first;  // of row 0

@@ -46,7 +46,8 @@ struct Words {
   int64_t groups, stages, width;
 };
 
-// Rows of codes from the first one of a task on, in either order: row i's begin code_offset(rows, i) bytes on from row 0's.
+// Rows of codes from the first one of a task on, in either order: row i's begin code_offset(rows, i) bytes on from row 0's, as
+// gsrq_code_offset has it.
 struct CodeRows {
   int64_t first;
   int64_t stride;  // from row to row
