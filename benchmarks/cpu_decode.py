@@ -27,7 +27,7 @@ from onnx import helper
 from gsrq_export import native
 from gsrq_export.cache.frame import rotate
 from gsrq_export.cache.reference import AttentionConfig, LayerCache, attributes, gsrq_attention
-from gsrq_export.cache.rule import CacheRule, code_run, from_token_order
+from gsrq_export.cache.rule import CacheRule, from_token_order
 from gsrq_export.codec.codebook import Codebook
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu_decode.json"
@@ -202,7 +202,7 @@ def measure(shape: Shape, tokens: int, library: Path, threads: int, repeats: int
             # Each side reads codes of its own: a bound tensor is not copied.
             stored = {name: getattr(cache, name).clone() for name in CACHE}
             for name, of in (("key_codes", keys), ("value_codes", values)):
-                stored[name] = from_token_order(stored[name], code_run(of.groups, of.stages, of.width, d, by_head))
+                stored[name] = from_token_order(stored[name], of.code_run(d, by_head))
             given = attributes(replace(config, codes_by_head=by_head), book.center is not None)
             inputs = tensors | stored
             node = helper.make_node("GsrqAttention", [*inputs, *constants], outputs, domain="ai.gsrq", **given)

@@ -25,7 +25,7 @@ from environment import environment
 from gsrq_export import CacheRule, Codebook
 from gsrq_export.cache.frame import rotate
 from gsrq_export.cache.reference import AttentionConfig, LayerCache
-from gsrq_export.cache.rule import code_run, to_token_order
+from gsrq_export.cache.rule import to_token_order
 from gsrq_export.cuda import Call, CallTensors, CudaLayer
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of LLaMA-3-8B
@@ -127,9 +127,7 @@ def float64_row(call: Call, row: int, step: int = 65536) -> torch.Tensor:
     pieces.append((turned(position[0], key), value))
     center = layer.keys.center
     codes = [
-        to_token_order(
-            stored[row], code_run(book.groups, book.stages, book.width, HEAD_DIM, layer.config.codes_by_head)
-        )
+        to_token_order(stored[row], book.code_run(HEAD_DIM, layer.config.codes_by_head))
         for book, stored in ((layer.keys, t.key_codes), (layer.values, t.value_codes))
     ]
     for first in range(0, coded, step):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention
-from gsrq_export.cache.rule import CacheRule, code_run, to_token_order
+from gsrq_export.cache.rule import CacheRule, to_token_order
 from gsrq_export.codec.codebook import Codebook
 
 
@@ -97,9 +97,10 @@ class Case:
 
     def in_token_order(self, cache: LayerCache) -> LayerCache:
         """The cache as one of the case with codes ordered by token."""
-        order = self.config.codes_by_head
-        runs = [code_run(b.groups, b.stages, b.width, self.head_dim, order) for b in (self.keys, self.values)]
-        codes = [to_token_order(c, run) for c, run in zip((cache.key_codes, cache.value_codes), runs, strict=True)]
+        codes = [
+            to_token_order(stored, book.code_run(self.head_dim, self.config.codes_by_head))
+            for book, stored in ((self.keys, cache.key_codes), (self.values, cache.value_codes))
+        ]
         return LayerCache(*codes, cache.key_exact, cache.value_exact)
 
     def empty(self) -> LayerCache:

@@ -12,7 +12,7 @@ import torch
 from attention_cases import random_codebook
 
 from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention
-from gsrq_export.cache.rule import CODE_TILE, CacheRule, code_run, from_token_order
+from gsrq_export.cache.rule import CODE_TILE, CacheRule, from_token_order
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.cuda import CallTensors, CudaLayer
 
@@ -189,7 +189,7 @@ class Stage:
         codes = [
             from_token_order(
                 torch.randint(-128, 128, (batch, capacity, b.code_bytes), generator=self.generator, device=self.device),
-                code_run(b.groups, b.stages, b.width, scene.head_dim, scene.config.codes_by_head),
+                b.code_run(scene.head_dim, scene.config.codes_by_head),
             )
             for b in (self.keys, self.values)
         ]

@@ -24,7 +24,7 @@ from traffic.byte_tokenizer import byte_tokenizer
 from transformers import LlamaForCausalLM
 
 from gsrq_export import CacheRule, coded
-from gsrq_export.cache.rule import code_run, to_token_order
+from gsrq_export.cache.rule import to_token_order
 from gsrq_export.codec.int8 import KEY_SPREAD, stage_integers
 from gsrq_export.codec.storage import load_codebooks
 from gsrq_export.commands.app import cli
@@ -372,7 +372,7 @@ def test_codes_by_head(model_dir: Path, tmp_path: Path) -> None:
     for i, layer in enumerate(expected.past_key_values.layers):
         for part, book in (("key_codes", books[i].keys), ("value_codes", books[i].values)):
             held, want = torch.from_numpy(ours.read_cache(i, part)), getattr(layer.cache, part)
-            codes = to_token_order(held, code_run(book.groups, book.stages, book.width, 32, by_head=True))
+            codes = to_token_order(held, book.code_run(32, by_head=True))
             assert torch.equal(codes[:, : rule.coded(70)], want)
             assert not torch.equal(held[:, : rule.coded(70)], want)
 

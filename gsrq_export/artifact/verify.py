@@ -16,12 +16,12 @@ import onnx
 from gsrq_export.artifact.manifest import OWN, Manifest, check_name, list_files, load_manifest
 from gsrq_export.cache.rule import CODEBOOK_SIZE
 from gsrq_export.errors import ArtifactError, GsrqError
+from gsrq_export.export.function import DOMAIN, OPERATOR
 from gsrq_export.recipe import parse_recipe
 from gsrq_export.stages.keys import file_hash
 
 CODEBOOKS, MODEL, RECIPE = "codebooks.safetensors", "model.onnx", "recipe.resolved.yaml"
 REQUIRED = (MODEL, CODEBOOKS, RECIPE)
-OP_DOMAIN, OPERATOR = "ai.gsrq", "GsrqAttention"
 MAX_HEADER_BYTES = 16 << 20
 MAX_ONNX_BYTES = (1 << 31) - 1  # protobuf's own limit
 MAX_RECIPE_BYTES = 1 << 20
@@ -190,12 +190,10 @@ def check_onnx(path: Path, manifest: Manifest) -> None:
     except Exception as error:  # protobuf's errors have no common type
         raise ArtifactError(f"not ONNX: {error}") from None
     versions = {opset.domain: opset.version for opset in model.opset_import}
-    if OP_DOMAIN in versions and versions[OP_DOMAIN] != manifest.op_version:
-        raise ArtifactError(
-            f"operator {OP_DOMAIN} version {versions[OP_DOMAIN]}, the manifest says {manifest.op_version}"
-        )
+    if DOMAIN in versions and versions[DOMAIN] != manifest.op_version:
+        raise ArtifactError(f"operator {DOMAIN} version {versions[DOMAIN]}, the manifest says {manifest.op_version}")
     for node in model.graph.node:
-        if (node.domain, node.op_type) == (OP_DOMAIN, OPERATOR):
+        if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
             order = ("token", "head")[any(a.name == "code_order" and a.i for a in node.attribute)]
             if order != manifest.cache.code_order:
                 raise ArtifactError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gsrq_export.cache.frame import from_frame, rotate, to_frame
-from gsrq_export.cache.rule import CODE_TILE, CODEBOOK_SIZE, CacheRule, code_run, from_token_order, to_token_order
+from gsrq_export.cache.rule import CODE_TILE, CODEBOOK_SIZE, CacheRule, from_token_order, to_token_order
 from gsrq_export.codec.codebook import Codebook
 from gsrq_export.errors import GsrqError
 
@@ -132,7 +132,7 @@ def gsrq_attention(
     kv_heads = key.shape[1]
     if config.codes_by_head and cache.key_codes.shape[1] % CODE_TILE:
         raise ValueError(f"a capacity of {cache.key_codes.shape[1]} is no multiple of {CODE_TILE}: codes lie by head")
-    runs = [code_run(b.groups, b.stages, b.width, head_dim, config.codes_by_head) for b in (keys, values)]
+    runs = [book.code_run(head_dim, config.codes_by_head) for book in (keys, values)]
     stored = [to_token_order(c, run) for c, run in zip((cache.key_codes, cache.value_codes), runs, strict=True)]
     total = past_lengths + new_lengths
     coded_after = rule.coded(total)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gsrq_export.cache.rule import CODEBOOK_SIZE
+from gsrq_export.cache.rule import CODEBOOK_SIZE, code_run
 from gsrq_export.errors import GsrqError
 
 MOST_PASSES = 16  # minima taken one by one; more are sorted
@@ -75,6 +75,10 @@ class Codebook:
     def code_bytes(self) -> int:
         """Bytes a token's codes take."""
         return self.groups * self.stages
+
+    def code_run(self, head_dim: int, by_head: bool) -> int:
+        """Bytes of a token's codes that lie together in the cache, see cache/rule.py."""
+        return code_run(self.groups, self.stages, self.width, head_dim, by_head)
 
     @property
     def nominal_bits(self) -> float:

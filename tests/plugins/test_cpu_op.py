@@ -12,7 +12,7 @@ from attention_cases import random_codebook
 from op_session import CACHE, FEEDS, OpSession, from_ort, to_ort
 
 from gsrq_export.cache.reference import AttentionConfig, LayerCache, gsrq_attention
-from gsrq_export.cache.rule import CODE_TILE, CacheRule, code_run, to_token_order
+from gsrq_export.cache.rule import CODE_TILE, CacheRule, to_token_order
 from gsrq_export.codec.codebook import Codebook
 
 TOLERANCE = 1e-4
@@ -193,7 +193,7 @@ def test_the_order_of_codes_changes_no_bit(
     other, stored = run_in_pieces(by_head.session(library), by_head, whole, pieces)
     assert torch.equal(output, other)
     for name, book in (("key_codes", keys), ("value_codes", values)):
-        codes, run = getattr(stored, name), code_run(book.groups, book.stages, book.width, 16, True)
+        codes, run = getattr(stored, name), book.code_run(16, by_head=True)
         assert torch.equal(to_token_order(codes, run), getattr(cache, name))
         assert torch.equal(codes, getattr(cache, name)) == (run == book.code_bytes)
 

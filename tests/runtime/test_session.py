@@ -16,7 +16,7 @@ import torch
 from tiny_artifact import MAX_LENGTH, RULE, TinyArtifact, tiny_artifact
 
 from gsrq_export import GsrqError, coded, native
-from gsrq_export.cache.rule import code_run, to_token_order
+from gsrq_export.cache.rule import to_token_order
 from gsrq_export.errors import ArtifactError
 from gsrq_export.evaluate.ort_runner import OrtRunner
 from gsrq_export.evaluate.torch_runner import TorchRunner
@@ -70,8 +70,7 @@ def in_token_order(artifact: TinyArtifact, layer: int, part: str, codes: np.ndar
     """The codes of a layer's cache as the torch cache has them."""
     books, head_dim = artifact.codebooks[layer], artifact.model.config.head_dim
     book = books.keys if part == "key_codes" else books.values
-    run = code_run(book.groups, book.stages, book.width, head_dim, artifact.codes_by_head)
-    return to_token_order(torch.from_numpy(codes), run).numpy()
+    return to_token_order(torch.from_numpy(codes), book.code_run(head_dim, artifact.codes_by_head)).numpy()
 
 
 KINDS = [
