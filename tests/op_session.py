@@ -99,6 +99,7 @@ class OpSession:
         threads: int = 2,
         constant: bool = True,
         provider: str = "CPUExecutionProvider",
+        provider_options: dict[str, str] | None = None,
         io: torch.dtype = torch.float32,
         tables: tuple[torch.Tensor, torch.Tensor] | None = None,
         **overrides: int | float,
@@ -111,7 +112,7 @@ class OpSession:
         initializers = (books if constant else {}) | dict(zip(("cos", "sin"), tables or (), strict=False))
         rotated = keys.center is not None
         model = build_model(exact, attributes(config, rotated) | overrides, initializers, io, rotated)
-        self.session = ort.InferenceSession(model, options, providers=[provider])
+        self.session = ort.InferenceSession(model, options, providers=[(provider, provider_options or {})])
         assert provider in self.session.get_providers()
         self.books = {} if constant else {name: to_ort(t) for name, t in books.items()}
         self.exact, self.io = exact, io

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import onnxruntime as ort
@@ -112,6 +114,36 @@ def test_impossible_lengths_are_refused_before_anything_is_written(change: dict[
     with pytest.raises(Exception, match=re.escape(said)):
         runner.session.run_with_iobinding(bound(runner, tensors, cache))
     assert_same(LayerCache(*(x.cpu() for x in vars(cache).values())), WIDE.empty())
+
+
+def run_with(limits: list[int]) -> list[str]:
+    """What sessions say to one call each, with so many bytes of GPU memory; "" where it ran."""
+    case = Case("many rows", DECODE.config, heads=8, head_dim=64, rope_dim=64, steps=192, lengths=(192,) * 48)
+    data = case.data()
+    said = []
+    for limit in limits:
+        options = {"gpu_mem_limit": str(limit), "arena_extend_strategy": "kSameAsRequested"}
+        try:
+            session(case, data, provider_options=options).run(feeds(data, 0, case.steps), case.empty())
+            said.append("")
+        except Exception as error:  # whatever ONNX Runtime raises
+            said.append(str(error) or repr(error))
+    return said
+
+
+def test_memory_that_is_out_is_an_error() -> None:
+    """In a process of its own, which must live. Between too little and enough, what is missing is what is asked for
+    last: the call's workspace."""
+    low, high, said = 2**20, 2**30, []
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert pool.submit(run_with, [high]).result() == [""]
+        while high - low > 2**16:
+            middle = (low + high) // 2
+            (answer,) = pool.submit(run_with, [middle]).result()
+            low, high = (middle, high) if answer else (low, middle)
+            said.append(answer)
+    assert all("memory" in answer.lower() for answer in said if answer), said
+    assert "GsrqAttention" in next(answer for answer in reversed(said) if answer), said
 
 
 def test_codebooks_must_be_initializers() -> None:

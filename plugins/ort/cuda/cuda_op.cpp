@@ -6,6 +6,8 @@
 // is therefore refused. Codebooks must be initializers: they are read and brought into the kernels' form once a node.
 #include <algorithm>
 #include <memory>
+#include <mutex>
+#include <unordered_map>
 #include <vector>
 
 #include "../host.hpp"
@@ -27,34 +29,67 @@ int64_t count(const cpu::Shape& shape) {
   return product;
 }
 
+// Most bytes that a stream's calls have had from its session's arena.
+class Known {
+ public:
+  bool has(const void* stream, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return most_[stream] >= bytes;
+  }
+  void note(const void* stream, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    most_[stream] = std::max(most_[stream], bytes);
+  }
+  void forget() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    most_.clear();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<const void*, size_t> most_;
+};
+
+Known& known() {
+  static Known one;
+  return one;
+}
+
 // Memory of one call from the session's allocator. Given back when the launches are queued: whoever gets it next
 // works on the same stream, or the allocator makes it wait.
 class Scratch {
  public:
   Scratch(const Api* api, const KernelContext* context, const MemoryInfo* where, const void* stream, size_t bytes)
-      : api_(api) {
-    require(KernelContext_GetAllocator(api, context, where, &allocator_));
-    // The stream-aware call dereferences the stream, which a session without one lacks.
-    Status* status = nullptr;
-    if (stream != nullptr) status = KernelContext_GetScratchBuffer(api, context, where, bytes, &memory_);
-    else memory_ = allocator_->allocate(allocator_, bytes);
-    if (status != nullptr || memory_ == nullptr) {
-      ReleaseAllocator(api, allocator_);
-      if (status != nullptr) throw Failed{status};
-      throw std::bad_alloc();
+      : allocator_(nullptr, {api}) {
+    Allocator* allocator = nullptr;
+    require(KernelContext_GetAllocator(api, context, where, &allocator));
+    allocator_.reset(allocator);
+    if (stream == nullptr) {  // the stream-aware call dereferences the stream
+      memory_ = allocator->allocate(allocator, bytes);
+    } else {
+      // That call is declared to throw nothing and calls the arena, which throws where memory is out: the process would end.
+      // So the first call of a size asks the arena by the way that may throw. It keeps what is given back.
+      if (!known().has(stream, bytes)) {
+        void* tried = allocator->allocate(allocator, bytes);
+        if (tried == nullptr) throw std::bad_alloc();
+        allocator->release(allocator, tried);
+      }
+      require(KernelContext_GetScratchBuffer(api, context, where, bytes, &memory_));
+      known().note(stream, bytes);
     }
+    if (memory_ == nullptr) throw std::bad_alloc();
   }
-  ~Scratch() {
-    allocator_->release(allocator_, memory_);
-    ReleaseAllocator(api_, allocator_);
-  }
+  ~Scratch() { allocator_->release(allocator_.get(), memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   char* data() const { return static_cast<char*>(memory_); }
 
  private:
-  const Api* api_;
-  Allocator* allocator_ = nullptr;
+  struct Release {
+    const Api* api;
+    void operator()(Allocator* allocator) const { ReleaseAllocator(api, allocator); }
+  };
+  std::unique_ptr<Allocator, Release> allocator_;
   void* memory_ = nullptr;
 };
 
@@ -79,6 +114,7 @@ Status* create_kernel(const CustomOp* op, const Api* api, const KernelInfo* info
     if (kernel->attributes.rotated_keys && !constant(api, info, kKeyCenter))
       return "on CUDA the keys' center (input 15) must be an initializer";
     kernel->constant_tables = constant(api, info, 3) && constant(api, info, 4);
+    known().forget();  // a new session's stream may lie where an old one's did
     *out = kernel.release();
     return {};
   });
