@@ -24,5 +24,5 @@ def assert_clean(tool: str, script: Path, said: str) -> None:
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", native.CUDA.variable: str(load().path)}
     command = [sanitizer, "--tool", tool, "--error-exitcode", "99", "--kernel-regex", "kernel_substring=gsrq"]
     done = subprocess.run([*command, sys.executable, str(script)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[:3000] + done.stdout[3000:][-3000:] + done.stderr[-2000:]
     assert said in done.stdout

@@ -21,14 +21,6 @@ extern __shared__ __align__(128) char shared_memory[];
 // What queries are multiplied with: scores in units of log2, save where softcap needs them plain.
 __device__ inline float query_scale(const gsrq_layer& layer) { return layer.scale * (layer.softcap > 0 ? 1.0f : kLog2e); }
 
-// Element i of memory that the kernel does not write. Without a branch for its type: many are loaded at once.
-__device__ inline float load_any(const void* data, int64_t i, int dtype) {
-  const uint32_t word =
-      dtype == GSRQ_F32 ? __ldg(static_cast<const uint32_t*>(data) + i) : __ldg(static_cast<const uint16_t*>(data) + i);
-  const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(word)));
-  return dtype == GSRQ_F16 ? half : __uint_as_float(dtype == GSRQ_F32 ? word : word << 16);
-}
-
 // x as the sum of two float16.
 __device__ inline void split_in_two(float x, __half* high, __half* low) {
   const __half h = __float2half_rn(x);

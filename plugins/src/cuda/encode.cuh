@@ -72,6 +72,14 @@ inline EncodeBook encode_book(const gsrq_layer& layer, const gsrq_codebook& book
   return out;
 }
 
+// Where the elements of a row's vector are.
+struct Origin {
+  const char* from;     // head 0, element 0; null: no row
+  int32_t head_stride;  // elements
+  int32_t token;
+  int32_t dtype, round_to;  // round_to: what the cache will store, or -1
+};
+
 // The vectors to encode: tokens of a call that leave the window, or rows of a matrix [n, groups * width].
 struct EncodeSource {
   bool values;
@@ -91,27 +99,56 @@ struct EncodeSource {
     return row.after - row.before;
   }
 
-  __device__ float element(const gsrq_layer& layer, const gsrq_call& call, int64_t b, int64_t row, int64_t i) const {
-    const int32_t d = layer.head_dim, at = static_cast<int32_t>(i);
-    if (vectors != nullptr) return load(vectors, row * layer.kv_heads * d + i, dtype);
-    if (!values && layer.key_center != nullptr) return framed(layer, call, b, layer.sinks + row, at / d, at % d);
-    return exact_element(layer, call, values, b, layer.sinks + row, call.past_lengths[b], at / d, at % d);
+  // Of coded row `row` of batch row b.
+  __device__ Origin origin(const gsrq_layer& layer, const gsrq_call& call, int64_t b, int64_t row) const {
+    const int64_t d = layer.head_dim, token = layer.sinks + row;
+    Origin out{};
+    int64_t element;  // of head 0
+    out.round_to = -1;
+    out.token = static_cast<int32_t>(token);
+    if (vectors != nullptr) {
+      out.from = static_cast<const char*>(vectors);
+      out.dtype = dtype, out.head_stride = layer.head_dim;
+      element = row * layer.kv_heads * d;
+    } else if (const int64_t past = call.past_lengths[b]; token < past) {
+      const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
+      out.from = static_cast<const char*>(values ? call.value_exact : call.key_exact);
+      out.dtype = call.exact_dtype, out.head_stride = static_cast<int32_t>(slots * d);
+      element = (b * layer.kv_heads * slots + gsrq_slot32(out.token, layer.sinks, layer.window, layer.block)) * d;
+    } else {
+      out.from = static_cast<const char*>(values ? call.value : call.key);
+      out.dtype = call.dtype, out.head_stride = static_cast<int32_t>(call.steps * d);
+      if (call.dtype != call.exact_dtype && call.exact_dtype != GSRQ_F32) out.round_to = call.exact_dtype;
+      element = (b * layer.kv_heads * call.steps + token - past) * d;
+    }
+    out.from += element * (out.dtype == GSRQ_F32 ? 4 : 2);
+    return out;
   }
 
-  // Element of a key less its head's center, turned to its token's position: float64, rounded once.
-  __device__ float framed(const gsrq_layer& layer, const gsrq_call& call, int64_t b, int64_t token, int32_t head,
-                          int32_t i) const {
-    const auto centerd = [&](int64_t e) {
-      return static_cast<double>(exact_element(layer, call, false, b, token, call.past_lengths[b], head, e)) -
-             static_cast<double>(layer.key_center[head * layer.head_dim + e]);
+  __device__ bool framed(const gsrq_layer& layer) const {
+    return vectors == nullptr && !values && layer.key_center != nullptr;
+  }
+
+  // Element i of all heads', as the cache stores it. Of a framed key: less its head's center, turned to its token's position,
+  // float64, rounded once.
+  __device__ float element(const gsrq_layer& layer, const Origin& origin, int64_t i) const {
+    const int32_t d = layer.head_dim, head = static_cast<int32_t>(i) / d, at = static_cast<int32_t>(i) % d;
+    const int64_t from = static_cast<int64_t>(head) * origin.head_stride;
+    const auto stored = [&](int32_t e) {
+      const float x = load_any(origin.from, from + e, origin.dtype);
+      return origin.round_to < 0 ? x : rounded(x, origin.round_to);
     };
+    if (!framed(layer)) return stored(at);
+    const float* center = layer.key_center + head * d;
+    const auto centered = [&](int32_t e) { return static_cast<double>(stored(e)) - static_cast<double>(center[e]); };
     const int32_t half = layer.half_rope;
-    if (i >= 2 * half) return static_cast<float>(centerd(i));
-    const int32_t p = layer.rope_interleaved ? i / 2 : i % half;
-    const bool second = layer.rope_interleaved ? i % 2 == 1 : i >= half;
+    if (at >= 2 * half) return static_cast<float>(centered(at));
+    const int32_t p = layer.rope_interleaved ? at / 2 : at % half;
+    const bool second = layer.rope_interleaved ? at % 2 == 1 : at >= half;
     int32_t e0, e1;
     pair_elements(layer, p, &e0, &e1);
-    const double c = layer.cos[token * half + p], s = layer.sin[token * half + p], x = centerd(e0), y = centerd(e1);
+    const int64_t angle = static_cast<int64_t>(origin.token) * half + p;
+    const double c = layer.cos[angle], s = layer.sin[angle], x = centered(e0), y = centered(e1);
     return static_cast<float>(second ? y * c + x * s : x * c - y * s);
   }
 

@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) encode_tiles(gsrq_layer layer, gsrq_
     for (int64_t at = threadIdx.x; at < count * width; at += kThreads) {
       const int64_t t = at / width, j = at % width;
       slice.residual[t * beam * width + j] =
-          static_cast<double>(source.element(layer, call, b, first_row + t, g * width + j));
+          static_cast<double>(source.element(layer, source.origin(layer, call, b, first_row + t), g * width + j));
     }
     for (int64_t c = threadIdx.x; c < columns; c += kThreads) slice.error[c] = 0;
     __syncthreads();

@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(32 * RowWarps * WordWarps, RowWarps* WordWarps
         const float error = __shfl_sync(0xffffffffu, known.error, leader);
         const float its_norm = __shfl_sync(0xffffffffu, norm, leader);
         __syncwarp();  // the stages before were written by another lane
-        const Exact exact{layer, call, book, source, b, first_row + at_row, g,
+        const Exact exact{layer, book, source, source.origin(layer, call, b, first_row + at_row), g,
                           source.target(layer, book.book, call, b, first_row + at_row, g)};
         const int better = other < 0 ? among_all(exact, stage, layout, residual + at_row * residual_stride, error, its_norm)
                                      : (exact.beats(stage, a, other) ? other : a);

@@ -174,18 +174,21 @@ __device__ __noinline__ void load_vectors(const gsrq_layer& layer, const gsrq_ca
   float* residual = reinterpret_cast<float*>(memory + layout.residual_at());
   float* scratch = reinterpret_cast<float*>(memory + layout.ring_at()) + warp * kScratch;
   const double* turned = book.turned + tile.group * width * width;
-  const auto element = [&](int row, int e) {
-    return row < tile.count && e < width
-               ? source.element(layer, call, tile.batch, tile.first_row + row, tile.group * width + e)
-               : 0.0f;
+  const auto origin_of = [&](int row) {
+    return row < tile.count ? source.origin(layer, call, tile.batch, tile.first_row + row) : Origin{};
+  };
+  const auto element = [&](const Origin& origin, int e) {
+    return origin.from != nullptr && e < width ? source.element(layer, origin, tile.group * width + e) : 0.0f;
   };
   if (book.diagonal[tile.group] != 0) {
     for (int top = 4 * warp; top < Rows; top += 4 * Warps)
-      for (int row = top; row < top + 4; ++row)
+      for (int row = top; row < top + 4; ++row) {
+        const Origin origin = origin_of(row);
         for (int e = lane; e < padded; e += 32) {
           const double a = e < width ? turned[static_cast<int64_t>(e) * width + e] : 0.0;
-          residual[row * residual_stride + e] = static_cast<float>(a * static_cast<double>(element(row, e)));
+          residual[row * residual_stride + e] = static_cast<float>(a * static_cast<double>(element(origin, e)));
         }
+      }
   } else {
     for (int top = 4 * warp; top < Rows; top += 8 * Warps) {
       const auto row_of = [&](int r) { return top + r / 4 * (4 * Warps) + r % 4; };
@@ -193,8 +196,10 @@ __device__ __noinline__ void load_vectors(const gsrq_layer& layer, const gsrq_ca
         double sum[kColumns][2] = {};
         for (int from = 0; from < width; from += kPiece) {
           __syncwarp();
-          for (int i = lane; i < 8 * kPiece; i += 32)
-            scratch[i / kPiece * kPieceStride + i % kPiece] = element(row_of(i / kPiece), from + i % kPiece);
+          for (int r = 0; r < 8; ++r) {
+            const Origin origin = origin_of(row_of(r));
+            for (int e = lane; e < kPiece; e += 32) scratch[r * kPieceStride + e] = element(origin, from + e);
+          }
           __syncwarp();
           for (int k = 0; k < kPiece && from + k < width; k += 4) {
             const double x = scratch[lane / 4 * kPieceStride + k + lane % 4];

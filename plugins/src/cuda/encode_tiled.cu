@@ -2,8 +2,9 @@
 // those of docs/cuda-encode.md.
 //
 // A block has one or three groups of four warps, each with 64 vectors of one codebook group for all stages. Vectors stay in
-// registers, a stage's codewords in shared memory, two stages at a time (of 256 elements one and a quarter); warps meet only
-// where codewords come and go.
+// registers, a stage's codewords in shared memory, two stages at a time; warps meet only where codewords come and go. Of 256
+// elements two groups share 64 vectors, with half of the elements and of the codewords each, and there is room for one
+// stage's codewords and a quarter.
 #include <map>
 #include <mutex>
 
@@ -23,15 +24,20 @@ struct Sides {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 template <int Steps, int Groups>
-__global__ void __launch_bounds__(128 * Groups, 1)
+__global__ void __launch_bounds__(128 * Groups * Form<Steps>::kShares, 1)
     encode_rows(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                 const __grid_constant__ Sides sides) {
   using F = Form<Steps>;
   using R = Ring<Steps>;
-  static_assert(!F::kWide || Groups == 1, "the whole block meets at a group's products");
+  static_assert(!F::kWide || Groups == 1, "the whole block meets where warps that share rows do");
+  constexpr int kStaged = (Groups == 1 ? kWarpRows : 8) * F::kStride;  // of a warp's rows on their way, or of two warps'
+  static_assert(4 * Groups * kStaged * sizeof(float) <= (R::kPlaces - R::kFirst) * R::kBytes, "they go where codewords will");
+  constexpr int kParts = 8 / F::kShares;  // of the codewords whose scores a warp looks at
   extern __shared__ __align__(128) char dynamic[];
   auto& memory = *reinterpret_cast<Memory<Steps, Groups>*>(dynamic);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, quad = lane / 4, q = lane % 4;
+  // Of rows, and of their elements and codewords. Warps that share rows have different schedulers, for what few rows need.
+  const int share = F::kWide ? warp / 4 : 0, tile = F::kWide ? (warp + share) % 4 : warp;
   const bool second = blockIdx.x >= sides.first;
   const Side& side = sides.of[second ? 1 : 0];
   const unsigned block = second ? blockIdx.x - sides.first : blockIdx.x;
@@ -63,18 +69,18 @@ __global__ void __launch_bounds__(128 * Groups, 1)
   }
   __syncthreads();
   if (thread < 64 * Groups) {
-    memory.origins[thread] = origin_of(layer, call, book, side.source, side.batch, side.most, first_row + thread, g);
-    if (memory.origins[thread].from != nullptr) atomicOr(&memory.active, 1u << thread / 64);
+    memory.vectors[thread] = vector_of(layer, call, book, side.source, side.batch, side.most, first_row + thread, g);
+    if (memory.vectors[thread].origin.from != nullptr) atomicOr(&memory.active, 1u << thread / 64);
   }
   __syncthreads();
   const unsigned active = memory.active;
-  if (thread == 0 && active != 0)  // before the next __syncthreads: no warp arrives earlier
+  if (!F::kWide && thread == 0 && active != 0)  // before the next __syncthreads: no warp arrives earlier
     for (int i = 0; i < 2; ++i) barrier_init(shared_address(memory.empty + i), 128 * __popc(active));
-  const Origin* origins = memory.origins + warp * kWarpRows;
+  const Vector* vectors = memory.vectors + tile * kWarpRows;
   float r[2][F::kCores][2], squares[2], error[2], norm[2];
-  if (active >> warp / 4 & 1)
-    load_rows<Steps>(layer, call, side, first_row + warp * kWarpRows, g, origins,
-                     reinterpret_cast<float*>(memory.words[R::kFirst]) + warp * 8 * F::kStride, r, squares);
+  if (active >> tile / 4 & 1)
+    load_rows<Steps, Groups == 1>(layer, side, g, vectors,
+                                  reinterpret_cast<float*>(memory.words[R::kFirst]) + tile * kStaged, tile, share, r, squares);
   fence_bulk();  // the staged vectors before the codewords that come to their place
   __syncthreads();
   if (thread == 0 && active != 0)
@@ -83,19 +89,39 @@ __global__ void __launch_bounds__(128 * Groups, 1)
   if (thread == 0 && active == 0)  // nothing may come after the block's end
 #pragma unroll 1
     for (int i = 0; i < R::kFirst; ++i) wait_for(i);
-  if (!(active >> warp / 4 & 1)) return;
+  if (!(active >> tile / 4 & 1)) return;
 
-  const int real = (origins[quad].from != nullptr ? 1 : 0) | (origins[quad + 8].from != nullptr ? 2 : 0);  // a bit a row
-  int8_t* target = q < 2 ? origins[quad + 8 * q].target : nullptr;  // the first two lanes write a row's code each
+  const bool real0 = vectors[quad].origin.from != nullptr, real1 = vectors[quad + 8].origin.from != nullptr;
+  const int real = (real0 ? 1 : 0) | (real1 ? 2 : 0);  // a bit a row
+  // The first two lanes write a row's code each.
+  int8_t* target = q < 2 && share == 0 ? vectors[quad + 8 * q].codes : nullptr;
+
+  // Of a row, the sum of what all lanes give that have its elements. Warps that share rows tell each other what theirs give,
+  // and meet, before they ask.
+  const auto tell = [&](int kind, float (&x)[2]) {
+    if constexpr (F::kWide) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) norm[h] = root_above(quad_sum(squares[h])), error[h] = norm[h] * 0x1.1p-24f;
+      for (int h = 0; h < 2; ++h) {
+        x[h] = quad_sum(x[h]);
+        if (q == 0) memory.sums[kind][share][tile * kWarpRows + quad + 8 * h] = x[h];
+      }
+    }
+  };
+  const auto sum_of = [&](int kind, const float (&x)[2], int h) {
+    if constexpr (F::kWide) return x[h] + memory.sums[kind][1 - share][tile * kWarpRows + quad + 8 * h];
+    else return quad_sum(x[h]);
+  };
+  tell(0, squares);
+  if constexpr (F::kWide) meet<Steps>(tile);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) norm[h] = root_above(sum_of(0, squares, h)), error[h] = norm[h] * 0x1.1p-24f;
 
-  // Fetches what comes to the places of a stage, once all have read it: by one lane, in the stage after.
+  // Fetches what comes to the places of a stage, once all have read it: by one lane, in the stage after, or when all have met.
   const bool loader = lane == 0 && warp == 4 * (__ffs(static_cast<int>(active)) - 1);
   const auto follow = [&](int stage) {
     const int next = R::kPieces * stage + R::kPlaces, last = min(next + R::kPieces, R::kPieces * stages);
     if (!loader || stage < 0 || next >= last) return;
-    barrier_wait(shared_address(memory.empty + (stage & 1)), stage >> 1 & 1);
+    if constexpr (!F::kWide) barrier_wait(shared_address(memory.empty + (stage & 1)), stage >> 1 & 1);
     fence_bulk();
 #pragma unroll 1
     for (int i = next; i < last; ++i) start_load(i);
@@ -105,13 +131,12 @@ __global__ void __launch_bounds__(128 * Groups, 1)
   for (int stage = 0;; ++stage) {
     const int at = stage & 1;
     const int first = R::kPieces * stage;  // piece of the stage
-    if constexpr (F::kWide) follow(stage - 1);  // this stage needs them
     wait_for(first);
     __syncwarp();
     const StageBounds bounds = memory.bounds[at];
     const float* half_norms = memory.half_norms[at];
     float slack[2];  // the scores' error but for what the last bits add
-    Two best[2][2] = {};  // of set, of row
+    Two best[2][2] = {};  // of set, of row: where warps share rows a set is what one of them looks at
     {
       float inverse[2], off[2];
 #pragma unroll
@@ -119,29 +144,28 @@ __global__ void __launch_bounds__(128 * Groups, 1)
         inverse[h] = reciprocal(power_of_two_above(fmaxf(fmaxf(norm[h], bounds.scale * 0x1p-20f), 0x1p-100f)));
       // While a part's scores are looked at the next part's products are under way.
       float sum[2][4][4];
-      [[maybe_unused]] uint32_t a[F::kWide ? 1 : Steps][4], described, rows;
-      [[maybe_unused]] char* mine = reinterpret_cast<char*>(memory.rows) + warp * (kWarpRows * 16) + lane * 4;
+      uint32_t a[Steps][4], described;
       if constexpr (F::kWide) {
-        split<Steps>(r, inverse, mine, off);
-        fence_bulk();
-        __syncthreads();
+        char* rows = reinterpret_cast<char*>(memory.rows) + tile * (kWarpRows * 16);
+        split<Steps>(r, inverse, rows + share * (F::kCores * kTiledWords * 16) + lane * 4, off);
+        tell(1, off);
+        meet<Steps>(tile);
+        gather<Steps>(rows, a);
       } else {
         pack<Steps>(r, inverse, a);
         described = description(memory.words[at]);
       }
       const auto start = [&](int part) {
-        const int within = part % 2 * (kPartWords * 16);  // a chunk
         if constexpr (F::kWide) {
-          const int piece = first + part / 2;
+          const int piece = first + part;
+          wait_for(piece);
+          __syncwarp();
           const __half* chunk = memory.words[piece % R::kPlaces];
-          if (part % 2 == 0) {
-            wait_for(piece);
-            __syncwarp();
-            described = description(chunk), rows = description(memory.rows);
-          }
-          start_products<Steps>(sum[part % 2], mine, rows, chunk + within / 2, described + (within >> 4));
+          const int within = share * (kPartWords * 16);
+          described = description(chunk) + (within >> 4);
+          start_products<Steps>(sum[part % 2], a, chunk + within / 2, described);
         } else {
-          const int bytes = part / 2 * F::kChunkBytes + within;
+          const int within = part % 2 * (kPartWords * 16), bytes = part / 2 * F::kChunkBytes + within;  // a chunk
           start_products<Steps>(sum[part % 2], a, memory.words[at] + bytes / 2, described + (bytes >> 4));
         }
       };
@@ -149,49 +173,58 @@ __global__ void __launch_bounds__(128 * Groups, 1)
       if constexpr (!F::kWide) left_over<Steps>(r, inverse, a, off);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float rest = root_above(quad_sum(off[h])), most = norm[h] * inverse[h] + rest;  // of float16(r / scale)
+        const float rest = root_above(sum_of(1, off, h)), most = norm[h] * inverse[h] + rest;  // of float16(r / scale)
         slack[h] = bounds.largest * (error[h] * inverse[h] + rest + (Steps * 24 * 0x1p-23f + 0x1p-16f) * most) +
                    most * bounds.high_off;
       }
       Table tables[2];
 #pragma unroll
-      for (int part = 0; part < 8; ++part) {
-        if (part < 7) {
+      for (int part = 0; part < kParts; ++part) {
+        if (part + 1 < kParts) {
           start(part + 1);
           finish_products<1>(sum[part % 2]);
         } else {
           finish_products<0>(sum[part % 2]);
         }
         float2 its_norms[4];
+        const int from = (F::kWide ? 2 * part + share : part) * kPartWords;
 #pragma unroll
-        for (int n = 0; n < 4; ++n)
-          its_norms[n] = *reinterpret_cast<const float2*>(half_norms + part * kPartWords + 8 * n + 2 * q);
+        for (int n = 0; n < 4; ++n) its_norms[n] = *reinterpret_cast<const float2*>(half_norms + from + 8 * n + 2 * q);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           tables[h].add(sum[part % 2], its_norms, inverse[h], h, part % 4, scored);
           if (part % 4 == 3) best[part / 4][h] = tables[h].best(scored);
         }
       }
-      if constexpr (F::kWide) __syncthreads();  // all products are made: the rows in shared memory may change
+      if constexpr (F::kWide) {
+        const int row_lane = tile * 32 + lane;
+        memory.best[share][row_lane] = make_int4(best[0][0].first, best[0][0].second, best[0][1].first, best[0][1].second);
+        __syncthreads();  // all of them: so the copies of this stage were started before anyone reads what they bring
+#pragma unroll
+        for (int set = 0; set < 2; ++set) {
+          const int4 its = memory.best[set][row_lane];
+          best[set][0] = {its.x, its.y}, best[set][1] = {its.z, its.w};
+        }
+      }
     }
     if constexpr (!F::kWide) follow(stage - 1);  // for the next stage; the other warps have had time to leave the last one
     __syncwarp();
 
     // The best of the row's lanes. Its low halves are on their way while the others are looked at.
     const Words<Steps> words{memory.words[F::kWide ? 0 : at], book.low + (g * stages + stage) * 256 * F::kPadded, q,
-                             F::kWide ? first % R::kPlaces : 0};
+                             F::kWide ? first % R::kPlaces : 0, share};
     int code[2];
     float top[2];
-    uint4 low[2][Steps / 2];
+    uint4 low[2][F::kCores / 4];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const Two x = best[0][h], y = best[1][h];
       const int mine = max(x.first, y.first), its_top = quad_max(mine);
       top[h] = __int_as_float(its_top);
       const int leader = (lane & 28) + __ffs(static_cast<int>(of_quad(__ballot_sync(kAll, mine == its_top)))) - 1;
-      code[h] = __shfl_sync(kAll, x.first >= y.first ? code_of(x.first, 0, q) : code_of(y.first, 1, q), leader);
+      code[h] = __shfl_sync(kAll, x.first >= y.first ? code_of<Steps>(x.first, 0, q) : code_of<Steps>(y.first, 1, q), leader);
 #pragma unroll
-      for (int j = 0; j < Steps / 2; ++j) low[h][j] = words.low_of(code[h], j);
+      for (int j = 0; j < F::kCores / 4; ++j) low[h][j] = words.low_of(code[h], j);
     }
     unsigned near = 0, todo = 0;  // near: of the quad, for row 0 and 1; todo: the lane's rows that are not decided, a bit each
 #pragma unroll
@@ -210,7 +243,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
     if (__any_sync(kAll, todo != 0)) {
       unsigned codes = 0;  // the lane's best of each set and row
 #pragma unroll
-      for (int i = 0; i < 4; ++i) codes |= static_cast<unsigned>(code_of(best[i % 2][i / 2].first, i % 2, q)) << (8 * i);
+      for (int i = 0; i < 4; ++i) codes |= static_cast<unsigned>(code_of<Steps>(best[i % 2][i / 2].first, i % 2, q)) << (8 * i);
 #pragma unroll 1
       while (__any_sync(kAll, todo != 0)) {
         const bool h = todo == 2;  // the row that is looked at
@@ -234,8 +267,16 @@ __global__ void __launch_bounds__(128 * Groups, 1)
           const int one = __shfl_sync(kAll, code0, base + front), two = __shfl_sync(kAll, code1, base + front);
           const int three = __shfl_sync(kAll, code0, base + back), four = __shfl_sync(kAll, code1, base + back);
           const int a = front0 ? one : two, b = back0 ? three : four, lower = min(a, b), upper = max(a, b);
-          const float lead = quad_sum(pair ? words.dot_difference(row, lower, upper) : 0.0f) -
-                             (half_norms[lower] - half_norms[upper]);
+          float lead = quad_sum(pair ? words.dot_difference(row, lower, upper) : 0.0f);
+          if constexpr (F::kWide) {
+            float(&sums)[2][64] = memory.sums[2];
+            const int at_row = tile * kWarpRows + quad;  // of either row: one at a time
+            if (q == 0) sums[share][at_row] = lead;
+            meet<Steps>(tile);
+            lead += sums[1 - share][at_row];
+            meet<Steps>(tile);
+          }
+          lead -= half_norms[lower] - half_norms[upper];
           const float doubt = 1.02f * (2 * (its_error * bounds.largest + its_norm * bounds.low_off) +
                                        (Steps + 8) * 0x1p-23f * its_norm * bounds.largest +
                                        0x1p-22f * (fabsf(half_norms[lower]) + fabsf(half_norms[upper])));
@@ -250,7 +291,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
           const int leader = __ffs(static_cast<int>(open)) - 1;
           const bool its_h = __shfl_sync(kAll, h ? 1 : 0, leader) != 0;
           const int index = leader / 4 + (its_h ? 8 : 0);
-          float* scores = memory.scores[warp];
+          float* scores = memory.scores[4 * share + tile];
           __syncwarp();  // the codes of the stages before, too, were written by other lanes
 #pragma unroll
           for (int i = 0; i < 8; ++i) scores[lane + 32 * i] = -INFINITY;
@@ -264,7 +305,8 @@ __global__ void __launch_bounds__(128 * Groups, 1)
 #pragma unroll
               for (int b = 0; b < 2; ++b) its[n][b] = __shfl_sync(kAll, its_h ? r[1][n][b] : r[0][n][b], leader + q);
             least = score_near<Steps>(words, its, half_norms, bounds, __shfl_sync(kAll, its_error, leader),
-                                      __shfl_sync(kAll, its_norm, leader), __shfl_sync(kAll, its_near, leader) & 255, scores);
+                                      __shfl_sync(kAll, its_norm, leader), __shfl_sync(kAll, its_near, leader) & 255, scores,
+                                      memory.scores[F::kWide ? 4 * (1 - share) + tile : tile], tile);
           } else {
             if (lane == leader) scores[chosen] = scores[rival] = 0;
             __syncwarp();
@@ -273,11 +315,8 @@ __global__ void __launch_bounds__(128 * Groups, 1)
           volatile float aside[2][F::kCores][2];
 #pragma unroll
           for (int n = 0; n < 4 * F::kCores; ++n) aside[n % 2][n / 4][n / 2 % 2] = r[n % 2][n / 4][n / 2 % 2];
-          const int64_t flat = first_row + warp * kWarpRows + index, at_batch = flat / side.most;
-          int64_t start;
-          side.source.rows(layer, call, at_batch, &start);
-          const Exact exact{layer, call, book, side.source, at_batch, start + flat % side.most, g, origins[index].target};
-          const int better = best_of(exact, stage, scores, least);
+          const Exact exact{layer, book, side.source, vectors[index].origin, g, vectors[index].codes};
+          const int better = best_of<Steps>(exact, stage, scores, least, memory.products[tile], tile, share);
           if (quad == leader / 4) chosen = better;
 #pragma unroll
           for (int n = 0; n < 4 * F::kCores; ++n) r[n % 2][n / 4][n / 2 % 2] = aside[n % 2][n / 4][n / 2 % 2];
@@ -289,12 +328,16 @@ __global__ void __launch_bounds__(128 * Groups, 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
-        for (int j = 0; j < Steps / 2; ++j) low[h][j] = words.low_of(code[h], j);
+        for (int j = 0; j < F::kCores / 4; ++j) low[h][j] = words.low_of(code[h], j);
     }
     if (target != nullptr) target[stage] = static_cast<int8_t>(q == 0 ? code[0] : code[1]);
     if (stage + 1 == stages) break;
 
     // The next residuals.
+    const auto next_norm = [&](int h) {
+      norm[h] = root_above(sum_of(0, squares, h));
+      error[h] = 1.0001f * (error[h] + bounds.scale * (bounds.low_off + 0x1p-33f * bounds.largest) + 0x1p-23f * norm[h]);
+    };
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const char* high = words.high_of(code[h]);
@@ -307,11 +350,16 @@ __global__ void __launch_bounds__(128 * Groups, 1)
         mine[0] -= bounds.scale * y.x, mine[1] -= bounds.scale * y.y;
         squares[h] = fmaf(mine[1], mine[1], fmaf(mine[0], mine[0], squares[h]));
       }
-      norm[h] = root_above(quad_sum(squares[h]));
-      error[h] = 1.0001f * (error[h] + bounds.scale * (bounds.low_off + 0x1p-33f * bounds.largest) + 0x1p-23f * norm[h]);
+      if constexpr (!F::kWide) next_norm(h);
+    }
+    if constexpr (F::kWide) {
+      tell(0, squares);
+      __syncthreads();
+      follow(stage);
+      next_norm(0), next_norm(1);
     }
     // All lanes, though one a warp would do: racecheck does not see that the others' reads come before its arrival.
-    if (first + R::kPlaces < R::kPieces * stages) barrier_arrive(shared_address(memory.empty + at));
+    if (!F::kWide && first + R::kPlaces < R::kPieces * stages) barrier_arrive(shared_address(memory.empty + at));
   }
 }
 
@@ -364,7 +412,8 @@ int launch(const gsrq_layer& layer, const gsrq_call& call, Sides& sides, cudaStr
     side.tiles = static_cast<unsigned>(tiles);
   }
   sides.first = static_cast<unsigned>(grid[0]);
-  encode_rows<Steps, Groups><<<static_cast<unsigned>(grid[0] + grid[1]), 128 * Groups, sizeof(Memory<Steps, Groups>), stream>>>(
+  constexpr int kThreads = 128 * Groups * Form<Steps>::kShares;
+  encode_rows<Steps, Groups><<<static_cast<unsigned>(grid[0] + grid[1]), kThreads, sizeof(Memory<Steps, Groups>), stream>>>(
       layer, call, sides);
   return launched("encode_tiled");
 }

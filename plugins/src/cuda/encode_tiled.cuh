@@ -1,8 +1,9 @@
 // Greedy encoding of sub-vectors of 64, 128 or 256 elements: a block's memory, products and float32 scores.
 //
-// A warp has 16 rows. Lane l keeps of rows l / 4 and l / 4 + 8 the elements 8 n + 2 (l % 4) + b, float32, in registers: the
-// lanes that hold a row's elements in the tensor cores' operand are those that hold its scores in their result, so that
-// products, choice and update of a row stay within four lanes.
+// A warp has 16 rows, or two warps share them: of more than 128 elements, each keeps half. Lane l keeps of rows l / 4 and
+// l / 4 + 8 the elements 8 n + 2 (l % 4) + b, float32, in registers: the lanes that hold a row's elements in the tensor cores'
+// operand are those that hold its scores in their result, so that products, choice and update of a row stay within four lanes
+// of a warp.
 #pragma once
 
 #include "barrier.cuh"
@@ -18,18 +19,22 @@ template <int Steps>
 struct Ring {
   static constexpr int kPieces = Form<Steps>::kWide ? 4 : 1;  // of a stage
   static constexpr int kPlaces = Form<Steps>::kWide ? 5 : 2;
-  static constexpr int kFirst = Form<Steps>::kWide ? 3 : 1;  // pieces that may come while vectors lie in the places after
+  static constexpr int kFirst = Form<Steps>::kWide ? 2 : 1;  // pieces that may come while vectors lie in the places after
   static constexpr int kBytes = Form<Steps>::kStageBytes / kPieces;
 };
 
 template <int Steps, int Groups>
 struct Memory {
+  static constexpr int kShares = Form<Steps>::kShares, kRows = 64 * Groups;
   __half words[Ring<Steps>::kPlaces][Ring<Steps>::kBytes / 2];  // from place kFirst on first float[8][kStride] a warp
-  __half rows[Form<Steps>::kWide ? 64 * Groups * Form<Steps>::kPadded : 8];  // float16(r / scale), as codewords of a chunk lie
-  float half_norms[2][256];
+  __half rows[kShares > 1 ? kRows * Form<Steps>::kPadded : 8];  // float16(r / scale), as codewords of a chunk lie
+  int4 best[kShares][kShares > 1 ? 2 * kRows : 1];  // what the warps that share rows tell each other: a lane's best,
+  double products[4 * Groups][kShares];
+  float sums[3][kShares][kShares > 1 ? kRows : 1];  // and a row's sums of their elements
+  alignas(16) float half_norms[2][256];
   StageBounds bounds[2];
-  float scores[4 * Groups][256];
-  Origin origins[64 * Groups];
+  float scores[4 * Groups * kShares][256];
+  Vector vectors[kRows];
   uint64_t full[Ring<Steps>::kPlaces], empty[2];  // a piece is there; all warps have read a stage, even or odd
   unsigned active;
 };
@@ -44,7 +49,7 @@ __device__ inline int quad_max(int x) {
   return max(x, __shfl_xor_sync(kAll, x, 2));
 }
 
-// float16(r / scale) as the tensor cores' left operand.
+// float16(r / scale) as the tensor cores' left operand, of rows that a warp has for itself.
 template <int Steps>
 __device__ inline void pack(const Residual<Steps>& r, const float (&inverse)[2], uint32_t (&a)[Steps][4]) {
 #pragma unroll
@@ -53,12 +58,13 @@ __device__ inline void pack(const Residual<Steps>& r, const float (&inverse)[2],
     for (int h = 0; h < 2; ++h) a[n / 2][n % 2 * 2 + h] = packed(r[h][n][0] * inverse[h], r[h][n][1] * inverse[h]);
 }
 
-// The same for a left operand in shared memory, `to` this lane's first pair of elements there, and what left_over gives.
+// The same by way of shared memory, of rows that warps share: each puts its elements there, and when all have all are read.
+// to: this lane's first pair of elements there; off: what left_over gives, of the warp's share.
 template <int Steps>
 __device__ inline void split(const Residual<Steps>& r, const float (&inverse)[2], char* to, float (&off)[2]) {
   off[0] = off[1] = 0;
 #pragma unroll
-  for (int n = 0; n < 2 * Steps; ++n)
+  for (int n = 0; n < Form<Steps>::kCores; ++n)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const __half2 both = __floats2half2_rn(r[h][n][0] * inverse[h], r[h][n][1] * inverse[h]);
@@ -67,6 +73,16 @@ __device__ inline void split(const Residual<Steps>& r, const float (&inverse)[2]
       off[h] = fmaf(dy, dy, fmaf(dx, dx, off[h]));
       *reinterpret_cast<__half2*>(to + n * (kTiledWords * 16) + h * 128) = both;
     }
+}
+
+// rows: of the warp, as codewords of a chunk lie.
+template <int Steps>
+__device__ inline void gather(const char* rows, uint32_t (&a)[Steps][4]) {
+  const int lane = threadIdx.x % 32;
+  const char* mine = rows + lane / 16 * (kTiledWords * 16) + lane % 16 * 16;
+#pragma unroll
+  for (int s = 0; s < Steps; ++s)
+    load_matrices(a[s], reinterpret_cast<const __half*>(mine + s * (2 * kTiledWords * 16)));
 }
 
 // This lane's share of the squares of what rounding leaves of r / scale.
@@ -160,31 +176,6 @@ __device__ inline void start_products(float (&sum)[4][4], const uint32_t (&a)[St
 #endif
 }
 
-// The same with the rows in shared memory, where split has put them. mine: what `to` was to split.
-template <int Steps>
-__device__ inline void start_products(float (&sum)[4][4], const char* mine, uint32_t rows, const __half* words,
-                                      uint32_t described) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
-  start_steps<Steps>(sum, [&](int s) {
-    asm volatile(
-        "{\n\t.reg .pred more;\n\t.reg .b64 rows, words;\n\tmov.b64 rows, {%16, %19};\n\tmov.b64 words, {%17, %19};\n\t"
-        "setp.ne.s32 more, %18, 0;\n\t"
-        GSRQ_PRODUCT ", rows, words, more, 1, 1, 0, 0;\n\t}"
-        : GSRQ_SUM(sum)
-        : "r"(rows + s * (kStepBytes >> 4)), "r"(described + s * (kStepBytes >> 4)), "r"(s != 0 ? 1 : 0), "r"(kNextWords >> 4)
-        : "memory");
-  });
-#else
-  uint32_t a[Steps][4];
-#pragma unroll
-  for (int s = 0; s < Steps; ++s)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      a[s][i] = *reinterpret_cast<const uint32_t*>(mine + (2 * s + i / 2) * (kTiledWords * 16) + i % 2 * 128);
-  start_products<Steps>(sum, a, words, described);
-#endif
-}
-
 #undef GSRQ_PRODUCT
 #undef GSRQ_SUM
 
@@ -200,23 +191,26 @@ __device__ inline void finish_products(float (&sum)[4][4]) {
 #endif
 
 // What a lane has of a codeword in units of its stage's scale: high halves in shared memory, low ones in global memory.
-// visit(n, x, y): elements 8 n + 2 q and + 1, for n of piece j.
+// Of the warp's share of the elements: pair n is of elements 8 n + 2 q and + 1, four pairs a piece of the low ones.
 template <int Steps>
 struct Words {
+  static constexpr int kPieces = Form<Steps>::kCores / 4;
   const __half* high;  // of the stage, or of the ring
   const __half* low;
   int q, first;  // the place in the ring of the first codewords
+  int share;
 
   __device__ const char* high_of(int word) const {
     int chunk = word / kTiledWords;
     if constexpr (Form<Steps>::kWide) chunk = (chunk + first) % Ring<Steps>::kPlaces;
-    return reinterpret_cast<const char*>(high) + chunk * Form<Steps>::kChunkBytes + word % kTiledWords * 16 + q * 4;
+    return reinterpret_cast<const char*>(high) + chunk * Form<Steps>::kChunkBytes + word % kTiledWords * 16 + q * 4 +
+           share * (Form<Steps>::kCores * kTiledWords * 16);
   }
   __device__ uint4 low_of(int word, int piece) const {
     uint4 out;  // in an order of its own: many are under way at once
     asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
-                 : "l"(low + word * Form<Steps>::kPadded + piece * 32 + q * 8));
+                 : "l"(low + word * Form<Steps>::kPadded + (share * kPieces + piece) * 32 + q * 8));
     return out;
   }
   __device__ static float2 high_pair(const char* of, int n) {
@@ -226,12 +220,12 @@ struct Words {
     const uint32_t bits = k == 0 ? of.x : k == 1 ? of.y : k == 2 ? of.z : of.w;
     return __half22float2(*reinterpret_cast<const __half2*>(&bits));
   }
-  // This lane's share of the product of r with what of(j, k) gives for pair k of piece j.
+  // This lane's part of the product of r with what of(j, k) gives for pair k of piece j.
   template <class Of>
-  __device__ static float share(const float (&r)[2 * Steps][2], const Of& of) {
+  __device__ static float part(const float (&r)[4 * kPieces][2], const Of& of) {
     float sum[4] = {};  // short chains: quicker, and their rounding errors are smaller
 #pragma unroll
-    for (int j = 0; j < Steps / 2; ++j)
+    for (int j = 0; j < kPieces; ++j)
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float2 x = of(j, k);
@@ -240,23 +234,23 @@ struct Words {
     return sum[0] + sum[1] + (sum[2] + sum[3]);
   }
   // The same of <r, word>.
-  __device__ float dot(const float (&r)[2 * Steps][2], int word) const {
+  __device__ float dot(const float (&r)[4 * kPieces][2], int word) const {
     const char* front = high_of(word);
-    uint4 back[Steps / 2];
+    uint4 back[kPieces];
 #pragma unroll
-    for (int j = 0; j < Steps / 2; ++j) back[j] = low_of(word, j);
-    return share(r, [&](int j, int k) {
+    for (int j = 0; j < kPieces; ++j) back[j] = low_of(word, j);
+    return part(r, [&](int j, int k) {
       const float2 x = high_pair(front, 4 * j + k), y = low_pair(back[j], k);
       return make_float2(x.x + y.x, x.y + y.y);
     });
   }
   // The same of <r, a - b>.
-  __device__ float dot_difference(const float (&r)[2 * Steps][2], int a, int b) const {
+  __device__ float dot_difference(const float (&r)[4 * kPieces][2], int a, int b) const {
     const char *front_a = high_of(a), *front_b = high_of(b);
-    uint4 back_a[Steps / 2], back_b[Steps / 2];
+    uint4 back_a[kPieces], back_b[kPieces];
 #pragma unroll
-    for (int j = 0; j < Steps / 2; ++j) back_a[j] = low_of(a, j), back_b[j] = low_of(b, j);
-    return share(r, [&](int j, int k) {
+    for (int j = 0; j < kPieces; ++j) back_a[j] = low_of(a, j), back_b[j] = low_of(b, j);
+    return part(r, [&](int j, int k) {
       const float2 x = high_pair(front_a, 4 * j + k), y = low_pair(back_a[j], k);
       const float2 u = high_pair(front_b, 4 * j + k), v = low_pair(back_b[j], k);
       return make_float2(x.x + y.x - (u.x + v.x), x.y + y.y - (u.y + v.y));

@@ -12,15 +12,19 @@ constexpr unsigned kScored = ~31u;  // bits of a score that are not its candidat
 // Scores are compared as integers, which order as the floats do where these are positive.
 __device__ inline int max3(int a, int b, int c) { return max(max(a, b), c); }
 
-// A lane's best two of the 32 candidates of a set: codes 128 set + 8 (id / 2) + 2 q + id % 2, id in the low five bits of the
-// first. Of the second only the value is known.
+// A lane's best two of the 32 candidates of a set, whose number is in the low five bits of the first. Of the second only the
+// value is known.
 struct Two {
   int first, second;
 };
 
+// Codeword of a candidate, 8 part + 2 n + i: the i-th of the lane's two of the n-th eight of a part. The parts of a set lie
+// together, or, where warps share rows, in each piece one of each set.
+template <int Steps>
 __device__ inline int code_of(int x, int set, int q) {
   const int id = x & 31;
-  return 128 * set + id / 2 * 8 + 2 * q + id % 2;
+  if constexpr (Form<Steps>::kShares == 1) return 128 * set + id / 2 * 8 + 2 * q + id % 2;
+  else return (2 * (id / 8) + set) * kPartWords + id / 2 % 4 * 8 + 2 * q + id % 2;
 }
 
 // value & scored | number
@@ -71,20 +75,32 @@ struct Table {
 __device__ inline unsigned of_quad(unsigned ballot) { return ballot >> (threadIdx.x & 28) & 15; }
 
 // Of one row, the scores in float32 of the codewords of those lanes and sets that have one near the best, 8 at once; from
-// which score on they are close. near: the row's lanes of set 0, then of set 1. r: the row's elements of this lane.
+// which score on they are close. near: the row's lanes of set 0, then of set 1. r: the row's elements of this lane. scores,
+// others: the warp's own and those of the warp that shares the row, if there is one.
 template <int Steps>
-__device__ inline float score_near(const Words<Steps>& words, const float (&r)[2 * Steps][2], const float* half_norms,
-                                   const StageBounds& bounds, float error, float norm, unsigned near, float* scores) {
+__device__ inline float score_near(const Words<Steps>& words, const float (&r)[Form<Steps>::kCores][2], const float* half_norms,
+                                   const StageBounds& bounds, float error, float norm, unsigned near, float* scores,
+                                   const float* others, int tile) {
   const int lane = threadIdx.x % 32, quad = lane / 4;
 #pragma unroll 1
   for (unsigned left = near; left != 0; left &= left - 1) {
     const int at = __ffs(static_cast<int>(left)) - 1;  // lane + 4 set
 #pragma unroll 2
-    for (int t = 0; t < 16; t += 4) {
-      const int word = at / 4 * 128 + (t + quad / 2) * 8 + at % 4 * 2 + quad % 2;
+    for (int t = 0; t < 32; t += 8) {
+      const int word = code_of<Steps>(t + quad, at / 4, at % 4);
       const float product = quad_sum(words.dot(r, word));
-      if (lane % 4 == 0) scores[word] = product - half_norms[word];
+      if (lane % 4 == 0) scores[word] = Form<Steps>::kShares == 1 ? product - half_norms[word] : product;
     }
+  }
+  if constexpr (Form<Steps>::kShares > 1) {
+    float whole[8];
+    meet<Steps>(tile);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      whole[i] = scores[lane + 32 * i] + others[lane + 32 * i] - half_norms[lane + 32 * i];
+    meet<Steps>(tile);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scores[lane + 32 * i] = whole[i];
   }
   __syncwarp();
   float best = -INFINITY;
@@ -98,8 +114,11 @@ __device__ inline float score_near(const Words<Steps>& words, const float (&r)[2
   return best - 2 * bound;
 }
 
-// The best, in float64, of the codewords whose scores are not below `least`.
-__device__ inline int best_of(const Exact& exact, int stage, const float* scores, float least) {
+// The best, in float64, of the codewords whose scores are not below `least`. products: of the warps that share the row.
+template <int Steps>
+__device__ inline int best_of(const Exact& exact, int stage, const float* scores, float least, double* products, int tile,
+                              int share) {
+  using F = Form<Steps>;
   int chosen = -1;
 #pragma unroll 1
   for (int i = 0; i < 8; ++i) {
@@ -107,7 +126,19 @@ __device__ inline int best_of(const Exact& exact, int stage, const float* scores
 #pragma unroll 1
     for (; close != 0; close &= close - 1) {
       const int code = 32 * i + __ffs(static_cast<int>(close)) - 1;
-      if (chosen < 0 || exact.beats(stage, chosen, code)) chosen = code;
+      if (chosen < 0) {
+        chosen = code;
+        continue;
+      }
+      constexpr int kMine = F::kPadded / F::kShares;
+      double product = exact.product(stage, chosen, code, share * kMine, min((share + 1) * kMine, exact.book.book.width));
+      if constexpr (F::kShares > 1) {
+        if (threadIdx.x % 32 == 0) products[share] = product;
+        meet<Steps>(tile);
+        product += products[1 - share];
+        meet<Steps>(tile);
+      }
+      if (exact.beats(stage, chosen, code, product)) chosen = code;
     }
   }
   return chosen;

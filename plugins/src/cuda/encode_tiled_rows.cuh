@@ -11,24 +11,29 @@ constexpr unsigned kAll = 0xffffffffu;
 
 template <int Steps>
 struct Form {  // Steps: of 16 elements
-  static constexpr int kPadded = 16 * Steps, kCores = 2 * Steps;
+  static constexpr bool kWide = Steps > 8;  // the products' left operand lies in shared memory, not in registers, and
+  static constexpr int kShares = kWide ? 2 : 1;  // so many warps share 16 rows: each has its share of elements and codewords
+  static constexpr int kPadded = 16 * Steps, kCores = 2 * Steps / kShares;
   static constexpr int kChunkBytes = kTiledWords * kPadded * 2, kStageBytes = 256 * kPadded * 2;
   static constexpr int kStride = kPadded + 8;  // of staged vectors: four rows' pairs of elements in different banks
   static constexpr int kRounds = (kPadded + 127) / 128;  // in which a warp stages them, four elements a lane
-  static constexpr bool kWide = Steps > 8;  // the products' left operand lies in shared memory, not in registers
-  static_assert(Steps % 2 == 0, "a lane's eight elements of two steps lie together");
+  static_assert(Steps % (2 * kShares) == 0, "a lane's eight elements of two steps lie together");
 };
 
 template <int Steps>
-using Residual = float[2][2 * Steps][2];
+using Residual = float[2][Form<Steps>::kCores][2];
+
+// Where the warps that share 16 rows meet.
+template <int Steps>
+__device__ inline void meet(int tile) {
+  if constexpr (Form<Steps>::kShares == 1) __syncwarp();
+  else asm volatile("bar.sync %0, %1;" ::"r"(1 + tile), "n"(32 * Form<Steps>::kShares) : "memory");
+}
 
 // Where a row's vector and codes are.
-struct Origin {
-  const char* from;     // of its head 0, element 0; null: no row
-  int8_t* target;
-  int32_t head_stride;  // elements
-  int32_t token;
-  int32_t dtype, round_to;
+struct Vector {
+  Origin origin;
+  int8_t* codes;
 };
 
 // How a group's vectors can be read: several elements at once, or one by one.
@@ -54,34 +59,12 @@ inline Loads loads_of(const gsrq_layer& layer, const gsrq_call& call, const Enco
 }
 
 // Row `flat` of batch rows of `most` each, or no row.
-__device__ inline Origin origin_of(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book,
+__device__ inline Vector vector_of(const gsrq_layer& layer, const gsrq_call& call, const EncodeBook& book,
                                    const EncodeSource& source, int64_t batch, int64_t most, int64_t flat, int64_t g) {
-  Origin out{};
-  const int64_t b = batch == 1 ? 0 : flat / most, i = batch == 1 ? flat : flat % most, d = layer.head_dim;
+  const int64_t b = batch == 1 ? 0 : flat / most, i = batch == 1 ? flat : flat % most;
   int64_t start;
-  if (b >= batch || i >= source.rows(layer, call, b, &start)) return out;
-  const int64_t row = start + i, token = layer.sinks + row;
-  int64_t element;  // of head 0
-  out.round_to = -1;
-  out.token = static_cast<int32_t>(token);
-  if (source.vectors != nullptr) {
-    out.from = static_cast<const char*>(source.vectors);
-    out.dtype = source.dtype, out.head_stride = layer.head_dim;
-    element = row * layer.kv_heads * d;
-  } else if (const int64_t past = call.past_lengths[b]; token < past) {
-    const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
-    out.from = static_cast<const char*>(source.values ? call.value_exact : call.key_exact);
-    out.dtype = call.exact_dtype, out.head_stride = static_cast<int32_t>(slots * d);
-    element = (b * layer.kv_heads * slots + gsrq_slot32(out.token, layer.sinks, layer.window, layer.block)) * d;
-  } else {
-    out.from = static_cast<const char*>(source.values ? call.value : call.key);
-    out.dtype = call.dtype, out.head_stride = static_cast<int32_t>(call.steps * d);
-    if (call.dtype != call.exact_dtype && call.exact_dtype != GSRQ_F32) out.round_to = call.exact_dtype;
-    element = (b * layer.kv_heads * call.steps + token - past) * d;
-  }
-  out.from += element * (out.dtype == GSRQ_F32 ? 4 : 2);
-  out.target = source.target(layer, book.book, call, b, row, g);
-  return out;
+  if (b >= batch || i >= source.rows(layer, call, b, &start)) return {};
+  return {source.origin(layer, call, b, start + i), source.target(layer, book.book, call, b, start + i, g)};
 }
 
 // Neighbouring elements as they lie in memory, two or four of 2 or 4 bytes. In an order of their own, so that many are under
@@ -122,7 +105,7 @@ __device__ inline void elements_of(float (&to)[Count], const uint32_t (&raw)[Cou
 
 // Eight rows of a warp as the source has them, four elements a lane. other: any aligned address.
 template <int Steps>
-__device__ inline void stage_plain(const gsrq_layer& layer, int width, int64_t first, const Origin* origins, const void* other,
+__device__ inline void stage_plain(const gsrq_layer& layer, int width, int64_t first, const Vector* vectors, const void* other,
                                    float* staged) {
 #pragma unroll 1
   for (int at = 4 * (threadIdx.x % 32), round = 0; round < Form<Steps>::kRounds && at < width; at += 128, ++round) {
@@ -130,15 +113,15 @@ __device__ inline void stage_plain(const gsrq_layer& layer, int width, int64_t f
     uint32_t raw[8][4];
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
-      const char* from = origins[r].from;
-      const int wide = origins[r].dtype == GSRQ_F32;
-      const int64_t offset = static_cast<int64_t>(element / d) * origins[r].head_stride + element % d;
+      const char* from = vectors[r].origin.from;
+      const int wide = vectors[r].origin.dtype == GSRQ_F32;
+      const int64_t offset = static_cast<int64_t>(element / d) * vectors[r].origin.head_stride + element % d;
       load_raw(raw[r], from == nullptr ? other : from + (offset << (1 + wide)), wide);
     }
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
       float x[4];
-      elements_of(x, raw[r], origins[r]);
+      elements_of(x, raw[r], vectors[r].origin);
       *reinterpret_cast<float4*>(staged + r * Form<Steps>::kStride + at) = make_float4(x[0], x[1], x[2], x[3]);
     }
   }
@@ -147,7 +130,7 @@ __device__ inline void stage_plain(const gsrq_layer& layer, int width, int64_t f
 // The same less the heads' centers and turned to their positions, two pairs a lane: groups of whole heads. As
 // EncodeSource::framed.
 template <int Steps>
-__device__ inline void stage_framed(const gsrq_layer& layer, int width, int64_t first, const Origin* origins,
+__device__ inline void stage_framed(const gsrq_layer& layer, int width, int64_t first, const Vector* vectors,
                                     const float* other, float* staged) {
   const int d = layer.head_dim, half = layer.half_rope;
 #pragma unroll 1
@@ -160,21 +143,21 @@ __device__ inline void stage_framed(const gsrq_layer& layer, int width, int64_t 
     uint32_t raw_one[8][2], raw_two[8][2], raw_cos[8][2], raw_sin[8][2];
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
-      const char* from = origins[r].from;
-      const int wide = origins[r].dtype == GSRQ_F32;
-      const int64_t from_head = static_cast<int64_t>(real_head) * origins[r].head_stride;
+      const char* from = vectors[r].origin.from;
+      const int wide = vectors[r].origin.dtype == GSRQ_F32;
+      const int64_t from_head = static_cast<int64_t>(real_head) * vectors[r].origin.head_stride;
       load_raw(raw_one[r], from == nullptr ? other : static_cast<const void*>(from + ((from_head + one) << (1 + wide))), wide);
       load_raw(raw_two[r], from == nullptr ? other : static_cast<const void*>(from + ((from_head + two) << (1 + wide))), wide);
       const bool angle = turned && from != nullptr;
-      const int64_t angle_at = static_cast<int64_t>(origins[r].token) * half + pair;
+      const int64_t angle_at = static_cast<int64_t>(vectors[r].origin.token) * half + pair;
       load_raw(raw_cos[r], angle ? layer.cos + angle_at : other);
       load_raw(raw_sin[r], angle ? layer.sin + angle_at : other);
     }
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
       float a[2], b[2], out_a[2], out_b[2];
-      elements_of(a, raw_one[r], origins[r]);
-      elements_of(b, raw_two[r], origins[r]);
+      elements_of(a, raw_one[r], vectors[r].origin);
+      elements_of(b, raw_two[r], vectors[r].origin);
       const double da[2] = {a[0] - at_one[0], a[1] - at_one[1]}, db[2] = {b[0] - at_two[0], b[1] - at_two[1]};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -186,7 +169,7 @@ __device__ inline void stage_framed(const gsrq_layer& layer, int width, int64_t 
         else if (i == 0) out_a[0] = front, out_a[1] = back;
         else out_b[0] = front, out_b[1] = back;
       }
-      const bool real = origins[r].from != nullptr;
+      const bool real = vectors[r].origin.from != nullptr;
       float* to = staged + r * Form<Steps>::kStride + head * d;
       *reinterpret_cast<float2*>(to + one) = real ? make_float2(out_a[0], out_a[1]) : float2{};
       *reinterpret_cast<float2*>(to + two) = real ? make_float2(out_b[0], out_b[1]) : float2{};
@@ -196,53 +179,65 @@ __device__ inline void stage_framed(const gsrq_layer& layer, int width, int64_t 
 
 // Element by element, for heads and groups of any size.
 template <int Steps>
-__device__ __noinline__ void stage_any(const gsrq_layer& layer, const gsrq_call& call, const EncodeSource& source,
-                                       const EncodeBook& book, int64_t batch, int64_t most, int64_t flat, int64_t g,
-                                       const Origin* origins, float* staged) {
-  const int width = book.book.width;
+__device__ __noinline__ void stage_any(const gsrq_layer& layer, const EncodeSource& source, int width, int64_t first,
+                                       const Vector* vectors, float* staged) {
 #pragma unroll 1
   for (int r = 0; r < 8; ++r) {
-    if (origins[r].from == nullptr) {
-      for (int e = threadIdx.x % 32; e < width; e += 32) staged[r * Form<Steps>::kStride + e] = 0;
-      continue;
-    }
-    const int64_t b = (flat + r) / most;
-    int64_t start;
-    source.rows(layer, call, b, &start);
+    const Origin origin = vectors[r].origin;
+#pragma unroll 1
     for (int e = threadIdx.x % 32; e < width; e += 32)
-      staged[r * Form<Steps>::kStride + e] = source.element(layer, call, b, start + (flat + r) % most, g * width + e);
+      staged[r * Form<Steps>::kStride + e] = origin.from == nullptr ? 0.0f : source.element(layer, origin, first + e);
   }
 }
 
-// The transformed vectors of a warp, and this lane's shares of their squares. staged: float[8][kStride] of the warp.
-template <int Steps>
-__device__ inline void load_rows(const gsrq_layer& layer, const gsrq_call& call, const Side& side, int64_t flat, int64_t g,
-                                 const Origin* origins, float* staged, Residual<Steps>& r, float (&squares)[2]) {
+// The transformed vectors of a warp, as far as they are its share, and this lane's part of their squares. The rows are the
+// tile-th 16 of the block. staged: float[8][kStride] of the tile, or Together: float[16][kStride], which takes half of the
+// code. A block that comes to its rows once spends more on reading that than on running it.
+template <int Steps, bool Together>
+__device__ inline void load_rows(const gsrq_layer& layer, const Side& side, int64_t g, const Vector* vectors, float* staged,
+                                 int tile, int share, Residual<Steps>& r, float (&squares)[2]) {
   using F = Form<Steps>;
+  static_assert(Together || F::kShares == 1, "warps that share rows stage them together");
+  constexpr int kMine = Together ? kWarpRows / F::kShares : 8;  // rows that a warp stages
   const EncodeBook& book = side.book;
   const int lane = threadIdx.x % 32, quad = lane / 4, q = lane % 4, width = book.book.width;
   const bool diagonal = book.diagonal[g] != 0;
   const float* transform = book.book.transform + g * width * width;
   const double* turned = book.turned + g * width * width;
-  const float* mine = staged + quad * F::kStride;
   const int64_t first = g * width;
-  for (int i = lane; width < F::kPadded && i < 8 * F::kStride; i += 32) staged[i] = 0;
+  float* own = staged + share * (kMine * F::kStride);
+  for (int i = lane; width < F::kPadded && i < kMine * F::kStride; i += 32) own[i] = 0;
+  float scale[F::kCores][2];  // of this lane's elements, where the transform is diagonal
+  const int mine_from = 8 * share * F::kCores + 2 * q;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    __syncwarp();
-    const Origin* rows = origins + 8 * h;
-    if (side.loads == Loads::kPlain) stage_plain<Steps>(layer, width, first, rows, book.half_norms, staged);
-    else if (side.loads == Loads::kFramed) stage_framed<Steps>(layer, width, first, rows, book.half_norms, staged);
-    else stage_any<Steps>(layer, call, side.source, book, side.batch, side.most, flat + 8 * h, g, rows, staged);
-    __syncwarp();
-    if (diagonal) {  // a product of two float32 rounded once: float64 would give the same
+    if (!Together || h == 0) {
+      __syncwarp();
+#pragma unroll 1
+      for (int i = 0; i < kMine; i += 8) {
+        const int at = (Together ? share * kMine : 8 * h) + i;
+        const Vector* rows = vectors + at;
+        float* to = own + i * F::kStride;
+        if (side.loads == Loads::kPlain) stage_plain<Steps>(layer, width, first, rows, book.half_norms, to);
+        else if (side.loads == Loads::kFramed) stage_framed<Steps>(layer, width, first, rows, book.half_norms, to);
+        else stage_any<Steps>(layer, side.source, width, first, rows, to);
+      }
+      meet<Steps>(tile);
+    }
+    const float* mine = staged + ((Together ? 8 * h : 0) + quad) * F::kStride;
+    if (diagonal && (!Together || h == 0)) {
+      const float* from = transform + static_cast<int64_t>(mine_from) * (width + 1);
 #pragma unroll
       for (int n = 0; n < F::kCores; ++n)
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const int e = 8 * n + 2 * q + b;
-          r[h][n][b] = e < width ? transform[e * width + e] * mine[e] : 0.0f;
-        }
+        for (int b = 0; b < 2; ++b) scale[n][b] = mine_from + 8 * n + b < width ? from[(8 * n + b) * (width + 1)] : 0.0f;
+    }
+    if (diagonal) {  // a product of two float32 rounded once: float64 would give the same
+#pragma unroll
+      for (int n = 0; n < F::kCores; ++n) {
+        const float2 x = *reinterpret_cast<const float2*>(mine + mine_from + 8 * n);
+        r[h][n][0] = scale[n][0] * x.x, r[h][n][1] = scale[n][1] * x.y;
+      }
     } else {
       constexpr int kAtOnce = F::kCores < 16 ? F::kCores : 16;
 #pragma unroll
@@ -253,7 +248,7 @@ __device__ inline void load_rows(const gsrq_layer& layer, const gsrq_call& call,
           const double x = mine[j];
 #pragma unroll
           for (int n = 0; n < kAtOnce; ++n) {
-            const int e = 8 * (from + n) + quad;
+            const int e = 8 * (share * F::kCores + from + n) + quad;
             multiply(sum[n], x, j < width && e < width ? turned[static_cast<int64_t>(j) * width + e] : 0.0);
           }
         }

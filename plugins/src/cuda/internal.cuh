@@ -44,6 +44,14 @@ __device__ inline float load_constant(const void* data, int64_t i, int32_t dtype
   return __bfloat162float(__ldg(static_cast<const __nv_bfloat16*>(data) + i));
 }
 
+// Element i of memory that the kernel does not write. Without a branch for its type: many are loaded at once.
+__device__ inline float load_any(const void* data, int64_t i, int dtype) {
+  const uint32_t word =
+      dtype == GSRQ_F32 ? __ldg(static_cast<const uint32_t*>(data) + i) : __ldg(static_cast<const uint16_t*>(data) + i);
+  const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(word)));
+  return dtype == GSRQ_F16 ? half : __uint_as_float(dtype == GSRQ_F32 ? word : word << 16);
+}
+
 __device__ inline void store(void* data, int64_t i, float x, int32_t dtype) {
   if (dtype == GSRQ_F32) static_cast<float*>(data)[i] = x;
   else if (dtype == GSRQ_F16) static_cast<__half*>(data)[i] = __float2half_rn(x);
