@@ -124,39 +124,28 @@ __device__ inline void hold(float (&sum)[4][4]) {
     for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(sum[n][j])::"memory");
 }
 
-// A product's instruction as far as its sum, and the sum as its operands 0 to 15.
-#define GSRQ_PRODUCT                                                                                                        \
-  "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
-#define GSRQ_SUM(sum)                                                                                                       \
-  "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]), "+f"(sum[1][2]),    \
-      "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]), "+f"(sum[3][0]),                 \
-      "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3])
-
-// Starts a group of products into a sum: one a step of 16 elements.
-template <int Steps, class Product>
-__device__ inline void start_steps(float (&sum)[4][4], Product product) {
-  hold(sum);
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-  for (int s = 0; s < Steps; ++s) product(s);
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
 // sum = a w of 16 rows a warp and 32 codewords, in the order of mma.cuh's multiply; sum and a are not to be touched before
 // finish_products. words: the first of the 32, described: the description of the chunk and its distance / 16.
 template <int Steps>
 __device__ inline void start_products(float (&sum)[4][4], const uint32_t (&a)[Steps][4], const __half* words,
                                       uint32_t described) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GSRQ_NO_WGMMA)
-  start_steps<Steps>(sum, [&](int s) {
+  hold(sum);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int s = 0; s < Steps; ++s)
     asm volatile(
         "{\n\t.reg .pred more;\n\t.reg .b64 words;\n\tmov.b64 words, {%20, %22};\n\tsetp.ne.s32 more, %21, 0;\n\t"
-        GSRQ_PRODUCT ", {%16, %17, %18, %19}, words, more, 1, 1, 0;\n\t}"
-        : GSRQ_SUM(sum)
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, words, more, 1, 1, 0;\n\t}"
+        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
+          "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
+          "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3])
         : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "r"(described + s * (kStepBytes >> 4)),
           "r"(s != 0 ? 1 : 0), "r"(kNextWords >> 4)
         : "memory");
-  });
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #else
 #pragma unroll
   for (int n = 0; n < 4; ++n)
@@ -175,9 +164,6 @@ __device__ inline void start_products(float (&sum)[4][4], const uint32_t (&a)[St
     }
 #endif
 }
-
-#undef GSRQ_PRODUCT
-#undef GSRQ_SUM
 
 // Waits for all products but those of the last `Left` starts.
 template <int Left>

@@ -11,7 +11,7 @@ constexpr unsigned kAll = 0xffffffffu;
 
 template <int Steps>
 struct Form {  // Steps: of 16 elements
-  static constexpr bool kWide = Steps > 8;  // the products' left operand lies in shared memory, not in registers, and
+  static constexpr bool kWide = Steps > 8;  // more than a warp keeps of 16 rows
   static constexpr int kShares = kWide ? 2 : 1;  // so many warps share 16 rows: each has its share of elements and codewords
   static constexpr int kPadded = 16 * Steps, kCores = 2 * Steps / kShares;
   static constexpr int kChunkBytes = kTiledWords * kPadded * 2, kStageBytes = 256 * kPadded * 2;
