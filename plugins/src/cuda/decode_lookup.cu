@@ -181,7 +181,6 @@ __device__ inline BinPlace bin_place(int i) {
   return {part + code * kPartSlots + slot, part + slot * kCodewords + code};
 }
 
-
 __device__ __noinline__ float4 capped(float4 x, float cap) {
   const auto one = [&](float v) { return cap * kLog2e * tanhf(v / cap); };
   return make_float4(one(x.x), one(x.y), one(x.z), one(x.w));

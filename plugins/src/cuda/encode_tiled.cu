@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(128 * Groups * Form<Steps>::kShares, 1)
         inverse[h] = reciprocal(power_of_two_above(fmaxf(fmaxf(norm[h], bounds.scale * 0x1p-20f), 0x1p-100f)));
       // While a part's scores are looked at the next part's products are under way.
       float sum[2][4][4];
-      uint32_t a[Steps][4], described;
+      uint32_t a[Steps][4];
+      [[maybe_unused]] uint32_t described;  // the stage's codewords, where they are one chunk after another
       if constexpr (F::kWide) {
         char* rows = reinterpret_cast<char*>(memory.rows) + tile * (kWarpRows * 16);
         split<Steps>(r, inverse, rows + share * (F::kCores * kTiledWords * 16) + lane * 4, off);
@@ -162,8 +163,7 @@ __global__ void __launch_bounds__(128 * Groups * Form<Steps>::kShares, 1)
           __syncwarp();
           const __half* chunk = memory.words[piece % R::kPlaces];
           const int within = share * (kPartWords * 16);
-          described = description(chunk) + (within >> 4);
-          start_products<Steps>(sum[part % 2], a, chunk + within / 2, described);
+          start_products<Steps>(sum[part % 2], a, chunk + within / 2, description(chunk) + (within >> 4));
         } else {
           const int within = part % 2 * (kPartWords * 16), bytes = part / 2 * F::kChunkBytes + within;  // a chunk
           start_products<Steps>(sum[part % 2], a, memory.words[at] + bytes / 2, described + (bytes >> 4));
@@ -271,10 +271,7 @@ __global__ void __launch_bounds__(128 * Groups * Form<Steps>::kShares, 1)
           if constexpr (F::kWide) {
             float(&sums)[2][64] = memory.sums[2];
             const int at_row = tile * kWarpRows + quad;  // of either row: one at a time
-            if (q == 0) sums[share][at_row] = lead;
-            meet<Steps>(tile);
-            lead += sums[1 - share][at_row];
-            meet<Steps>(tile);
+            lead = sum_of_both<Steps>(lead, sums[share] + at_row, sums[1 - share] + at_row, q == 0, tile);
           }
           lead -= half_norms[lower] - half_norms[upper];
           const float doubt = 1.02f * (2 * (its_error * bounds.largest + its_norm * bounds.low_off) +

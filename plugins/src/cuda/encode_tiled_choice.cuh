@@ -132,12 +132,8 @@ __device__ inline int best_of(const Exact& exact, int stage, const float* scores
       }
       constexpr int kMine = F::kPadded / F::kShares;
       double product = exact.product(stage, chosen, code, share * kMine, min((share + 1) * kMine, exact.book.book.width));
-      if constexpr (F::kShares > 1) {
-        if (threadIdx.x % 32 == 0) products[share] = product;
-        meet<Steps>(tile);
-        product += products[1 - share];
-        meet<Steps>(tile);
-      }
+      if constexpr (F::kShares > 1)
+        product = sum_of_both<Steps>(product, products + share, products + 1 - share, threadIdx.x % 32 == 0, tile);
       if (exact.beats(stage, chosen, code, product)) chosen = code;
     }
   }

@@ -30,6 +30,16 @@ __device__ inline void meet(int tile) {
   else asm volatile("bar.sync %0, %1;" ::"r"(1 + tile), "n"(32 * Form<Steps>::kShares) : "memory");
 }
 
+// Of two warps that share rows, the sum of what both have. own, others: where; written by the lanes that tell.
+template <int Steps, class T>
+__device__ inline T sum_of_both(T mine, T* own, const T* others, bool tell, int tile) {
+  if (tell) *own = mine;
+  meet<Steps>(tile);
+  mine += *others;
+  meet<Steps>(tile);
+  return mine;
+}
+
 // Where a row's vector and codes are.
 struct Vector {
   Origin origin;
