@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(128 * Groups * Form<Steps>::kShares, 1)
       if constexpr (F::kWide) {
         const int row_lane = tile * 32 + lane;
         memory.best[share][row_lane] = make_int4(best[0][0].first, best[0][0].second, best[0][1].first, best[0][1].second);
-        __syncthreads();  // all of them: so the copies of this stage were started before anyone reads what they bring
+        meet<Steps>(tile);
 #pragma unroll
         for (int set = 0; set < 2; ++set) {
           const int4 its = memory.best[set][row_lane];
@@ -351,6 +351,8 @@ __global__ void __launch_bounds__(128 * Groups * Form<Steps>::kShares, 1)
     }
     if constexpr (F::kWide) {
       tell(0, squares);
+      // Twice: racecheck learns late of who has met, and takes the copies for races with the reads before where all meet once.
+      __syncthreads();
       __syncthreads();
       follow(stage);
       next_norm(0), next_norm(1);
