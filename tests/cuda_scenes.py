@@ -201,10 +201,10 @@ class Stage:
         return LayerCache(*(c.to(torch.int8) for c in codes), *(x.to(scene.exact_dtype) for x in exact))
 
     def reference(self) -> tuple[torch.Tensor, LayerCache]:
-        """Output and cache after; padding as zeros, which the reference needs."""
+        """Output in float64 and cache after; padding as zeros, which the reference needs."""
         steps = self.tokens[0].shape[2]
         real = (torch.arange(steps, device=self.device) < self.new[:, None])[:, None, :, None]
-        tokens = (x.float() * real for x in self.tokens)
+        tokens = (x.double() * real for x in self.tokens)
         return gsrq_attention(
             *tokens, self.cos, self.sin, self.past, self.new, self.cache, self.keys, self.values, self.scene.config
         )

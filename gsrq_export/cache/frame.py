@@ -63,8 +63,8 @@ def to_frame(
 def from_frame(
     decoded: torch.Tensor, center: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> torch.Tensor:
-    """decoded + RoPE_t(m): the keys after RoPE that attention sees; arguments as of ``to_frame``, in float32."""
-    return decoded + rotate(center_heads(center, decoded).expand_as(decoded), cos, sin, interleaved)
+    """decoded + RoPE_t(m): the keys after RoPE that attention sees, of ``decoded``'s type; else as ``to_frame``."""
+    return decoded + rotate(center_heads(center, decoded).to(decoded.dtype).expand_as(decoded), cos, sin, interleaved)
 
 
 def framed_coder(coder: Coder, center: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> Coder:

@@ -116,14 +116,15 @@ def gsrq_attention(
     """Append new tokens to a coded cache and attend over it.
 
     Args:
-        query: float32 [B, heads, T, head_dim], before RoPE; row b has new_lengths[b] tokens, then padding.
+        query: float32 [B, heads, T, head_dim], before RoPE; row b has new_lengths[b] tokens, then padding. Of float64,
+            all but decoding, which is defined in float32, is computed in float64.
         key, value: float32 [B, KV heads, T, head_dim], key before RoPE.
         cos, sin: float32 [max positions, rope_dim / 2].
         past_lengths, new_lengths: int64 [B].
         cache: the tensors before; not changed.
         keys, values: the codebooks; keys with a center are coded in the rotated frame, see cache/frame.py.
     Returns:
-        (output float32 [B, T, heads, head_dim], zero in the padding; the cache after).
+        (output of the query's type [B, T, heads, head_dim], zero in the padding; the cache after).
     Raises:
         ValueError: a length exceeds the capacity or the rotary table; a capacity that no tiles fill.
     """
@@ -162,22 +163,22 @@ def gsrq_attention(
         _write_ring(exact_values, past_lengths, total, rule),
     )
 
-    coded_keys = _split_heads(keys.decode(key_codes[:, :most]), kv_heads)  # [B, KV, most, head_dim]
-    coded_values = _split_heads(values.decode(value_codes[:, :most]), kv_heads)
+    coded_keys = _split_heads(keys.decode(key_codes[:, :most]), kv_heads).to(query.dtype)  # [B, KV, most, head_dim]
+    coded_values = _split_heads(values.decode(value_codes[:, :most]), kv_heads).to(query.dtype)
     coded_token = (rule.sinks + torch.arange(most, device=query.device)).expand(batch, -1)
 
     token = torch.cat([coded_token, exact_token], 1)  # [B, L]
     is_coded = torch.arange(token.shape[1], device=query.device) < most
     table = token.clamp(min=0)
     if keys.center is None:
-        joined = torch.cat([coded_keys, exact_keys.float()], 2)
+        joined = torch.cat([coded_keys, exact_keys.to(query.dtype)], 2)
         all_keys = rotate(joined, cos[table], sin[table], config.rope_interleaved)
     else:
         old, new = table[:, :most], table[:, most:]
-        turned = rotate(exact_keys.float(), cos[new], sin[new], config.rope_interleaved)
+        turned = rotate(exact_keys.to(query.dtype), cos[new], sin[new], config.rope_interleaved)
         coded_keys = from_frame(coded_keys, keys.center, cos[old], sin[old], config.rope_interleaved)
         all_keys = torch.cat([coded_keys, turned], 2)
-    all_values = torch.cat([coded_values, exact_values.float()], 2)
+    all_values = torch.cat([coded_values, exact_values.to(query.dtype)], 2)
 
     safe = position.clamp(max=cos.shape[0] - 1)
     rotated = rotate(query, cos[safe], sin[safe], config.rope_interleaved)

@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 DEVICE = "cuda"
-# Decoding multiplies queries and keys as float16 whatever the type of the call; bfloat16 outputs are rounded to 1.7e-3.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 3e-3}
+# Decoding multiplies queries and keys as float16 whatever the type of the call; bfloat16's rounding alone is 1.7e-3.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 2e-3}
 DECODE = Scene((301, 17, 0, 96), (1, 1, 1, 0))
 WIDE = replace(DECODE, head_dim=128, half_rope=64, keys=(128, 16), values=(128, 16), heads=8)
 
@@ -47,10 +47,9 @@ def launch(layer: CudaLayer, tensors: CallTensors, max_total: int | None = None)
 
 
 def assert_close(output: torch.Tensor, expected: torch.Tensor, new: torch.Tensor, limit: float = 0) -> None:
-    """Row by row ||output - expected|| / ||expected||, expected in output's type; zero in the padding."""
+    """Row by row ||output - expected|| / ||expected||; zero in the padding."""
     assert torch.isfinite(output).all(), f"{int((~torch.isfinite(output)).sum())} entries were not written"
-    limit, expected = limit or TOLERANCE[output.dtype], expected.to(output.dtype).double()
-    off = output.double() - expected
+    limit, off = limit or TOLERANCE[output.dtype], output.double() - expected.double()
     for b, count in enumerate(new.tolist()):
         assert not output[b, count:].any(), f"row {b}: padding is not zero"
         if count:
@@ -327,7 +326,8 @@ def test_a_cuda_graph_is_replayed_while_the_sequences_grow(scene: Scene) -> None
         output.fill_(float("nan"))
         graph.replay()
         assert_same(stage.after(tensors), after)
-        assert_close(output, expected, stage.new)
+        # bfloat16's worst row here is off by 2.1e-3, its rounding of 1.7e-3 included.
+        assert_close(output, expected, stage.new, 2.5e-3 if scene.dtype == torch.bfloat16 else 0)
         stage.cache, stage.past = after, stage.past + stage.new
 
 
