@@ -96,7 +96,7 @@ def test_a_rate_that_destroys_keeps_what_was_given(
     material: tuple[ModelSpec, torch.Tensor, list[LayerCodebooks]],
 ) -> None:
     spec, ids, books = material
-    tuned, log = finetune(demo()[0], spec, ids[:3], books, RULE, Finetuning(steps=5, batch=1, learning_rate=1.0))
+    tuned, log = finetune(demo()[0], spec, ids[:3], books, RULE, Finetuning(steps=5, batch=1, learning_rate=100.0))
     assert min(log.held_out_kl) == log.held_out_kl[0]
     for one, other in zip(tuned, books, strict=True):
         assert torch.equal(one.keys.codewords, other.keys.codewords)

@@ -16,7 +16,7 @@ from gsrq_export.distributed.lifeline import EXIT
 SECONDS = 10  # from the first end of a process to the last; on a busy machine mostly under one
 OTHERS = (4,)  # processes, where one is compared with many; tests of rows have odd numbers
 KILLS = {  # what is shared: one after the other in one work directory, who dies, at which of what it does
-    "codebooks": [(2, "write", 2), (0, "write", 3)],
+    "codebooks": [(1, "write", 2), (2, "claim", 1), (0, "write", 3)],
     "rows": [(3, "meet", 1), (1, "gather", 40)],
 }
 

@@ -10,8 +10,9 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ from gsrq_export.stages.progress import quiet_reporter
 
 
 def die_at(where: str, count: int) -> None:
-    """SIGKILL at the ``count``-th file that is written, or exchange of tensors: real, and always at the same place."""
+    """SIGKILL at the ``count``-th file written, exchange of tensors or round of claims: real, and surely reached.
+
+    Which process claims how many jobs is chance, and so is how many files it writes of them.
+    """
     calls = 0
 
     def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,6 +52,17 @@ def die_at(where: str, count: int) -> None:
 
     if where == "write":
         capturing.write_atomic = engine.write_atomic = deadly(engine.write_atomic)
+    elif where == "claim":
+        claim, strike = group.Group.claim, deadly(lambda: None)
+
+        def claiming(world: group.Group, count: int) -> Iterator[int]:
+            taken = claim(world, count)
+            first = list(islice(taken, 1))
+            strike()
+            yield from first
+            yield from taken
+
+        group.Group.claim = claiming  # type: ignore[method-assign]
     elif where == "gather":
         group.Group.gather = deadly(group.Group.gather)  # type: ignore[method-assign]
     else:
