@@ -1,8 +1,9 @@
 """Decode, coding and prefill of the CUDA kernels against the time that reading a bf16 cache takes, and against torch.
 
-Each setting is checked against float64 before it is timed. Times are of CUDA graphs over several layers, each with
-its own codebooks and cache, so that neither stays in the L2 cache from call to call. Floors: the bytes of a bf16
-(fp8) cache over the bandwidth of a device-to-device copy measured in the same run.
+Each setting is checked against float64 before it is timed, and with its codes in pages against the linear cache.
+Times are of CUDA graphs over several layers, each with its own codebooks and cache, so that neither stays in the L2
+cache from call to call. Floors: the bytes of a bf16 (fp8) cache over the bandwidth of a device-to-device copy measured
+in the same run.
 
     python benchmarks/cuda_attention.py --out benchmarks/results/cuda_attention.json; python benchmarks/tables.py
 """
@@ -31,6 +32,7 @@ from gsrq_export.cuda import Call, CallTensors, CudaLayer
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of LLaMA-3-8B
 RULE = CacheRule(4, 64, 64)
 SHAPES = [(1, 131072), (16, 32768), (64, 8192), (1, 1048576)]
+PAGE = 64  # coded tokens a page, as docs/deploy-vllm.md has it
 COLD = 256 * 2**20  # bytes of codes that a graph goes through, several times the L2 cache
 TOLERANCE = 2e-3
 DEVICE = "cuda"
@@ -106,6 +108,21 @@ def decode_call(layer: CudaLayer, batch: int, length: int, seed: int) -> Call:
     )
     past = torch.full((batch,), length - 1, dtype=torch.int64, device=DEVICE)
     return Call(layer, CallTensors(q, k, v, past, torch.ones_like(past), *vars(cache).values(), None))
+
+
+def paged(call: Call, seed: int) -> Call:
+    """The same with codes in pages of PAGE tokens, in random order."""
+    batch, capacity = call.tensors.key_codes.shape[:2]
+    pages = -(-capacity // PAGE)
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    table = torch.randperm(batch * pages, generator=g, device=DEVICE).reshape(batch, pages).to(torch.int32)
+    cut = []
+    for codes in (call.tensors.key_codes, call.tensors.value_codes):
+        whole = torch.nn.functional.pad(codes, (0, 0, 0, pages * PAGE - capacity))
+        out = torch.empty_like(whole).view(batch * pages, PAGE, -1)
+        out[table.flatten().long()] = whole.view(batch * pages, PAGE, -1)
+        cut.append(out)
+    return Call(call.layer, call.tensors._replace(key_codes=cut[0], value_codes=cut[1], block_table=table))
 
 
 def float64_row(call: Call, row: int, step: int = 65536) -> torch.Tensor:
@@ -214,7 +231,14 @@ def decode_row(setting: Setting, batch: int, length: int, bandwidth: float, fast
     if not error < TOLERANCE:
         raise SystemExit(f"{setting.name}, {batch} x {length}: relative error {error:.2e}, allowed {TOLERANCE}")
     floor = batch * length * KV_HEADS * HEAD_DIM * 4 / bandwidth * 1e3
-    attend = milliseconds([lambda c=c: c.run("attend") for c in calls])  # type: ignore[misc]
+    in_pages = [paged(call, seed) for seed, call in enumerate(calls)]
+    if not torch.equal(in_pages[0].run("attend"), calls[0].run("attend")):
+        raise SystemExit(f"{setting.name}, {batch} x {length}: pages give other bits than a linear cache")
+    attend, attend_pages = (
+        milliseconds([lambda c=c: c.run("attend") for c in some])  # type: ignore[misc]
+        for some in (calls, in_pages)
+    )
+    del in_pages
     row = {
         "setting": setting.name,
         **asdict(setting),
@@ -222,6 +246,9 @@ def decode_row(setting: Setting, batch: int, length: int, bandwidth: float, fast
         "length": length,
         "relative_error": error,
         "attend_ms": attend,
+        "attend_pages_ms": attend_pages,
+        "page": PAGE,
+        "pages_over_linear": attend_pages / attend,
         "bf16_floor_ms": floor,
         "over_bf16_floor": attend / floor,
         "over_fp8_floor": 2 * attend / floor,
@@ -306,7 +333,8 @@ def main() -> None:
             row = decode_row(setting, batch, length, bandwidth, min(times.values()))
             keep("decode", row)
             print(
-                f"  {setting.name:36s} {row['attend_ms']:.3f} ms, {row['over_bf16_floor']:.2f} of the floor, "
+                f"  {setting.name:36s} {row['attend_ms']:.3f} ms (pages {row['attend_pages_ms']:.3f}), "
+                f"{row['over_bf16_floor']:.2f} of the floor, "
                 f"{row['over_fastest_torch']:.2f} of torch, error "
                 f"{row['relative_error']:.1e}, coding {row['encode_block_ms']:.3f} ms a block "
                 f"({100 * row['encode_share_of_a_step']:.1f} % a step)",

@@ -16,6 +16,7 @@ from gsrq_export.cuda import Call  # noqa: E402
 
 SMALL = Scene((301, 17, 0), (1, 1, 1), head_dim=64, half_rope=32, keys=(64, 5), values=(64, 3))
 BY_HEAD = with_config(SMALL, codes_by_head=True)
+WIDE = replace(BY_HEAD, past=(1301, 17, 0), head_dim=128, half_rope=64, heads=8, keys=(128, 16), values=(128, 16))
 SCENES = [
     SMALL,
     replace(SMALL, grid=False, page=8, dtype=torch.bfloat16),
@@ -23,7 +24,9 @@ SCENES = [
     replace(BY_HEAD, new=(41, 3, 20), keys=(32, 3)),
     with_config(replace(BY_HEAD, new=(20, 0, 9), dtype=torch.float32, page=16), beam=3, exact_prefill=True),
     replace(SMALL, head_dim=128, half_rope=32, keys=(128, 17), values=(64, 9), heads=14),
-    replace(BY_HEAD, past=(1301, 17, 0), head_dim=128, half_rope=64, heads=8, keys=(128, 16), values=(128, 16)),
+    WIDE,
+    replace(WIDE, page=16),
+    replace(WIDE, page=32, values=(128, 8), rotated=True),
     replace(BY_HEAD, past=(701, 17, 0), rotated=True),
     replace(SMALL, rotated=True, grid=False, page=8, rope="random", dtype=torch.bfloat16, heads=14),
     replace(SMALL, rotated=True, new=(41, 3, 20), head_dim=128, keys=(256, 8), values=(128, 16)),

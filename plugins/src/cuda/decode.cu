@@ -118,20 +118,22 @@ bool multipliers_fit(const gsrq_layer& layer) {
   return most - least <= kExponentSpread;
 }
 
-// Fast kernels exist for four or eight query heads a KV head and up to 16 value stages.
-Kernel kernel_of(const DecodePlan& plan, bool fast) {
+// Kernels that take words exist for four or eight query heads a KV head and up to 16 value stages.
+Kernel kernel_of(const DecodePlan& plan, Reading how) {
   if (plan.lanes == 1) return kernel_of_one(plan);
-  if (plan.lanes == 8) return kernel_of_eight(plan, fast);
-  return plan.stride == 64 ? kernel_of_four(plan, fast) : kernel_of_four_narrow(plan);
+  if (plan.lanes == 8) return kernel_of_eight(plan, how);
+  return plan.stride == 64 ? kernel_of_four(plan, how) : kernel_of_four_narrow(plan);
 }
 
-// The codes lie linearly and in whole words: the kernel needs no bounds inside a row and no page table.
-bool is_fast(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan) {
+// Whether the codes are whole words, of which the kernel needs no bounds, and where they lie.
+Reading reading_of(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan) {
   const int key_bytes = layer.keys.groups * layer.keys.stages, value_bytes = layer.values.groups * layer.values.stages;
-  return call.block_table == nullptr && plan.lanes >= 4 && plan.ways == 1 && kKeyWarps % plan.owners == 0 &&
+  const bool words = plan.lanes >= 4 && plan.ways == 1 && kKeyWarps % plan.owners == 0 &&
          layer.keys.stages % kBlockStages == 0 &&
          plan.all_blocks == plan.blocks * plan.splits && key_bytes % 4 == 0 &&
          value_bytes % 4 == 0 && plan.slots % 4 == 0;
+  if (!words || call.block_table == nullptr) return words ? Reading::words : Reading::bytes;
+  return in_whole_pages(layer, call, kTile) ? Reading::words_of_pages : Reading::bytes;
 }
 
 cudaLaunchConfig_t launch_config(const DecodePlan& plan, cudaLaunchAttribute* attribute, int clusters) {
@@ -158,7 +160,7 @@ bool prepare_kernel(Kernel kernel, const DecodePlan& plan) {
 int resident_clusters(const DecodePlan& plan) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, int>, int> known;
-  const Kernel kernel = kernel_of(plan, false), fast = kernel_of(plan, true);
+  const Kernel kernel = kernel_of(plan, Reading::bytes);
   int device = 0;
   if (kernel == nullptr || cudaGetDevice(&device) != cudaSuccess) return 0;
   const auto key = std::make_tuple(device, reinterpret_cast<const void*>(kernel), plan.cluster, plan.shared_bytes);
@@ -170,7 +172,8 @@ int resident_clusters(const DecodePlan& plan) {
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config = launch_config(plan, &attribute, 1);
     const bool ready =
-        prepare_kernel(kernel, plan) && prepare_kernel(fast, plan) &&
+        prepare_kernel(kernel, plan) && prepare_kernel(kernel_of(plan, Reading::words), plan) &&
+        prepare_kernel(kernel_of(plan, Reading::words_of_pages), plan) &&
         cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
     if (!ready) clusters = 0;
     cudaGetLastError();
@@ -251,7 +254,7 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     attributes[1] = early_launch();
     config.numAttrs = 2;
     config.stream = stream;
-    const Kernel kernel = kernel_of(plan, is_fast(layer, call, plan));
+    const Kernel kernel = kernel_of(plan, reading_of(layer, call, plan));
     if (cudaLaunchKernelEx(&config, kernel, layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
   }

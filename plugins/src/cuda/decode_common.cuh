@@ -82,6 +82,28 @@ struct alignas(16) LaneConstants {
   float unit;
 };
 
+// How a kernel takes codes. bytes: any. words: whole ones, of a linear cache, or of pages as in_whole_pages has them.
+enum class Reading { bytes, words, words_of_pages };
+
+// Whether stretches of so many tokens, counted from a row's first coded one, lie in a page each, which is found without a
+// division. Entries of the table are numbered in 32 bits.
+inline bool in_whole_pages(const gsrq_layer& layer, const gsrq_call& call, int tokens) {
+  return layer.sliding_window == 0 && call.page % tokens == 0 && (call.page & (call.page - 1)) == 0 &&
+         static_cast<int64_t>(call.batch) * call.table_stride < INT32_MAX;
+}
+
+// The page table where pages are a power of two of octets.
+struct Pages {
+  const int32_t* table;
+  int bits;  // of the octets of a page
+  // The page of an octet of a row whose entries begin at `first`.
+  __device__ int page(int first, int octet) const { return __ldg(table + first + (octet >> bits)); }
+  // What is added to the row's octets in a page to get the tensor's.
+  __device__ int shift(int page, int octet) const { return (page - (octet >> bits)) << bits; }
+};
+
+__device__ inline Pages pages_of(const gsrq_call& call) { return {call.block_table, 31 - __clz(call.page / kCodeTile)}; }
+
 struct Constants {  // what prepare() derives
   const signed char* words;    // [kv_heads][cluster][blocks][256][4 stages][2 halves][16 dims]
   const LaneConstants* lanes;  // [cluster][32]

@@ -10,7 +10,7 @@ namespace gsrq::cuda::decoding {
 
 using Kernel = void (*)(gsrq_layer, gsrq_call, DecodePlan, Constants, Memory, int);
 
-template <int Blocks, int Lanes, int Stride, bool Fast>
+template <int Blocks, int Lanes, int Stride, Reading How>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     decode_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ DecodePlan plan, Constants constants, Memory memory, int vheads) {
@@ -38,34 +38,45 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   cluster_sync();  // no CTA may write into another that has not started
   if (threadIdx.x < kKeyThreads) {
     set_registers<160, true>();
-    score_keys<Blocks, Lanes, Fast>(layer, call, plan, constants, shared, cursor, rank);
+    score_keys<Blocks, Lanes, How>(layer, call, plan, constants, shared, cursor, rank);
   } else {
     set_registers<96, false>();
-    const bool plain = Fast && plan.cluster == kPlainCluster && plan.tiles_of(0) * (Stride / 32) <= kValueWarps &&
+    constexpr bool kFast = How != Reading::bytes;
+    const bool plain = kFast && plan.cluster == kPlainCluster && plan.tiles_of(0) * (Stride / 32) <= kValueWarps &&
                        !(layer.softcap > 0);
-    if (plain) bin_values<Lanes, Stride, Fast, Fast>(layer, call, plan, memory, shared, cursor, rank, cluster);
-    else bin_values<Lanes, Stride, Fast, false>(layer, call, plan, memory, shared, cursor, rank, cluster);
+    if (plain) bin_values<Lanes, Stride, How, kFast>(layer, call, plan, memory, shared, cursor, rank, cluster);
+    else bin_values<Lanes, Stride, How, false>(layer, call, plan, memory, shared, cursor, rank, cluster);
   }
   cluster_sync();  // nor leave while others write into it
 #endif
 }
 
-template <int Lanes, int Stride, bool Fast>
+template <int Lanes, int Stride, Reading How>
 Kernel kernel_of(int blocks) {
   switch (blocks) {
-    case 1: return decode_kernel<1, Lanes, Stride, Fast>;
-    case 2: return decode_kernel<2, Lanes, Stride, Fast>;
-    case 3: return decode_kernel<3, Lanes, Stride, Fast>;
-    case 4: return decode_kernel<4, Lanes, Stride, Fast>;
-    case 6: return decode_kernel<6, Lanes, Stride, Fast>;
+    case 1: return decode_kernel<1, Lanes, Stride, How>;
+    case 2: return decode_kernel<2, Lanes, Stride, How>;
+    case 3: return decode_kernel<3, Lanes, Stride, How>;
+    case 4: return decode_kernel<4, Lanes, Stride, How>;
+    case 6: return decode_kernel<6, Lanes, Stride, How>;
     default: return nullptr;
   }
 }
 
 // Instances for 1, 4 or 8 query heads at a time, by how many bins a codeword has; null where none exists.
 Kernel kernel_of_one(const DecodePlan& plan);
-Kernel kernel_of_four(const DecodePlan& plan, bool fast);
+Kernel kernel_of_four(const DecodePlan& plan, Reading how);
 Kernel kernel_of_four_narrow(const DecodePlan& plan);
-Kernel kernel_of_eight(const DecodePlan& plan, bool fast);
+Kernel kernel_of_eight(const DecodePlan& plan, Reading how);
+
+// Where all ways of reading have instances.
+template <int Lanes, int Stride>
+Kernel kernel_of(const DecodePlan& plan, Reading how) {
+  switch (how) {
+    case Reading::words: return kernel_of<Lanes, Stride, Reading::words>(plan.blocks);
+    case Reading::words_of_pages: return kernel_of<Lanes, Stride, Reading::words_of_pages>(plan.blocks);
+    default: return kernel_of<Lanes, Stride, Reading::bytes>(plan.blocks);
+  }
+}
 
 }  // namespace gsrq::cuda::decoding

@@ -3,8 +3,6 @@
 
 namespace gsrq::cuda::decoding {
 
-Kernel kernel_of_eight(const DecodePlan& plan, bool fast) {
-  return fast ? kernel_of<8, 64, true>(plan.blocks) : kernel_of<8, 64, false>(plan.blocks);
-}
+Kernel kernel_of_eight(const DecodePlan& plan, Reading how) { return kernel_of<8, 64>(plan, how); }
 
 }  // namespace gsrq::cuda::decoding

@@ -3,6 +3,6 @@
 
 namespace gsrq::cuda::decoding {
 
-Kernel kernel_of_one(const DecodePlan& plan) { return kernel_of<1, 32, false>(plan.blocks); }
+Kernel kernel_of_one(const DecodePlan& plan) { return kernel_of<1, 32, Reading::bytes>(plan.blocks); }
 
 }  // namespace gsrq::cuda::decoding

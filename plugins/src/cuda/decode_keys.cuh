@@ -21,9 +21,10 @@ __device__ inline void end_of_block(uint32_t& never) {
       "{\n\t.reg .pred p;\n\tagain%=: setp.ne.u32 p, %0, 0;\n\t@p add.u32 %0, %0, 1;\n\t@p bra again%=;\n\t}" : "+r"(never));
 }
 
-template <int Blocks, int Lanes, bool Fast>
+template <int Blocks, int Lanes, Reading How>
 __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Constants& constants,
                            const Shared& shared, Cursor cursor, uint32_t rank) {
+  constexpr bool kFast = How != Reading::bytes, kPaged = How == Reading::words_of_pages;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int slice = rank % plan.slices, part_of_stages = rank / plan.slices, split = part_of_stages % plan.splits;
   const int half = layer.half_rope, tile_bytes = kCodeTile * layer.keys.groups * layer.keys.stages;
@@ -132,8 +133,9 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
   const int first_byte = first_block * kBlockStages + (kOneWord ? 4 * t : 0);
   static_assert(kTile == 2 * kCodeTile, "a thread has a token of two octets of a tile");
   struct Source {
-    const int8_t* codes;  // of a linear cache's octet 0, where the CTA's stages, or the thread's, begin; else of the tensor's row 0
-    int last_octet, row, first_row, last_token, run;
+    // Words: of the row's octet 0 (of pages: the tensor's), where the CTA's stages, or the thread's, begin; else the tensor's row 0.
+    const int8_t* codes;
+    int last_octet, row, first_row, last_token, run, entries;
   };
   const auto source_of = [&](const Cursor& of) {
     const Range range = coded_range(layer, call, of.row);
@@ -144,18 +146,31 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
     out.last_token = range.count - 1;
     out.last_octet = max(out.last_token - g, 0) / kCodeTile;
     out.run = places.run;
-    const int64_t row = of.row * call.capacity + out.first_row + min(g, out.last_token);
-    out.codes = call.key_codes + (Fast ? places.at(row) + first_byte : places.first);
+    if constexpr (kPaged) out.entries = of.row * call.table_stride;
+    const int64_t row = (kPaged ? 0 : of.row * call.capacity + out.first_row) + min(g, out.last_token);
+    out.codes = call.key_codes + (kFast ? places.at(row) + first_byte : places.first);
     return out;
   };
   const auto first_octet = [&](int chunk) { return chunk * (kChunk / kCodeTile) + warp * (kTile / kCodeTile); };  // of the warp
-  // Past the row: one of its last tokens.
-  const auto fetch = [&](uint32_t (&out)[2][kWords], const Source& source, int first, int tile) {
+  // Of a tile the page, which is asked for a tile ahead of its codes.
+  Pages pages{};
+  if constexpr (kPaged) {
+    pages = pages_of(call);
+    keep(pages.bits);
+  }
+  const auto tile_octet = [&](const Source& source, int first, int tile, int o) {  // past the row: one of its last tokens
+    return min(first + tile * (kNextTile / kCodeTile) + o, source.last_octet);
+  };
+  const auto page_of = [&](const Source& source, int first, int tile) {
+    return kPaged ? pages.page(source.entries, tile_octet(source, first, tile, 0)) : 0;
+  };
+  const auto fetch = [&](uint32_t (&out)[2][kWords], const Source& source, int first, int tile, int page) {
+    const int shift = kPaged ? pages.shift(page, tile_octet(source, first, tile, 0)) : 0;
 #pragma unroll
     for (int o = 0; o < 2; ++o) {
-      const int octet = min(first + tile * (kNextTile / kCodeTile) + o, source.last_octet);
-      if constexpr (Fast) {
-        const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(octet)) * static_cast<uint32_t>(tile_bytes);
+      const int octet = tile_octet(source, first, tile, o);
+      if constexpr (kFast) {
+        const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(octet + shift)) * static_cast<uint32_t>(tile_bytes);
         load_codes<kWords, true>(out[o], source.codes + at, 0, 0);
       } else {
         const int i = min(octet * kCodeTile + g, source.last_token);
@@ -167,8 +182,11 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
   };
 
   Source source = source_of(cursor);
-  fetch(coming[1], source, first_octet(cursor.first), 1);
-  fetch(coming[0], source, first_octet(cursor.first + 1), 0);  // again below if that is the next item's
+  const auto fetch_now = [&](uint32_t (&out)[2][kWords], const Source& source, int first, int tile) {
+    fetch(out, source, first, tile, page_of(source, first, tile));
+  };
+  fetch_now(coming[1], source, first_octet(cursor.first), 1);
+  fetch_now(coming[0], source, first_octet(cursor.first + 1), 0);  // again below if that is the next item's
   uint32_t codes[2][kPacked];  // of the tile that is multiplied
   for (;;) {
     Cursor after = cursor;
@@ -184,17 +202,18 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
         ++loads;
       }
       uint32_t first_words[2][kWords];
-      fetch(first_words, source, first_octet(cursor.first), 0);
+      fetch_now(first_words, source, first_octet(cursor.first), 0);
       pack(codes, first_words);
       barrier_wait(shared.slice, loads & 1);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) gather(gathered[i], codes, i);
     }
-    if (cursor.stop - cursor.first == 1) fetch(coming[0], next, first_octet(0), 0);
+    if (cursor.stop - cursor.first == 1) fetch_now(coming[0], next, first_octet(0), 0);
     const int first_token = layer.sinks + source.first_row;
     // In local memory until it is needed: registers are short.
     const int8_t* volatile next_codes_at = next.codes;
-    volatile int next_last = next.last_octet;
+    volatile int next_last = next.last_octet, next_entries;
+    if constexpr (kPaged) next_entries = next.entries;
 
     // The queries: head g's pairs of the slice, turned to the new token's position and back by a tile's first token.
     const int of_part = kTwice ? g % 4 : g, head = kv_head * plan.group + part * plan.part_heads + of_part;
@@ -247,11 +266,13 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       source = next;
       source.codes = next_codes_at;
       source.last_octet = next_last;
+      if constexpr (kPaged) source.entries = next_entries;
     };
     if (left_ahead == 0) {
       ahead = first_octet(0);
       go_on();
     }
+    [[maybe_unused]] int page = page_of(source, ahead, 1);
 #pragma unroll 1
     for (int chunk = cursor.first; chunk < cursor.stop; chunk += kAnchorChunks) {
       anchor(chunk);  // rounding errors of the turns must not add up
@@ -288,7 +309,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
           for (int o = 0; o < 2; ++o)
 #pragma unroll
             for (int j = 0; j < kPacked; ++j) codes[o][j] = next_codes[o][j];
-          fetch(coming[1 - m], source, ahead, 1 - m);
+          fetch(coming[1 - m], source, ahead, 1 - m, page);
           if (m == 0) {
             ahead += kChunk / kCodeTile;
             if (--left_ahead == 0) {
@@ -296,6 +317,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
               go_on();
             }
           }
+          page = page_of(source, ahead, m);
           if (m == 1) end_of_block(never);
           else if (!is_empty) barrier_wait(empty + 8 * buffer, used_up);
           uint32_t keys[2][2][2];  // [octet][half, in the thread's order][pair]: turned by the token's offset in the tile
@@ -340,7 +362,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
               store_remote(to + 8 * Lanes * 4, products[2] * scale_0, products[3] * scale_1, barrier);
             }
           };
-          if constexpr (Fast) {  // one way
+          if constexpr (kFast) {  // one way
             store(first_target + buffer * buffer_bytes + m * next_tile_bytes, owners_full + 8 * buffer);
           } else {
 #pragma unroll 1

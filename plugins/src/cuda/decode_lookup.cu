@@ -79,11 +79,10 @@ struct Codes {
     const int64_t row = skipped + i;
     return base + row / kCodeTile * tile + row % kCodeTile * run;
   }
-  // Of the item's token first + i, in a linear cache; first is a multiple of kCodeTile.
-  __device__ const int8_t* at(int first, int i) const {
+  // Of token i after the first of an octet, one of the item's in a linear cache, else of the tensor's.
+  __device__ const int8_t* of_octet(uint32_t octet, int i) const {
     const uint32_t row = skipped + i;
-    return base + static_cast<uint64_t>(static_cast<uint32_t>(first) / kCodeTile + row / kCodeTile) * tile +
-           row % kCodeTile * run;
+    return base + static_cast<uint64_t>(octet + row / kCodeTile) * tile + row % kCodeTile * run;
   }
 };
 
@@ -103,10 +102,10 @@ __device__ inline Codes codes_of(const gsrq_layer& layer, const gsrq_call& call,
   return c;
 }
 
-// Starts copying the codes of a warp's tokens to staged[part][thread], for a linear cache in pieces of 8 bytes. Lanes
+// Starts copying the codes of a warp's tokens, which lie together, to staged[part][thread] in pieces of 8 bytes. Lanes
 // stand token by token, so that what they read together lies together. Unrolled: addresses wait for no copy.
 template <int Threads>
-__device__ inline void fetch_pieces(const Codes& codes, int first, int parts, uint32_t inverse, int tokens, int lane,
+__device__ inline void fetch_pieces(const Codes& codes, uint32_t octet, int parts, uint32_t inverse, int tokens, int lane,
                                     uint32_t staged) {
   const int all = min(tokens, 32) * parts;
 #pragma unroll
@@ -116,7 +115,7 @@ __device__ inline void fetch_pieces(const Codes& codes, int first, int parts, ui
     if (piece < all)
       asm volatile(
           "cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(staged + (part * Threads + token) * kPartSlots),
-          "l"(codes.at(first, token) + part * kPartSlots)
+          "l"(codes.of_octet(octet, token) + part * kPartSlots)
           : "memory");
   }
 }
@@ -203,12 +202,14 @@ struct ItemState {
   uint32_t window[kLookupLanes];                     // sum of the window's weights
 };
 
-// Simple: a linear cache whose codes lie in pieces of 8 bytes. Whole: and a token has 16 key and 8 value slots, which a thread
-// copies for itself.
-template <bool Simple, int Threads, bool Whole>
+constexpr int kTurnRounds = 16;  // rounds for which a warp looks up pages at once
+
+// Words: codes lie in pieces of 8 bytes. Whole: and a token has 16 key and 8 value slots, which a thread copies for itself.
+template <Reading How, int Threads, bool Whole>
 __global__ void __launch_bounds__(Threads, 1)
     lookup_kernel(const __grid_constant__ gsrq_layer layer, const __grid_constant__ gsrq_call call,
                   const __grid_constant__ LookupPlan plan, LookupMemory memory, int vheads, int even) {
+  constexpr bool kPaged = How == Reading::words_of_pages;
   __shared__ ItemState state;
   let_next_begin();
   const int thread = threadIdx.x, warp = threadIdx.x / 32u, lane = threadIdx.x % 32u;
@@ -266,10 +267,20 @@ __global__ void __launch_bounds__(Threads, 1)
     const int count = state.count, rounds = (count + Threads - 1) / Threads;
     if (count == 0) break;
     const int64_t item = static_cast<int64_t>(state.cursor.row) * vheads + state.cursor.vhead;
-    const auto fetch = [&](const Codes& codes, int parts, uint32_t inverse, int round, int first_part) {
+    // Of pages the octet of the tensor with which the warp's tokens of a round begin: a lane has that of so many rounds on.
+    uint32_t octets = 0;
+    const auto find_pages = [&](int round) {
+      if constexpr (kPaged) {
+        const Pages pages = pages_of(call);
+        const int token = min((round + lane) * Threads + warp * 32, count - 1), octet = (state.first_row + token) / kCodeTile;
+        octets = octet + pages.shift(pages.page(state.cursor.row * call.table_stride, octet), octet);
+      }
+    };
+    const auto fetch = [&](const Codes& codes, int parts, uint32_t inverse, int round, int first_part, int ahead) {
       const int first = round * Threads + warp * 32, tokens = count - first;
+      const uint32_t octet = kPaged ? __shfl_sync(~0u, octets, ahead) : static_cast<uint32_t>(first) / kCodeTile;
       if (Whole) {
-        const int8_t* const from = codes.at(first, lane);
+        const int8_t* const from = codes.of_octet(octet, lane);
         uint2* const to = staged + (round & 1) * stage;
         if (lane < tokens) {
           if (first_part == 0) copy_async(to + 2 * thread, from, true);
@@ -279,18 +290,22 @@ __global__ void __launch_bounds__(Threads, 1)
       }
       if (tokens <= 0) return;
       const int to = (round & 1) * stage + first_part * Threads + warp * 32;
-      if (Simple) {
-        fetch_pieces<Threads>(codes, first, parts, inverse, tokens, lane, staged_at + to * kPartSlots);
+      if (How != Reading::bytes) {
+        fetch_pieces<Threads>(codes, octet, parts, inverse, tokens, lane, staged_at + to * kPartSlots);
       } else if (call.block_table == nullptr)
-        fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) { return codes.at(first, i); });
+        fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) { return codes.of_octet(octet, i); });
       else
         fetch_any<Threads>(codes, tokens, lane, staged + to, [&](int i) {
           return codes.at(code_row(call, state.cursor.row, state.first_row + first + i));
         });
     };
-    const auto fetch_keys = [&](int round) { fetch(state.keys, key_parts, plan.key_inverse, round, 0); };
-    const auto fetch_values = [&](int round) { fetch(state.values, value_parts, plan.value_inverse, round, key_parts); };
-    fetch_keys(0);  // codes are older than the launch before
+    // ahead: rounds after the one for which pages were looked up.
+    const auto fetch_keys = [&](int round, int ahead) { fetch(state.keys, key_parts, plan.key_inverse, round, 0, ahead); };
+    const auto fetch_values = [&](int round, int ahead) {
+      fetch(state.values, value_parts, plan.value_inverse, round, key_parts, ahead);
+    };
+    find_pages(0);
+    fetch_keys(0, 0);  // codes are older than the launch before
     commit_async();
     wait_for_previous();
     {
@@ -304,8 +319,8 @@ __global__ void __launch_bounds__(Threads, 1)
       }
     }
     commit_async();
-    fetch_keys(1);
-    fetch_values(0);
+    fetch_keys(1, 1);
+    fetch_values(0, 0);
     commit_async();
     if (thread == 0) {
       state.unit = __ldg(reinterpret_cast<const float4*>(memory.unit) + item);
@@ -433,8 +448,9 @@ __global__ void __launch_bounds__(Threads, 1)
       bool exceeds = true;
       if (!ended) {
         __syncwarp();  // all lanes have read what is copied over
-        fetch_keys(round + 2);
-        fetch_values(round + 1);
+        if (kPaged && round > 0 && round % kTurnRounds == 0) find_pages(round);
+        fetch_keys(round + 2, round % kTurnRounds + 2);
+        fetch_values(round + 1, round % kTurnRounds + 1);
         commit_async();
         wait_async<1>();
         exceeds = weigh(state.now) || round == 0;
@@ -502,8 +518,10 @@ __global__ void __launch_bounds__(Threads, 1)
 }
 
 template <int Threads>
-auto lookup_of(bool simple) {
-  return simple ? lookup_kernel<true, Threads, false> : lookup_kernel<false, Threads, false>;
+auto lookup_of(Reading how) {
+  return how == Reading::words            ? lookup_kernel<Reading::words, Threads, false>
+         : how == Reading::words_of_pages ? lookup_kernel<Reading::words_of_pages, Threads, false>
+                                          : lookup_kernel<Reading::bytes, Threads, false>;
 }
 
 // Blocks that run at once on the current device and the shared memory that one may have.
@@ -592,13 +610,17 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     const auto in_pieces = [](const gsrq_codebook& book, int slots) {
       return book.stages % 8 == 0 && book.groups * book.stages % 8 == 0 && slots % 8 == 0;
     };
-    const bool simple = call.block_table == nullptr && in_pieces(layer.keys, plan.key_slots) &&
-                        in_pieces(layer.values, plan.head.slots);
-    const bool whole = simple && memory.fixed && plan.threads == kManyThreads && plan.key_slots == 16 && plan.head.slots == 8;
-    const auto kernel = whole                          ? lookup_kernel<true, kManyThreads, true>
-                        : plan.threads == kManyThreads ? lookup_of<kManyThreads>(simple)
-                        : plan.threads == kFewThreads ? lookup_of<kFewThreads>(simple)
-                                                      : lookup_of<kManyThreads / 2>(simple);
+    const bool pieces = in_pieces(layer.keys, plan.key_slots) && in_pieces(layer.values, plan.head.slots);
+    const Reading how = !pieces                             ? Reading::bytes
+                        : call.block_table == nullptr       ? Reading::words
+                        : in_whole_pages(layer, call, 32)   ? Reading::words_of_pages
+                                                            : Reading::bytes;
+    const bool whole = pieces && memory.fixed && plan.threads == kManyThreads && plan.key_slots == 16 && plan.head.slots == 8;
+    const auto kernel = whole && how == Reading::words            ? lookup_kernel<Reading::words, kManyThreads, true>
+                        : whole && how == Reading::words_of_pages ? lookup_kernel<Reading::words_of_pages, kManyThreads, true>
+                        : plan.threads == kManyThreads            ? lookup_of<kManyThreads>(how)
+                        : plan.threads == kFewThreads             ? lookup_of<kFewThreads>(how)
+                                                                  : lookup_of<kManyThreads / 2>(how);
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes) != cudaSuccess)
       return launched("lookup_kernel");
     launch(true, kernel, found.blocks, plan.threads, plan.shared_bytes, stream, layer, call, plan, memory, vheads,

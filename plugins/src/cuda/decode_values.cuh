@@ -63,9 +63,10 @@ constexpr int kTogether = 2;  // steps for which the value warps meet once
 // a thread a token, and half of the slots. Plain: a cluster of kPlainCluster owners, no softcap, no token in a second round.
 // Four heads with 64 bins a codeword, plain: a warp bins a tile for all slots and half of the warps have the step's second
 // chunk, so that a token is weighed by two threads, not by four.
-template <int Lanes, int Stride, bool Fast, bool Plain>
+template <int Lanes, int Stride, Reading How, bool Plain>
 __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan, const Memory& memory,
                            const Shared& shared, Cursor cursor, uint32_t rank, int cluster) {
+  constexpr bool kFast = How != Reading::bytes, kPaged = How == Reading::words_of_pages;
   int thread = threadIdx.x - kKeyThreads, lane = thread % 32;
   const int warp = thread / 32;
   constexpr bool kWhole = Plain && Lanes == 4 && Stride == 64;
@@ -125,10 +126,11 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   for (int i = thread; i < plan.bins(); i += kValueThreads) shared.bins[i] = 0;
   sync_warps<kValueThreads>(2);
 
-  // Of the item: where the thread's codes of octet 0 lie (not fast: those of the tensor's row 0), its steps (a round of a chunk
-  // each, kTogether of them at a time), the octets of the thread's first token and of its last one, less than 0 if it has none.
+  // Of the item: where the thread's codes of octet 0 lie (of pages the tensor's; bytes: those of the tensor's row 0), its steps (a
+  // round of a chunk each, kTogether of them at a time), the octets of the thread's first token and of its last one, less than 0
+  // if it has none.
   const int8_t* codes_at = nullptr;
-  int last_octet = 0, first_row = 0, row = 0, run = 0, steps = 0, first_octet = 0;
+  int last_octet = 0, first_row = 0, row = 0, run = 0, steps = 0, first_octet = 0, entries = 0;
   constexpr int kChunkOctets = kChunk / kCodeTile;
   // The octet of the thread's token in a step; past all others if none.
   const auto octet_of = [&](int step) {
@@ -137,14 +139,31 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     return round * kValueWarps + warp < units ? octet + round * round_stride : kNoOctet;
   };
   uint32_t coming[kTurns][kWords];
-  const auto fetch = [&](int step) {  // past the row: one of its last tokens
+  int page[kTurns];  // of what is fetched next
+  Pages pages{};
+  if constexpr (kPaged) {
+    pages = pages_of(call);
+    keep(pages.bits);
+  }
+  const auto octet_in_row = [&](int step) { return max(min(octet_of(step), last_octet), 0); };  // past it: one of its last tokens
+  const auto look_up = [&](int step) {
+    if constexpr (kPaged) {
+#pragma unroll
+      for (int j = 0; j < kTurns; ++j) {
+        if (own_step(step, j) >= steps) break;
+        page[j] = pages.page(entries, octet_in_row(own_step(step, j)));
+      }
+    }
+  };
+  const auto fetch = [&](int step) {
 #pragma unroll
     for (int j = 0; j < kTurns; ++j) {
       if (own_step(step, j) >= steps) break;
-      const int octet = max(min(octet_of(own_step(step, j)), last_octet), 0);
-      if constexpr (Fast) {
+      const int octet = octet_in_row(own_step(step, j));
+      if constexpr (kFast) {
+        const int shift = kPaged ? pages.shift(page[j], octet) : 0;
         const int8_t* codes =
-            codes_at + static_cast<uint64_t>(static_cast<uint32_t>(octet)) * static_cast<uint32_t>(tile_bytes);
+            codes_at + static_cast<uint64_t>(static_cast<uint32_t>(octet + shift)) * static_cast<uint32_t>(tile_bytes);
         if (kWords == 2 && wide) {
           const uint2 both = __ldg(reinterpret_cast<const uint2*>(codes));
           coming[j][0] = both.x;
@@ -168,8 +187,9 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     first_row = range.first - layer.sinks;
     row = item.row;
     run = places.run;
-    const int64_t tensor_row = item.row * call.capacity + first_row + min(of_octet, range.count - 1);
-    codes_at = call.value_codes + (Fast ? places.at(tensor_row) + first_slot : places.first);
+    entries = kPaged ? item.row * call.table_stride : 0;
+    const int64_t tensor_row = (kPaged ? 0 : item.row * call.capacity + first_row) + min(of_octet, range.count - 1);
+    codes_at = call.value_codes + (kFast ? places.at(tensor_row) + first_slot : places.first);
     last_octet = (range.count - 1 - of_octet + kCodeTile) / kCodeTile - 1;
     steps = (item.stop - item.first) << round_bits;
     first_octet = item.first * kChunkOctets + first_offset;
@@ -177,7 +197,9 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
     keep(last_octet);
     keep(steps);
     keep(first_octet);
+    look_up(0);
     fetch(0);
+    look_up(kTogether);
   };
 
   if (!cursor.done()) begin(cursor);
@@ -263,6 +285,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
 #pragma unroll
         for (int w = 0; w < kWords; ++w) codes[j][w] = coming[j][w];
       fetch(step + kTogether);
+      look_up(step + 2 * kTogether);
 
       float score[kTurns][Lanes];
 #pragma unroll

@@ -52,7 +52,8 @@ typedef struct {
   const int64_t *past_lengths, *new_lengths; /* [B] */
   int8_t *key_codes, *value_codes;  /* linear: [B, C, bytes]; paged: [pages, page, bytes] */
   void *key_exact, *value_exact;    /* [B, N, S + W + P, d]; these, key, value and codes: 16-byte aligned */
-  const int32_t* block_table;       /* NULL: linear; else [B, table_stride]: page of coded rows page*i .. page*i+page-1 */
+  const int32_t* block_table;       /* NULL: linear; else [B, table_stride]: page of coded rows page*i .. page*i+page-1.
+                                     * Powers of two from 32 on decode fastest */
   int32_t page, table_stride;
   void* output;                     /* [B, T, H, d] */
 } gsrq_call;
