@@ -30,8 +30,8 @@ def test_all_at_once_is_one_after_the_other(method: str, weighted: bool, monkeyp
         assert sum(steps) == 9
         assert other.train == pytest.approx(log.train, rel=1e-4)
         assert other.held_out == pytest.approx(log.held_out, rel=1e-4)
-        assert other.usage == log.usage
-        for g_ in (0, 2):  # of equal vectors any may be taken
+        assert other.usage == pytest.approx(log.usage, abs=0.01)  # of equal vectors any may be taken
+        for g_ in (0, 2):
             torch.testing.assert_close(found.codewords[g_], expected.codewords[g_], rtol=1e-2, atol=1e-3)
 
 
