@@ -160,7 +160,7 @@ def test_grouped_k_means() -> None:
     assert bool((excess <= 1e-5 * (x**2).sum(2)).all()), "the nearest, but for float32"
     torch.testing.assert_close(((x**2).sum(2) - gain).double(), distance.amin(2), atol=2e-2, rtol=1e-3)
     once = grouped_kmeans(x, weights, 1, torch.Generator().manual_seed(0))
-    assert bool((cost(x, weights, words) < 0.6 * cost(x, weights, once)).all())
+    assert bool((cost(x, weights, words) < 0.8 * cost(x, weights, once)).all())
     assert float(cost(x, weights, words).max()) < 2e-3
     again = grouped_kmeans(x, weights, 15, torch.Generator().manual_seed(0))
     assert torch.equal(words, again)
