@@ -125,15 +125,13 @@ Kernel kernel_of(const DecodePlan& plan, Reading how) {
   return plan.stride == 64 ? kernel_of_four(plan, how) : kernel_of_four_narrow(plan);
 }
 
-// Whether the codes are whole words, of which the kernel needs no bounds, and where they lie.
-Reading reading_of(const gsrq_layer& layer, const gsrq_call& call, const DecodePlan& plan) {
+// A token's codes are whole words: the kernel needs no bounds inside of them.
+bool in_words(const gsrq_layer& layer, const DecodePlan& plan) {
   const int key_bytes = layer.keys.groups * layer.keys.stages, value_bytes = layer.values.groups * layer.values.stages;
-  const bool words = plan.lanes >= 4 && plan.ways == 1 && kKeyWarps % plan.owners == 0 &&
+  return plan.lanes >= 4 && plan.ways == 1 && kKeyWarps % plan.owners == 0 &&
          layer.keys.stages % kBlockStages == 0 &&
          plan.all_blocks == plan.blocks * plan.splits && key_bytes % 4 == 0 &&
          value_bytes % 4 == 0 && plan.slots % 4 == 0;
-  if (!words || call.block_table == nullptr) return words ? Reading::words : Reading::bytes;
-  return in_whole_pages(layer, call, kTile) ? Reading::words_of_pages : Reading::bytes;
 }
 
 cudaLaunchConfig_t launch_config(const DecodePlan& plan, cudaLaunchAttribute* attribute, int clusters) {
@@ -254,7 +252,7 @@ int decode(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
     attributes[1] = early_launch();
     config.numAttrs = 2;
     config.stream = stream;
-    const Kernel kernel = kernel_of(plan, reading_of(layer, call, plan));
+    const Kernel kernel = kernel_of(plan, reading_of(layer, call, in_words(layer, plan), kTile));
     if (cudaLaunchKernelEx(&config, kernel, layer, call, plan, constants, memory, vheads) != cudaSuccess)
       return launched("decode_kernel");
   }

@@ -82,14 +82,17 @@ struct alignas(16) LaneConstants {
   float unit;
 };
 
-// How a kernel takes codes. bytes: any. words: whole ones, of a linear cache, or of pages as in_whole_pages has them.
+// How a kernel takes codes. bytes: any. words: whole ones, of a linear cache or of pages.
 enum class Reading { bytes, words, words_of_pages };
 
-// Whether stretches of so many tokens, counted from a row's first coded one, lie in a page each, which is found without a
-// division. Entries of the table are numbered in 32 bits.
-inline bool in_whole_pages(const gsrq_layer& layer, const gsrq_call& call, int tokens) {
-  return layer.sliding_window == 0 && call.page % tokens == 0 && (call.page & (call.page - 1)) == 0 &&
-         static_cast<int64_t>(call.batch) * call.table_stride < INT32_MAX;
+// words: whether a token's codes are whole words. Of pages they are taken where stretches of so many tokens, counted from a
+// row's first coded one, lie in a page each, which is found without a division; entries of the table are numbered in 32 bits.
+inline Reading reading_of(const gsrq_layer& layer, const gsrq_call& call, bool words, int tokens) {
+  if (!words) return Reading::bytes;
+  if (call.block_table == nullptr) return Reading::words;
+  const bool whole = layer.sliding_window == 0 && call.page % tokens == 0 && (call.page & (call.page - 1)) == 0 &&
+                     static_cast<int64_t>(call.batch) * call.table_stride < INT32_MAX;
+  return whole ? Reading::words_of_pages : Reading::bytes;
 }
 
 // The page table where pages are a power of two of octets.

@@ -272,7 +272,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
       ahead = first_octet(0);
       go_on();
     }
-    [[maybe_unused]] int page = page_of(source, ahead, 1);
+    int page = page_of(source, ahead, 1);
 #pragma unroll 1
     for (int chunk = cursor.first; chunk < cursor.stop; chunk += kAnchorChunks) {
       anchor(chunk);  // rounding errors of the turns must not add up

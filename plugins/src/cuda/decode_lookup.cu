@@ -611,10 +611,7 @@ int lookup(const gsrq_layer& layer, const gsrq_call& call, Arena& prepared, Aren
       return book.stages % 8 == 0 && book.groups * book.stages % 8 == 0 && slots % 8 == 0;
     };
     const bool pieces = in_pieces(layer.keys, plan.key_slots) && in_pieces(layer.values, plan.head.slots);
-    const Reading how = !pieces                             ? Reading::bytes
-                        : call.block_table == nullptr       ? Reading::words
-                        : in_whole_pages(layer, call, 32)   ? Reading::words_of_pages
-                                                            : Reading::bytes;
+    const Reading how = reading_of(layer, call, pieces, 32);  // of a warp's tokens
     const bool whole = pieces && memory.fixed && plan.threads == kManyThreads && plan.key_slots == 16 && plan.head.slots == 8;
     const auto kernel = whole && how == Reading::words            ? lookup_kernel<Reading::words, kManyThreads, true>
                         : whole && how == Reading::words_of_pages ? lookup_kernel<Reading::words_of_pages, kManyThreads, true>
