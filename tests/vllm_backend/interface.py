@@ -186,14 +186,14 @@ def manager_of(spec: Any, pages: int) -> Any:
 class Scheduler:
     """Pages and metadata of a step as vLLM's scheduler and model runner would make them, one group of layers."""
 
-    def __init__(self, spec: Any, pages: int) -> None:
-        self.spec, self.pages, self.manager = spec, pages, manager_of(spec, pages)
+    def __init__(self, spec: Any, pages: int, device: str = "cpu") -> None:
+        self.spec, self.pages, self.manager, self.device = spec, pages, manager_of(spec, pages), device
         self.tokens: dict[str, int] = {}
 
     def pool(self) -> torch.Tensor:
         """A layer's cache, with anything in it: these bytes are NaN as floats."""
         shape = (self.pages, 1, self.spec.block_size, self.spec.state_content_bytes)
-        return torch.full(shape, 127, dtype=torch.int8)
+        return torch.full(shape, 127, dtype=torch.int8, device=self.device)
 
     def held(self, name: str) -> int:
         return len(self.manager.req_to_blocks.get(name, []))
@@ -218,14 +218,14 @@ class Scheduler:
             totals.append(total)
         starts = torch.tensor([0, *(new for _, new in calls)]).cumsum(0).int()
         return types.SimpleNamespace(
-            query_start_loc=starts,
+            query_start_loc=starts.to(self.device),
             query_start_loc_cpu=starts,
-            seq_lens=torch.tensor(totals, dtype=torch.int32),
+            seq_lens=torch.tensor(totals, dtype=torch.int32, device=self.device),
             num_reqs=len(calls),
             num_actual_tokens=int(starts[-1]),
             max_query_len=max(new for _, new in calls),
             max_seq_len=max(totals) + 3,  # may be an upper bound
-            block_table_tensor=table,
+            block_table_tensor=table.to(self.device),
         )
 
 

@@ -49,19 +49,24 @@ def served_case(case: Case, data: Any) -> Served:
 
 @pytest.mark.parametrize("case", [*CASES, *TILE_CASES], ids=str)
 def test_sequences_in_pages_are_what_they_are_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_in_pages(case, "cpu", monkeypatch)
+
+
+def serve_in_pages(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """STEPS through the backend on a device; outputs, values' codes and exact buffers are held to the reference's."""
     data, rule = case.data(), case.config.rule
     served = served_case(case, data)
     serve(served, monkeypatch)
     page = backend.GsrqBackend.get_supported_kernel_block_sizes()[0].base
     spec = backend.GsrqBackend.customize_spec(full_spec(case, page))
     impl = implementation(case)
-    builder = builder_of(impl, spec, len(data.cos))
+    builder = builder_of(impl, spec, len(data.cos), device)
     layer = impl.layer
     assert layer is not None
     tiled = case in TILE_CASES
     assert layer.config.codes_by_head == tiled == (rule.block % CODE_TILE == 0)
     # As few pages as the steps need: what a sequence gives back is another's next.
-    scheduler = interface.Scheduler(spec, 1 + 3 * spec.pages(case.steps))
+    scheduler = interface.Scheduler(spec, 1 + 3 * spec.pages(case.steps), device)
     pool = scheduler.pool()
 
     every = torch.arange(case.steps).expand(case.batch, -1)
@@ -85,15 +90,16 @@ def test_sequences_in_pages_are_what_they_are_alone(case: Case, monkeypatch: pyt
         ]
         metadata = builder.build(0, scheduler.step([(str(b), n) for b, n in calls]))
         total = flat[0].shape[0]
-        padded = [torch.cat([x, torch.full_like(x[:2], 9.0)]) for x in flat]  # a server pads what it compiled
+        # A server pads what it compiled.
+        padded = [torch.cat([x, torch.full_like(x[:2], 9.0)]).to(device) for x in flat]
         output = torch.full_like(padded[0], torch.nan)
         got = impl.forward(None, *padded, pool, metadata, output)
         assert got is output
         assert not got[total:].any()
-        start = 0
+        got, start = got.cpu(), 0
         for b, n in calls:
             expected, alone[b] = continued(case, data, b, done[b], n, alone[b])
-            tolerance = 2e-3 if case.exact_dtype != torch.float32 else 1e-4
+            tolerance = 2e-3 if case.exact_dtype != torch.float32 or device != "cpu" else 1e-4
             torch.testing.assert_close(got[start : start + n], expected[0], atol=tolerance, rtol=tolerance)
             done[b] += n
             start += n
@@ -101,7 +107,7 @@ def test_sequences_in_pages_are_what_they_are_alone(case: Case, monkeypatch: pyt
     for b, cache in enumerate(alone):
         assert scheduler.held(str(b)) == spec.pages(done[b])
         ids = torch.tensor([x.block_id for x in scheduler.manager.req_to_blocks[str(b)]])
-        pages = LayerPages(pool, layer.shape, case.exact_dtype, spec.exact_pages)
+        pages = LayerPages(pool.cpu(), layer.shape, case.exact_dtype, spec.exact_pages)
         exact = pages.read_exact(ids[None], torch.tensor([done[b]]))
         for found, kept in zip(exact, (cache.key_exact, cache.value_exact), strict=True):
             torch.testing.assert_close(found, kept, atol=1e-2, rtol=1e-2)
@@ -129,10 +135,10 @@ def implementation(case: Case) -> backend.GsrqImpl:
     )
 
 
-def builder_of(impl: backend.GsrqImpl, spec: GsrqSpec, longest: int) -> backend.GsrqBuilder:
+def builder_of(impl: backend.GsrqImpl, spec: GsrqSpec, longest: int, device: str) -> backend.GsrqBuilder:
     name = "model.layers.0.self_attn.attn"
     config = interface.config_of({name: impl}, longest, chunked=False)
-    return backend.GsrqBuilder(spec, [name], config, torch.device("cpu"))
+    return backend.GsrqBuilder(spec, [name], config, torch.device(device))
 
 
 def empty(case: Case) -> LayerCache:

@@ -81,6 +81,17 @@ __device__ inline void keep(T& x) {
   else asm volatile("" : "+r"(x));
 }
 
+// Of a linear cache nothing.
+template <bool Paged>
+__device__ inline Pages kept_pages(const gsrq_call& call) {
+  Pages pages{};
+  if constexpr (Paged) {
+    pages = pages_of(call);
+    keep(pages.bits);
+  }
+  return pages;
+}
+
 __device__ inline uint32_t word_of_bytes(const int8_t* row, int first, int last) {
   uint32_t word = 0;
 #pragma unroll 1

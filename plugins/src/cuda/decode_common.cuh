@@ -38,13 +38,6 @@ __device__ inline T running_sum(T x) {
   return x;
 }
 
-// Largest over a warp, by integer comparison of the floats' bits.
-__device__ inline float warp_max(float x) {
-  const int bits = __float_as_int(x);
-  const int most = __reduce_max_sync(~0u, bits ^ ((bits >> 31) & 0x7fffffff));
-  return __int_as_float(most ^ ((most >> 31) & 0x7fffffff));
-}
-
 __device__ inline float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -153,11 +153,7 @@ __device__ void score_keys(const gsrq_layer& layer, const gsrq_call& call, const
   };
   const auto first_octet = [&](int chunk) { return chunk * (kChunk / kCodeTile) + warp * (kTile / kCodeTile); };  // of the warp
   // Of a tile the page, which is asked for a tile ahead of its codes.
-  Pages pages{};
-  if constexpr (kPaged) {
-    pages = pages_of(call);
-    keep(pages.bits);
-  }
+  const Pages pages = kept_pages<kPaged>(call);
   const auto tile_octet = [&](const Source& source, int first, int tile, int o) {  // past the row: one of its last tokens
     return min(first + tile * (kNextTile / kCodeTile) + o, source.last_octet);
   };

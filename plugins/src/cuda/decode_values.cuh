@@ -140,11 +140,7 @@ __device__ void bin_values(const gsrq_layer& layer, const gsrq_call& call, const
   };
   uint32_t coming[kTurns][kWords];
   int page[kTurns];  // of what is fetched next
-  Pages pages{};
-  if constexpr (kPaged) {
-    pages = pages_of(call);
-    keep(pages.bits);
-  }
+  const Pages pages = kept_pages<kPaged>(call);
   const auto octet_in_row = [&](int step) { return max(min(octet_of(step), last_octet), 0); };  // past it: one of its last tokens
   const auto look_up = [&](int step) {
     if constexpr (kPaged) {

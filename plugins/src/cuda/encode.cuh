@@ -72,14 +72,6 @@ inline EncodeBook encode_book(const gsrq_layer& layer, const gsrq_codebook& book
   return out;
 }
 
-// Where the elements of a row's vector are.
-struct Origin {
-  const char* from;     // head 0, element 0; null: no row
-  int32_t head_stride;  // elements
-  int32_t token;
-  int32_t dtype, round_to;  // round_to: what the cache will store, or -1
-};
-
 // The vectors to encode: tokens of a call that leave the window, or rows of a matrix [n, groups * width].
 struct EncodeSource {
   bool values;
@@ -101,28 +93,10 @@ struct EncodeSource {
 
   // Of coded row `row` of batch row b.
   __device__ Origin origin(const gsrq_layer& layer, const gsrq_call& call, int64_t b, int64_t row) const {
-    const int64_t d = layer.head_dim, token = layer.sinks + row;
-    Origin out{};
-    int64_t element;  // of head 0
-    out.round_to = -1;
-    out.token = static_cast<int32_t>(token);
-    if (vectors != nullptr) {
-      out.from = static_cast<const char*>(vectors);
-      out.dtype = dtype, out.head_stride = layer.head_dim;
-      element = row * layer.kv_heads * d;
-    } else if (const int64_t past = call.past_lengths[b]; token < past) {
-      const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
-      out.from = static_cast<const char*>(values ? call.value_exact : call.key_exact);
-      out.dtype = call.exact_dtype, out.head_stride = static_cast<int32_t>(slots * d);
-      element = (b * layer.kv_heads * slots + gsrq_slot32(out.token, layer.sinks, layer.window, layer.block)) * d;
-    } else {
-      out.from = static_cast<const char*>(values ? call.value : call.key);
-      out.dtype = call.dtype, out.head_stride = static_cast<int32_t>(call.steps * d);
-      if (call.dtype != call.exact_dtype && call.exact_dtype != GSRQ_F32) out.round_to = call.exact_dtype;
-      element = (b * layer.kv_heads * call.steps + token - past) * d;
-    }
-    out.from += element * (out.dtype == GSRQ_F32 ? 4 : 2);
-    return out;
+    const int64_t token = layer.sinks + row;
+    if (vectors == nullptr) return exact_origin(layer, call, values, b, token, call.past_lengths[b]);
+    const int64_t bytes = row * layer.kv_heads * layer.head_dim * (dtype == GSRQ_F32 ? 4 : 2);
+    return {static_cast<const char*>(vectors) + bytes, layer.head_dim, static_cast<int32_t>(token), dtype, -1};
   }
 
   __device__ bool framed(const gsrq_layer& layer) const {
@@ -133,11 +107,7 @@ struct EncodeSource {
   // float64, rounded once.
   __device__ float element(const gsrq_layer& layer, const Origin& origin, int64_t i) const {
     const int32_t d = layer.head_dim, head = static_cast<int32_t>(i) / d, at = static_cast<int32_t>(i) % d;
-    const int64_t from = static_cast<int64_t>(head) * origin.head_stride;
-    const auto stored = [&](int32_t e) {
-      const float x = load_any(origin.from, from + e, origin.dtype);
-      return origin.round_to < 0 ? x : rounded(x, origin.round_to);
-    };
+    const auto stored = [&](int32_t e) { return exact_element(origin, head, e); };
     if (!framed(layer)) return stored(at);
     const float* center = layer.key_center + head * d;
     const auto centered = [&](int32_t e) { return static_cast<double>(stored(e)) - static_cast<double>(center[e]); };

@@ -10,11 +10,6 @@ __device__ inline double warp_sum(double x) {
   return x;
 }
 
-__device__ inline float warp_max(float x) {
-  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
-  return x;
-}
-
 __device__ inline float power_of_two_above(float x) {  // of a normal positive x
   return __int_as_float((__float_as_int(x) & 0x7f800000) + 0x00800000);
 }

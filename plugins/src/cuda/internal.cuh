@@ -1,4 +1,4 @@
-// What the files of the CUDA library share: errors, type dispatch, where a token's exact vectors and codes lie.
+// What the files of the CUDA library share: errors, type dispatch, a warp's largest, where codes lie.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -56,6 +56,13 @@ __device__ inline void store(void* data, int64_t i, float x, int32_t dtype) {
   if (dtype == GSRQ_F32) static_cast<float*>(data)[i] = x;
   else if (dtype == GSRQ_F16) static_cast<__half*>(data)[i] = __float2half_rn(x);
   else static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
+}
+
+// Largest over a warp, by integer comparison of the floats' bits: NaNs are ordered, too.
+__device__ inline float warp_max(float x) {
+  const int bits = __float_as_int(x);
+  const int most = __reduce_max_sync(~0u, bits ^ ((bits >> 31) & 0x7fffffff));
+  return __int_as_float(most ^ ((most >> 31) & 0x7fffffff));
 }
 
 // x as the cache stores it: what is appended is what every query sees.

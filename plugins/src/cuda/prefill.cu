@@ -56,10 +56,12 @@ __global__ void __launch_bounds__(kThreads) gather(gsrq_layer layer, gsrq_call c
     const int64_t e = entry - plan.coded;
     token = e < layer.sinks ? e : e + row.before;
     if (e >= plan.exact || token >= row.total || token < oldest) return;
-    key = make_float2(exact_element(layer, call, false, b, token, row.past, head, first),
-                      exact_element(layer, call, false, b, token, row.past, head, second));
-    value = make_float2(exact_element(layer, call, true, b, token, row.past, head, first),
-                        exact_element(layer, call, true, b, token, row.past, head, second));
+    const auto pair_of = [&](bool values) {
+      const Origin origin = exact_origin(layer, call, values, b, token, row.past);
+      const int its = static_cast<int>(head);
+      return make_float2(exact_element(origin, its, first), exact_element(origin, its, second));
+    };
+    key = pair_of(false), value = pair_of(true);
     at = ((b * layer.kv_heads + head) * plan.exact + e) * plan.stride;
   }
   if (coded && layer.key_center != nullptr) {  // turned already, less the turned center

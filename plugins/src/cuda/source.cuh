@@ -32,17 +32,41 @@ __host__ __device__ inline int64_t most_coded(const gsrq_layer& layer, const gsr
   return most < all ? most : all;
 }
 
-// Element of an exact vector of token `token`, as the cache stores it (or will).
-__device__ inline float exact_element(const gsrq_layer& layer, const gsrq_call& call, bool values, int64_t b,
-                                      int64_t token, int64_t past, int64_t head, int64_t element) {
-  const int64_t at = b * layer.kv_heads + head, d = layer.head_dim;
+// Where a token's exact vectors are.
+struct Origin {
+  const char* from;     // head 0, element 0; null: none
+  int32_t head_stride;  // elements
+  int32_t token;
+  int32_t dtype, round_to;  // round_to: what the cache will store, or -1
+};
+
+// Of a token of the cache, or of one that the call appends to it.
+__device__ inline Origin exact_origin(const gsrq_layer& layer, const gsrq_call& call, bool values, int64_t b, int64_t token,
+                                      int64_t past) {
+  const int64_t d = layer.head_dim;
+  Origin out{};
+  int64_t element;  // of head 0
+  out.round_to = -1;
+  out.token = static_cast<int32_t>(token);
   if (token < past) {
     const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
-    const int64_t slot = gsrq_slot32(static_cast<int32_t>(token), layer.sinks, layer.window, layer.block);
-    return load(values ? call.value_exact : call.key_exact, (at * slots + slot) * d + element, call.exact_dtype);
+    out.from = static_cast<const char*>(values ? call.value_exact : call.key_exact);
+    out.dtype = call.exact_dtype, out.head_stride = static_cast<int32_t>(slots * d);
+    element = (b * layer.kv_heads * slots + gsrq_slot32(out.token, layer.sinks, layer.window, layer.block)) * d;
+  } else {
+    out.from = static_cast<const char*>(values ? call.value : call.key);
+    out.dtype = call.dtype, out.head_stride = static_cast<int32_t>(call.steps * d);
+    if (call.dtype != call.exact_dtype && call.exact_dtype != GSRQ_F32) out.round_to = call.exact_dtype;
+    element = (b * layer.kv_heads * call.steps + token - past) * d;
   }
-  const float x = load(values ? call.value : call.key, (at * call.steps + token - past) * d + element, call.dtype);
-  return rounded(x, call.exact_dtype);
+  out.from += element * (out.dtype == GSRQ_F32 ? 4 : 2);
+  return out;
+}
+
+// Element of a head's exact vector, as the cache stores it (or will).
+__device__ inline float exact_element(const Origin& origin, int32_t head, int32_t element) {
+  const float x = load_any(origin.from, static_cast<int64_t>(head) * origin.head_stride + element, origin.dtype);
+  return origin.round_to < 0 ? x : rounded(x, origin.round_to);
 }
 
 // Of the new tokens those whose slot no later one takes: the sinks, then the ring's. Writers are numbered 0 .. count - 1.
