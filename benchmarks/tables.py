@@ -385,6 +385,20 @@ def cuda_prefill(data: dict[str, Any]) -> str:
     return table([*header, "attention over torch", "coding over torch"], rows)
 
 
+def hosting(data: dict[str, Any]) -> str:
+    rows = []
+    for row in data["rows"]:
+        cells = [f"{row['batch']} x {row['length'] // 1024}k", row["setting"]]
+        names = ("operator_ms", "library_graph_ms", "torch_graph_ms", "library_eager_ms", "torch_eager_ms")
+        cells += [f"{1e3 * row[name]:.0f}" for name in names]
+        rows.append(
+            [*cells, f"{row['library_graph_over_operator']:.2f}", f"**{row['torch_over_library_eager']:.1f}x**"]
+        )
+    header = ["batch x length", "setting", "operator, µs", "ours around it, µs", "torch around it, µs"]
+    header += ["ours, by Python, µs", "torch, by Python, µs", "ours over operator", "torch over ours, by Python"]
+    return table(header, rows)
+
+
 def calibration(data: dict[str, Any]) -> str:
     shape, bf16 = data["shape"], data["rooflines"]["bf16_flops"] / 1e12
     train = data["train"]
@@ -600,6 +614,7 @@ def documents() -> dict[Path, str]:
         "demo": ("demo_build", demo),
         "cuda_decode": ("cuda_attention", cuda_decode),
         "cuda_prefill": ("cuda_attention", cuda_prefill),
+        "cuda_hosting": ("cuda_hosting", hosting),
         "cuda_calibration": ("cuda_calibration", calibration),
         "rivals": ("decode_rivals", rivals),
         "ort_decode": ("ort_decode", ort_decode),

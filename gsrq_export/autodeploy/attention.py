@@ -2,7 +2,7 @@
 
 A server that rotates queries and keys before attention, and keeps a row of every cache for each running sequence
 (its slot), calls this. What it rotated is turned back first: keys are coded before RoPE. The work is that of
-gsrq::attention; codes are updated where they lie, exact slots are gathered and put back.
+gsrq::attention; caches are updated where they lie.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from gsrq_export.cache.reference import LayerCache
 from gsrq_export.cuda.layer import CudaLayer
+from gsrq_export.cuda.rows import ExactPages, Rows, Tokens
 from gsrq_export.errors import GsrqError
 from gsrq_export.hosting.layers import torch_layer
-from gsrq_export.hosting.rows import Rows, attend_rows
+from gsrq_export.hosting.rows import attend_rows
 
 CACHES = ("key_codes", "value_codes", "key_exact", "value_exact")
 
@@ -71,7 +71,7 @@ def attend_slots(
     caches: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
     """`slot_attention` with its layer at hand; the tensors are that operator's, in its order."""
-    query, key, _ = qkv
+    query, key, value = qkv
     shape = layer.shape
     if tuple(key.shape[2:]) != (shape.kv_heads, shape.head_dim):
         raise GsrqError(
@@ -81,8 +81,8 @@ def attend_slots(
         )
     batch_info_host, *of_sequences = metadata
     prefill, decode = sequences(batch_info_host)
-    tokens = tuple(x.flatten(0, 1) for x in qkv)
-    output = torch.zeros_like(tokens[0])
+    tokens = (query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
+    output = torch.zeros_like(tokens[0], memory_format=torch.contiguous_format)
     for first, count in ((0, prefill), (prefill, decode)):
         if count:
             batch = [x[first : first + count].long() for x in of_sequences]
@@ -120,7 +120,7 @@ def _shape(query: torch.Tensor, *_: object) -> torch.Tensor:
 
 def _run(
     layer: CudaLayer,
-    tokens: tuple[torch.Tensor, ...],
+    tokens: Tokens,
     batch: list[torch.Tensor],
     caches: tuple[torch.Tensor, ...],
     steps: int,
@@ -129,8 +129,11 @@ def _run(
     """Sequences of up to ``steps`` new tokens each; their outputs go into ``output`` [tokens, heads, head_dim]."""
     new, past, slots, starts = batch
     key_codes, value_codes, key_exact, value_exact = caches
-    cache = LayerCache(key_codes, value_codes, key_exact[slots], value_exact[slots])
-    # A slot's codes are a page of their own: the operator finds them by the table and updates them in place.
-    attend_rows(layer, tokens, Rows(new, past, starts, steps), cache, slots[:, None].int(), output)
-    key_exact.index_copy_(0, slots, cache.key_exact)
-    value_exact.index_copy_(0, slots, cache.value_exact)
+    # A slot's codes are a page of their own, and so are its exact keys and values: all are updated where they lie.
+    table = slots[:, None].int()
+    for name, tensor in (("key_exact", key_exact), ("value_exact", value_exact)):
+        if not tensor.is_contiguous():
+            raise GsrqError(f"{name} has strides {list(tensor.stride())}", "allocate the slots densely")
+    keys, values = (x.flatten(1).view(torch.int8) for x in (key_exact, value_exact))
+    exact = ExactPages(keys, values, table, key_exact.dtype)
+    attend_rows(layer, tokens, Rows(new, past, starts, steps), (key_codes, value_codes), table, exact, output)

@@ -54,8 +54,13 @@ class CallTensors(NamedTuple):
     @property
     def capacity(self) -> int:
         """Coded tokens that a row has room for."""
-        rows = int(self.key_codes.shape[1])
-        return rows if self.block_table is None else rows * int(self.block_table.shape[1])
+        return capacity_of(self.key_codes, self.block_table)
+
+
+def capacity_of(key_codes: torch.Tensor, block_table: torch.Tensor | None) -> int:
+    """Coded tokens that a row has room for."""
+    rows = int(key_codes.shape[1])
+    return rows if block_table is None else rows * int(block_table.shape[1])
 
 
 def check_call(layer: LayerShape, call: CallTensors, max_total: int | None) -> int:
@@ -72,29 +77,41 @@ def check_call(layer: LayerShape, call: CallTensors, max_total: int | None) -> i
         raise GsrqError(f"query has shape {list(call.query.shape)}", "give [batch, heads, tokens, head_dim]")
     batch, steps = int(call.query.shape[0]), int(call.query.shape[2])
     floats = (call.query.dtype,)
-    exact = (layer.kv_heads, layer.rule.exact_slots, layer.head_dim)
-    _check("query", call.query, FLOATS, (batch, layer.heads, steps, layer.head_dim), layer)
-    _check("key", call.key, floats, (batch, layer.kv_heads, steps, layer.head_dim), layer)
-    _check("value", call.value, floats, (batch, layer.kv_heads, steps, layer.head_dim), layer)
-    _check("past_lengths", call.past_lengths, (torch.int64,), (batch,), layer)
-    _check("new_lengths", call.new_lengths, (torch.int64,), (batch,), layer)
-    _check("key_exact", call.key_exact, FLOATS, (batch, *exact), layer, ALIGNMENT)
-    _check("value_exact", call.value_exact, (call.key_exact.dtype,), (batch, *exact), layer, ALIGNMENT)
+    exact = (batch, layer.kv_heads, layer.rule.exact_slots, layer.head_dim)
+    check_tensor("query", call.query, FLOATS, (batch, layer.heads, steps, layer.head_dim), layer)
+    check_tensor("key", call.key, floats, (batch, layer.kv_heads, steps, layer.head_dim), layer)
+    check_tensor("value", call.value, floats, (batch, layer.kv_heads, steps, layer.head_dim), layer)
+    check_tensor("past_lengths", call.past_lengths, (torch.int64,), (batch,), layer)
+    check_tensor("new_lengths", call.new_lengths, (torch.int64,), (batch,), layer)
+    check_tensor("key_exact", call.key_exact, FLOATS, exact, layer, ALIGNMENT)
+    check_tensor("value_exact", call.value_exact, (call.key_exact.dtype,), exact, layer, ALIGNMENT)
+    return check_codes(layer, batch, call.key_codes, call.value_codes, call.block_table, max_total)
+
+
+def check_codes(
+    layer: LayerShape,
+    batch: int,
+    key_codes: torch.Tensor,
+    value_codes: torch.Tensor,
+    block_table: torch.Tensor | None,
+    max_total: int | None,
+) -> int:
+    """The part of `check_call` that is about codes; its arguments, result and errors."""
     rows: tuple[int | None, int | None] = (batch, None)
-    if call.block_table is not None:
-        _check("block_table", call.block_table, (torch.int32,), (batch, None), layer)
+    if block_table is not None:
+        check_tensor("block_table", block_table, (torch.int32,), (batch, None), layer)
         rows = (None, None)
-    _check("key_codes", call.key_codes, (torch.int8,), (*rows, layer.key_bytes), layer, ALIGNMENT)
-    same = (int(call.key_codes.shape[0]), int(call.key_codes.shape[1]), layer.value_bytes)
-    _check("value_codes", call.value_codes, (torch.int8,), same, layer, ALIGNMENT)
-    if call.block_table is not None and call.key_codes.shape[1] < 1:
+    check_tensor("key_codes", key_codes, (torch.int8,), (*rows, layer.key_bytes), layer, ALIGNMENT)
+    same = (int(key_codes.shape[0]), int(key_codes.shape[1]), layer.value_bytes)
+    check_tensor("value_codes", value_codes, (torch.int8,), same, layer, ALIGNMENT)
+    if block_table is not None and key_codes.shape[1] < 1:
         raise GsrqError("key_codes has pages of no rows", "give [pages, rows a page, code bytes]")
-    if layer.codes_by_head and (rows_of_a_page := int(call.key_codes.shape[1])) % CODE_TILE:
+    if layer.codes_by_head and (rows_of_a_page := int(key_codes.shape[1])) % CODE_TILE:
         raise GsrqError(
             f"key_codes has {rows_of_a_page} rows: codes ordered by head lie in tiles of {CODE_TILE} tokens",
             f"give a multiple of {CODE_TILE}, or order codes by token",
         )
-    rule, capacity = layer.rule, call.capacity
+    rule, capacity = layer.rule, capacity_of(key_codes, block_table)
     fits = min(layer.positions, capacity // rule.block * rule.block + rule.sinks + rule.window + rule.block - 1)
     if max_total is None:
         return fits
@@ -132,7 +149,7 @@ def check_lengths(layer: LayerShape, call: CallTensors, max_total: int) -> None:
                 raise GsrqError(f"row {b}: block_table names page {bad}", f"pages are 0 .. {pages - 1}")
 
 
-def _check(
+def check_tensor(
     name: str,
     tensor: torch.Tensor,
     dtypes: tuple[torch.dtype, ...],

@@ -62,6 +62,19 @@ class CallStruct(ctypes.Structure):
     ]
 
 
+class RowsStruct(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("query", "key", "value", "output")),
+        *((name, c_int64) for name in ("query_stride", "key_stride", "value_stride", "output_stride")),
+        *((name, c_void_p) for name in ("starts", "key_pages", "value_pages")),
+        ("key_page_bytes", c_int64),
+        ("value_page_bytes", c_int64),
+        ("exact_table", c_void_p),
+        ("exact_stride", c_int64),
+        ("exact_pages", c_int32),
+    ]
+
+
 class ClusteringStruct(ctypes.Structure):
     _fields_ = [
         ("groups", c_int32),
@@ -86,6 +99,8 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "gsrq_cuda_encode": _PART,
     "gsrq_cuda_attend": _PART,
     "gsrq_cuda_append": (c_int, [_LAYER, _CALL, c_void_p]),
+    "gsrq_cuda_rows_workspace_bytes": (c_int64, [_LAYER, _CALL]),
+    "gsrq_cuda_attention_rows": (c_int, [_LAYER, _CALL, POINTER(RowsStruct), c_void_p, c_void_p, c_int64, c_void_p]),
     "gsrq_cuda_encode_vectors": (
         c_int,
         [_LAYER, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],

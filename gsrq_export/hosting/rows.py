@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from gsrq_export.cache.frame import turn_back
 from gsrq_export.cache.reference import LayerCache
+from gsrq_export.cuda.check import LayerShape
 from gsrq_export.cuda.layer import CudaLayer
-
-
-class Rows(NamedTuple):
-    """Sequences of one call.
-
-    Attributes:
-        new: int64 [B], new tokens of each, of which there are at most ``steps``.
-        past: int64 [B], tokens of each that are in the cache.
-        starts: int64 [B], where its new tokens begin.
-        steps: the call's width; 1: nothing is read from the device, so CUDA graphs capture it.
-    """
-
-    new: torch.Tensor
-    past: torch.Tensor
-    starts: torch.Tensor
-    steps: int
+from gsrq_export.cuda.rows import ExactPages, Rows, Tokens, attention_rows, check_rows
 
 
 def attend_rows(
     layer: CudaLayer,
-    tokens: tuple[torch.Tensor, ...],
+    tokens: Tokens,
     rows: Rows,
-    cache: LayerCache,
+    codes: tuple[torch.Tensor, torch.Tensor],
     block_table: torch.Tensor,
+    exact: ExactPages,
     output: torch.Tensor,
     max_total: int | None = None,
 ) -> None:
@@ -40,11 +25,30 @@ def attend_rows(
 
     Args:
         tokens: query [tokens, heads, head_dim], key and value [tokens, KV heads, head_dim]; query and key rotated.
-        cache: exact buffers a row, codes in pages; updated.
+        codes: of keys and values, in pages; updated.
         block_table: as gsrq_export.cuda.check.CallTensors says.
+        exact: updated. Vectors that no token wrote may be anything.
         output: of query's shape; the rows' tokens are written.
         max_total: as CudaLayer.__call__ has it.
+    Raises:
+        GsrqError: a tensor is not what it must be.
     """
+    run = attention_rows if layer.shape.device.type == "cuda" else attention_rows_plainly
+    run(layer, tokens, rows, codes, block_table, exact, output, max_total)
+
+
+def attention_rows_plainly(
+    layer: CudaLayer,
+    tokens: Tokens,
+    rows: Rows,
+    codes: tuple[torch.Tensor, torch.Tensor],
+    block_table: torch.Tensor,
+    exact: ExactPages,
+    output: torch.Tensor,
+    max_total: int | None = None,
+) -> None:
+    """`attend_rows` around the layer's operator, by torch; on any device. What the CUDA library does is held to it."""
+    check_rows(layer.shape, tokens, rows, exact, output)
     new, past, starts, steps = rows
     step = torch.arange(steps, device=new.device)
     index = starts[:, None] + step
@@ -53,11 +57,14 @@ def attend_rows(
     position = (past[:, None] + step).clamp(max=layer.shape.positions - 1)
     query, key, value = (x[index].transpose(1, 2) for x in tokens)
     query, key = (turned_back(x, position, layer).contiguous() for x in (query, key))
+    keys, values = read_exact(layer.shape, exact, past)
+    cache = LayerCache(*codes, keys, values)
     found = layer(query, key, value.contiguous(), past, new, cache, block_table, max_total)
-    if steps == 1:
-        output.index_copy_(0, starts, found[:, 0])
-    else:
-        output[index[real]] = found[real]
+    # Padding goes to a row past the last, which is cut off: to pick what is real would wait for the GPU.
+    grown = torch.cat([output, output[:1]])
+    grown[torch.where(real, index, len(output))] = found
+    output.copy_(grown[:-1])
+    write_exact(exact, keys, values)
 
 
 def turned_back(x: torch.Tensor, position: torch.Tensor, layer: CudaLayer) -> torch.Tensor:
@@ -69,3 +76,33 @@ def turned_back(x: torch.Tensor, position: torch.Tensor, layer: CudaLayer) -> to
     """
     cos, sin = layer.cos[position], layer.sin[position]
     return turn_back(x.float(), cos, sin, layer.config.rope_interleaved).to(x.dtype)
+
+
+def read_exact(shape: LayerShape, exact: ExactPages, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of rows' exact buffers; slots that no token wrote are zero: pages come with anything in them.
+
+    Args:
+        past: int64 [B], the rows' tokens.
+    Returns:
+        keys, values, each [B, KV heads, exact slots, head_dim].
+    """
+    each = (2, shape.kv_heads, shape.rule.exact_slots, shape.head_dim)
+    size = torch.Size(each).numel() * exact.dtype.itemsize
+    table = exact.table.long()
+    raw = torch.cat([part[table].flatten(1) for part in (exact.keys, exact.values)], 1)[:, :size].contiguous()
+    unwritten = (shape.rule.slot_tokens(past) < 0)[:, None, None, :, None]
+    both = raw.view(exact.dtype).view(-1, *each).masked_fill(unwritten, 0.0)
+    # Copies even of one row: the kernels want them aligned.
+    keys, values = (both[:, i].clone(memory_format=torch.contiguous_format) for i in range(2))
+    return keys, values
+
+
+def write_exact(exact: ExactPages, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Put buffers that `read_exact` gave back into their pages."""
+    table = exact.table.long()
+    parts = (exact.keys, exact.values)
+    split = table.shape[1] * parts[0].shape[1]
+    raw = torch.stack([keys, values], 1).flatten(1).view(torch.int8)
+    raw = torch.nn.functional.pad(raw, (0, split + table.shape[1] * parts[1].shape[1] - raw.shape[1]))
+    for part, bytes_ in zip(parts, (raw[:, :split], raw[:, split:]), strict=True):
+        part[table] = bytes_.reshape(*table.shape, part.shape[1])

@@ -19,11 +19,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from gsrq_export.cache.reference import LayerCache
 from gsrq_export.cuda.layer import CudaLayer
+from gsrq_export.cuda.rows import Rows
 from gsrq_export.errors import GsrqError
 from gsrq_export.hosting.layers import differences, torch_layer
-from gsrq_export.hosting.rows import Rows, attend_rows
+from gsrq_export.hosting.rows import attend_rows
 from gsrq_export.vllm.pages import LayerPages
 from gsrq_export.vllm.served import Served, served_artifact
 from gsrq_export.vllm.spec import GsrqSpec
@@ -34,12 +34,14 @@ class Batch:
     """Sequences of a step whose new tokens are at most ``rows.steps``.
 
     Attributes:
-        table: int32 [B, pages], their pages: those of the exact buffers, then those of codes.
+        exact_table: int32 [B, exact pages], their pages of the exact buffers.
+        block_table: int32 [B, pages], those of codes.
         max_total: no sequence has more tokens after the step.
     """
 
     rows: Rows
-    table: torch.Tensor
+    exact_table: torch.Tensor
+    block_table: torch.Tensor
     max_total: int
 
 
@@ -81,7 +83,9 @@ class GsrqBuilder(AttentionMetadataBuilder[GsrqMetadata]):  # type: ignore[misc]
             index = torch.tensor(rows, device=device)
             past = common.seq_lens[index].long() - counts
             table = common.block_table_tensor[index, :width].int()
-            batches.append(Batch(Rows(counts, past, starts, max(new[row] for row in rows)), table, common.max_seq_len))
+            exact, coded = (part.contiguous() for part in (table[:, : spec.exact_pages], table[:, spec.exact_pages :]))
+            steps = max(new[row] for row in rows)
+            batches.append(Batch(Rows(counts, past, starts, steps), exact, coded, common.max_seq_len))
         return GsrqMetadata(batches)
 
 
@@ -167,12 +171,11 @@ class GsrqImpl(AttentionImpl[GsrqMetadata]):  # type: ignore[misc]
         if self.layer is None:
             raise GsrqError("a layer was run before its metadata was built", "use the version of docs/deploy-vllm.md")
         pages = LayerPages(kv_cache, self.layer.shape, self.exact_dtype, self.exact_pages)
+        codes = pages.key_codes, pages.value_codes
         for batch in attn_metadata.batches:
-            exact = pages.read_exact(batch.table, batch.rows.past)
-            cache = LayerCache(pages.key_codes, pages.value_codes, *exact)
-            table = batch.table[:, self.exact_pages :].contiguous()
-            attend_rows(self.layer, (query, key, value), batch.rows, cache, table, output, batch.max_total)
-            pages.write_exact(batch.table, *exact)
+            exact = pages.exact(batch.exact_table)
+            tokens = (query, key, value)
+            attend_rows(self.layer, tokens, batch.rows, codes, batch.block_table, exact, output, batch.max_total)
         return output
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from gsrq_export.cache.rule import CacheRule
 from gsrq_export.cuda.check import LayerShape
+from gsrq_export.cuda.rows import ExactPages
 from gsrq_export.errors import GsrqError
 
 
@@ -38,49 +38,22 @@ class LayerPages:
         pages, _, page, size = pool.shape
         keys, values = shape.key_bytes, shape.value_bytes
         exact = (2, shape.kv_heads, shape.rule.exact_slots, shape.head_dim)
-        self.exact_bytes = torch.Size(exact).numel() * exact_dtype.itemsize
-        if size < keys + values or exact_pages * page * (keys + values) < self.exact_bytes:
+        exact_bytes = torch.Size(exact).numel() * exact_dtype.itemsize
+        if size < keys + values or exact_pages * page * (keys + values) < exact_bytes:
             raise GsrqError(
                 f"{exact_pages} pages of {page} tokens of {size} bytes for {keys + values} bytes of codes a token and "
-                f"{self.exact_bytes} of exact tokens",
+                f"{exact_bytes} of exact tokens",
                 "serve the artifact that GSRQ_ARTIFACT named when vLLM started",
             )
         flat, split = pool.view(-1), pages * page * keys
         self.key_codes = flat[:split].view(pages, page, keys)
         self.value_codes = flat[split : split + pages * page * values].view(pages, page, values)
-        self.exact_pages, self._exact, self._dtype, self._rule = exact_pages, exact, exact_dtype, shape.rule
+        self._exact_dtype = exact_dtype
 
-    @property
-    def rule(self) -> CacheRule:
-        return self._rule
-
-    def read_exact(self, table: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of sequences' exact buffers; slots that no token wrote are zero: pages come with anything in them.
+    def exact(self, table: torch.Tensor) -> ExactPages:
+        """Sequences' exact buffers.
 
         Args:
-            table: integers [B, pages of a row], the sequences' pages.
-            past: int64 [B], their tokens.
-        Returns:
-            keys, values, each [B, KV heads, exact slots, head_dim].
+            table: int32 [B, exact pages], the sequences' first pages.
         """
-        first = table[:, : self.exact_pages].long()
-        parts = [codes.flatten(1)[first].flatten(1) for codes in (self.key_codes, self.value_codes)]
-        raw = torch.cat(parts, 1)[:, : self.exact_bytes].contiguous()
-        exact = raw.view(self._dtype).view(-1, *self._exact)
-        unwritten = (self._rule.slot_tokens(past) < 0)[:, None, None, :, None]
-        exact = exact.masked_fill(unwritten, 0.0)
-        # Copies even of one row: the kernels want them aligned.
-        return exact[:, 0].clone(memory_format=torch.contiguous_format), exact[:, 1].clone(
-            memory_format=torch.contiguous_format
-        )
-
-    def write_exact(self, table: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put buffers that `read_exact` gave back into their pages."""
-        first = table[:, : self.exact_pages].long()
-        sides = [codes.flatten(1) for codes in (self.key_codes, self.value_codes)]
-        split = self.exact_pages * sides[0].shape[1]
-        room = split + self.exact_pages * sides[1].shape[1]
-        raw = torch.stack([keys, values], 1).flatten(1).view(torch.int8)
-        raw = torch.nn.functional.pad(raw, (0, room - raw.shape[1]))
-        for side, part in zip(sides, (raw[:, :split], raw[:, split:]), strict=True):
-            side[first] = part.reshape(*first.shape, side.shape[1])
+        return ExactPages(self.key_codes.flatten(1), self.value_codes.flatten(1), table, self._exact_dtype)

@@ -10,9 +10,12 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
+from cuda_calls import TILE_CASES, by_head, layer_of_case  # noqa: E402
 from cuda_scenes import Scene, Stage, with_config  # noqa: E402
+from served_rows import Pool, step_of  # noqa: E402
 
 from gsrq_export.cuda import Call  # noqa: E402
+from gsrq_export.cuda.rows import attention_rows  # noqa: E402
 
 SMALL = Scene((301, 17, 0), (1, 1, 1), head_dim=64, half_rope=32, keys=(64, 5), values=(64, 3))
 BY_HEAD = with_config(SMALL, codes_by_head=True)
@@ -39,7 +42,14 @@ def main() -> None:
         Call(stage.layer, stage.call()).run()
         stage.layer.encode(torch.randn(33, scene.kv_heads * scene.head_dim, device="cuda"), "keys")
         torch.cuda.synchronize()
-    print(f"ran {len(SCENES)} calls")
+    case = by_head(TILE_CASES[0])
+    pool, data, done = Pool(case, layer_of_case(case, case.data(), "cuda")), case.data(), [0, 0, 0]
+    for new, spread in (([14, 7, 0], 0), ([1, 1, 1], 3)):
+        tokens, rows, output = step_of(case, data, done, new, torch.float16, "cuda", spread)
+        pool.attend(attention_rows, tokens, rows, [0, 1, 2], output)
+        torch.cuda.synchronize()
+        done = new
+    print(f"ran {len(SCENES) + 2} calls")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from attention_cases import Case
+from attention_cases import ROTATED, Case
 from autodeploy.test_slots import CASES, TILE_CASES, batch_info, serve_in_slots
 from cuda_calls import by_head, cache_to, layer_of_case
+from served_rows import NAN, Pool, step_of
 from vllm_backend.test_pages import serve_in_pages
 
-from gsrq_export import native
+from gsrq_export import CacheRule, native
 from gsrq_export.autodeploy.attention import attend_slots
-from gsrq_export.cache.reference import LayerCache
+from gsrq_export.cache.reference import AttentionConfig, LayerCache
+from gsrq_export.cuda.rows import attention_rows
+from gsrq_export.hosting.rows import attention_rows_plainly, read_exact
+
+WIDE = Case(
+    "head_dim 128",
+    AttentionConfig(0.1, CacheRule(4, 64, 64)),
+    heads=8,
+    head_dim=128,
+    rope_dim=96,
+    key_width=128,
+    value_width=128,
+    key_stages=6,
+    steps=420,
+    lengths=(420, 420, 420),
+    exact_dtype=torch.bfloat16,
+)
+ROWS = [*CASES, *ROTATED, *TILE_CASES, WIDE, replace(WIDE, name="head_dim 128, rotated", rotated=True)]
+STEPS = [[14, 7, 0], [1, 1, 11], [1, 1, 1], [9, 0, 3], [1, 1, 1], [2, 5, 0]]
+LONG = [[150, 20, 1], [1, 1, 1], [100, 1, 70], [1, 140, 1], [1, 1, 1]]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,3 +98,43 @@ def test_decoding_in_slots_is_captured_in_a_graph(case: Case) -> None:
         assert torch.equal(output, expected[i]), f"step {i}"
     for found, kept in zip(caches, expected_caches, strict=True):
         assert torch.equal(found, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["f32", "f16", "bf16"])
+@pytest.mark.parametrize("spread", [0, 3, 8])
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_the_librarys_rows_are_those_of_torch(case: Case, spread: int, dtype: torch.dtype) -> None:
+    """Whole calls: the same bits of outputs, codes and exact vectors; nothing else is written."""
+    case = by_head(case) if case in TILE_CASES or case.head_dim == 128 else case
+    data = case.data()
+    layer = layer_of_case(case, data, "cuda")
+    pools = [Pool(case, layer) for _ in range(2)]
+    done = [0] * case.batch
+    for news in LONG if case.head_dim == 128 else STEPS:
+        new = [min(n, case.steps - before) for n, before in zip(news, done, strict=False)]
+        if not any(new):
+            continue
+        tokens, rows, output = step_of(case, data, done, new, dtype, "cuda", spread)
+        outputs = [output, output.clone()]
+        for run, pool, out in zip((attention_rows, attention_rows_plainly), pools, outputs, strict=True):
+            pool.attend(run, tokens, rows, list(range(case.batch)), out)
+        real = torch.zeros(len(output), dtype=torch.bool)
+        for start, count in zip(rows.starts.tolist(), new, strict=True):
+            real[start : start + count] = True
+        assert torch.isfinite(outputs[0][real.cuda()]).all()
+        assert outputs[0][~real.cuda()].isnan().all(), "tokens of nobody are left alone"
+        assert torch.equal(outputs[0][real.cuda()], outputs[1][real.cuda()])
+        done = [n + more for n, more in zip(done, new, strict=True)]
+        past = torch.tensor(done, device="cuda")
+        exact = [read_exact(layer.shape, pool.exact(list(range(case.batch))), past) for pool in pools]
+        for found, kept in zip(*exact, strict=True):
+            assert torch.equal(found, kept)
+        for found, kept in zip(pools[0].parts, pools[1].parts, strict=True):
+            others = torch.ones(len(found), dtype=torch.bool)
+            others[pools[0].exact_table.flatten().long().cpu()] = False
+            assert torch.equal(found[others.cuda()], kept[others.cuda()])
+    assert max(map(case.config.rule.coded, done)) > 0
+    used = torch.cat([pools[0].exact_table, pools[0].table], 1).flatten().long()
+    for part in pools[0].parts:
+        part[used] = NAN
+        assert (part == NAN).all(), "pages of nobody are left alone"

@@ -19,6 +19,7 @@ STRUCTS = {
     "gsrq_codebook": library.CodebookStruct,
     "gsrq_layer": library.LayerStruct,
     "gsrq_call": library.CallStruct,
+    "gsrq_rows": library.RowsStruct,
     "gsrq_clustering": library.ClusteringStruct,
 }
 C_TYPES = {
@@ -28,6 +29,7 @@ C_TYPES = {
     "const char*": ctypes.c_char_p,
     "const gsrq_layer*": ctypes.POINTER(library.LayerStruct),
     "const gsrq_call*": ctypes.POINTER(library.CallStruct),
+    "const gsrq_rows*": ctypes.POINTER(library.RowsStruct),
     "const gsrq_clustering*": ctypes.POINTER(library.ClusteringStruct),
 }
 

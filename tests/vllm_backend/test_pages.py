@@ -19,6 +19,7 @@ from gsrq_export.codec.codebook import LayerCodebooks  # noqa: E402
 from gsrq_export.errors import GsrqError  # noqa: E402
 from gsrq_export.hosting import layers  # noqa: E402
 from gsrq_export.hosting.layers import ArtifactLayer, ArtifactLayers  # noqa: E402
+from gsrq_export.hosting.rows import read_exact  # noqa: E402
 from gsrq_export.runtime.metadata import CacheMetadata, LayerShape  # noqa: E402
 from gsrq_export.vllm import backend  # noqa: E402
 from gsrq_export.vllm.pages import LayerPages  # noqa: E402
@@ -108,7 +109,8 @@ def serve_in_pages(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert scheduler.held(str(b)) == spec.pages(done[b])
         ids = torch.tensor([x.block_id for x in scheduler.manager.req_to_blocks[str(b)]])
         pages = LayerPages(pool.cpu(), layer.shape, case.exact_dtype, spec.exact_pages)
-        exact = pages.read_exact(ids[None], torch.tensor([done[b]]))
+        shape, places = layer.shape, pages.exact(ids[None, : spec.exact_pages].int())
+        exact = read_exact(shape, places, torch.tensor([done[b]]))
         for found, kept in zip(exact, (cache.key_exact, cache.value_exact), strict=True):
             torch.testing.assert_close(found, kept, atol=1e-2, rtol=1e-2)
         coded = rule.coded(done[b])

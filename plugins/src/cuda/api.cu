@@ -272,6 +272,33 @@ int gsrq_cuda_append(const gsrq_layer* layer, const gsrq_call* call, void* strea
   return check(*layer, *call) || append(*layer, *call, static_cast<cudaStream_t>(stream));
 }
 
+int64_t gsrq_cuda_rows_workspace_bytes(const gsrq_layer* layer, const gsrq_call* call) {
+  const int64_t own = gsrq_cuda_workspace_bytes(layer, call);
+  if (own < 0) return own;
+  gsrq_call gathered = *call;
+  Arena arena;
+  rows_workspace(*layer, gathered, arena);
+  return arena.used + own;
+}
+
+int gsrq_cuda_attention_rows(const gsrq_layer* layer, const gsrq_call* call, const gsrq_rows* rows, const void* prepared,
+                             void* workspace, int64_t bytes, void* opaque) {
+  if (check(*layer, *call)) return 1;
+  if (call->batch == 0 || call->steps == 0) return 0;
+  const int64_t need = gsrq_cuda_rows_workspace_bytes(layer, call);
+  if (bytes < need || workspace == nullptr)
+    return fail("the workspace has %lld bytes, %lld are needed", static_cast<long long>(bytes), static_cast<long long>(need));
+  gsrq_call gathered = *call;
+  Arena arena{static_cast<char*>(workspace)};
+  rows_workspace(*layer, gathered, arena);
+  const auto stream = static_cast<cudaStream_t>(opaque);
+  return check_rows(*layer, gathered, *rows) ||
+         check_memory(*layer, gathered, prepared, arena.base + arena.used, bytes - arena.used) ||
+         gather(*layer, gathered, *rows, stream) ||
+         gsrq_cuda_attention(layer, &gathered, prepared, arena.base + arena.used, bytes - arena.used, opaque) ||
+         scatter(*layer, gathered, *rows, stream);
+}
+
 int gsrq_cuda_attention(const gsrq_layer* layer, const gsrq_call* call, const void* prepared, void* workspace,
                         int64_t bytes, void* stream) {
   if (call->batch == 0 || call->steps == 0) return check(*layer, *call);

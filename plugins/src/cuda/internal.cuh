@@ -130,4 +130,10 @@ int prefill(const gsrq_layer& layer, const gsrq_call& call, Arena& workspace, cu
 
 int append(const gsrq_layer& layer, const gsrq_call& call, cudaStream_t stream);
 
+// Around the operator, of a server's tokens. rows_workspace sets the call's query, key, value, output and exact buffers.
+int check_rows(const gsrq_layer& layer, const gsrq_call& call, const gsrq_rows& rows);
+void rows_workspace(const gsrq_layer& layer, gsrq_call& call, Arena& workspace);
+int gather(const gsrq_layer& layer, const gsrq_call& call, const gsrq_rows& rows, cudaStream_t stream);
+int scatter(const gsrq_layer& layer, const gsrq_call& call, const gsrq_rows& rows, cudaStream_t stream);
+
 }  // namespace gsrq::cuda

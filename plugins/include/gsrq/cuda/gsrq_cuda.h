@@ -85,6 +85,27 @@ GSRQ_CUDA_API int gsrq_cuda_attend(const gsrq_layer* layer, const gsrq_call* cal
                                    void* workspace, int64_t workspace_bytes, void* stream);
 GSRQ_CUDA_API int gsrq_cuda_append(const gsrq_layer* layer, const gsrq_call* call, void* stream);
 
+/* New tokens and exact vectors as a server keeps them: tokens of all sequences one after another, rotated already; exact
+ * buffers in pages that sequences share with others, or in a slot of their own (a page with all of it). */
+typedef struct {
+  const void *query, *key, *value; /* [tokens, H, d], [tokens, N, d] of the call's dtype, of a token contiguous; after RoPE */
+  void* output;                    /* [tokens, H, d]; the rows' tokens are written */
+  int64_t query_stride, key_stride, value_stride, output_stride; /* elements from a token to the next */
+  const int64_t* starts;           /* [B]: where a row's new tokens begin */
+  void *key_pages, *value_pages;   /* [pages, page bytes]; a row's exact keys, then its exact values, are the bytes of the
+                                    * keys' parts of its pages, then those of the values' parts; see key_exact */
+  int64_t key_page_bytes, value_page_bytes; /* multiples of 16 are copied fastest */
+  const int32_t* exact_table;      /* [B, exact_stride]: of each row its exact_pages pages */
+  int64_t exact_stride;
+  int32_t exact_pages;
+} gsrq_rows;
+
+/* The operator on a server's tokens: turned back to before RoPE in float32 and rounded once, appended, attended. Of the
+ * call query, key, value, output, key_exact and value_exact are not read: they take their place in the workspace. */
+GSRQ_CUDA_API int64_t gsrq_cuda_rows_workspace_bytes(const gsrq_layer* layer, const gsrq_call* call);
+GSRQ_CUDA_API int gsrq_cuda_attention_rows(const gsrq_layer* layer, const gsrq_call* call, const gsrq_rows* rows,
+                                           const void* prepared, void* workspace, int64_t workspace_bytes, void* stream);
+
 /* Codes of n vectors [n, groups * width] of type dtype; codes int8 [n, groups * stages]. side: 0 keys, 1 values. */
 GSRQ_CUDA_API int gsrq_cuda_encode_vectors(const gsrq_layer* layer, int32_t side, const void* vectors, int32_t dtype,
                                            int64_t n, int8_t* codes, const void* prepared, void* workspace,

@@ -1,0 +1,162 @@
+"""The operator on a server's flattened tokens and its pages of exact vectors: gsrq_cuda_attention_rows."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from gsrq_export.cuda.check import FLOATS, LayerShape, check_codes, check_tensor
+from gsrq_export.cuda.layer import CudaLayer
+from gsrq_export.cuda.library import DTYPES, CallStruct, RowsStruct
+from gsrq_export.errors import GsrqError
+
+Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Rows(NamedTuple):
+    """Sequences of one call.
+
+    Attributes:
+        new: int64 [B], new tokens of each, of which there are at most ``steps``.
+        past: int64 [B], tokens of each that are in the cache.
+        starts: int64 [B], where its new tokens begin.
+        steps: the call's width.
+    """
+
+    new: torch.Tensor
+    past: torch.Tensor
+    starts: torch.Tensor
+    steps: int
+
+
+class ExactPages(NamedTuple):
+    """Where rows' exact buffers lie.
+
+    A row's exact keys, then its exact values, each [KV heads, exact slots, head_dim], are the bytes of the keys' parts
+    of its pages, one after another, then those of the values' parts.
+
+    Attributes:
+        keys, values: int8 [pages, bytes of a page], the parts.
+        table: int32 [B, pages of a row].
+        dtype: of the vectors.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    table: torch.Tensor
+    dtype: torch.dtype
+
+
+def check_rows(shape: LayerShape, tokens: Tokens, rows: Rows, exact: ExactPages, output: torch.Tensor) -> Tokens:
+    """Check what is not about codes; what lies in the tensors is not checked.
+
+    Returns:
+        the tokens, each one's heads together in memory.
+    Raises:
+        GsrqError: naming the tensor, what it is and what it must be.
+    """
+    batch, (query, key, value) = int(rows.new.shape[0]), tokens
+    if query.ndim != 3 or query.dtype not in FLOATS:
+        raise GsrqError(
+            f"query is {query.dtype} {list(query.shape)}", "give float32, float16 or bfloat16 [tokens, heads, head_dim]"
+        )
+    size, own = (int(query.shape[0]), shape.head_dim), (query.dtype,)
+    dense = (
+        _dense("query", query, own, (size[0], shape.heads, size[1]), shape),
+        _dense("key", key, own, (size[0], shape.kv_heads, size[1]), shape),
+        _dense("value", value, own, (size[0], shape.kv_heads, size[1]), shape),
+    )
+    if _dense("output", output, own, (size[0], shape.heads, size[1]), shape) is not output:
+        raise GsrqError(f"output has strides {list(output.stride())}", "a token's heads must lie together")
+    for name, tensor in (("new", rows.new), ("past", rows.past), ("starts", rows.starts)):
+        check_tensor(name, tensor, (torch.int64,), (batch,), shape)
+    if exact.dtype not in FLOATS:
+        raise GsrqError(f"exact vectors are {exact.dtype}", "give float32, float16 or bfloat16")
+    check_tensor("exact.keys", exact.keys, (torch.int8,), (None, None), shape, exact.dtype.itemsize)
+    check_tensor("exact.values", exact.values, (torch.int8,), (exact.keys.shape[0], None), shape, exact.dtype.itemsize)
+    check_tensor("exact.table", exact.table, (torch.int32,), (batch, None), shape)
+    pages, sizes = int(exact.table.shape[1]), [int(part.shape[1]) for part in (exact.keys, exact.values)]
+    need = 2 * shape.kv_heads * shape.rule.exact_slots * shape.head_dim * exact.dtype.itemsize
+    if pages * sum(sizes) < need:
+        raise GsrqError(
+            f"{pages} pages of {sizes[0]} and {sizes[1]} bytes for {need} bytes of exact vectors a row",
+            "give each row as many pages as hold them",
+        )
+    return dense
+
+
+def attention_rows(
+    layer: CudaLayer,
+    tokens: Tokens,
+    rows: Rows,
+    codes: tuple[torch.Tensor, torch.Tensor],
+    block_table: torch.Tensor,
+    exact: ExactPages,
+    output: torch.Tensor,
+    max_total: int | None = None,
+) -> None:
+    """Append the rows' tokens to their caches and attend, in one call of the library on the current stream.
+
+    Nothing is read from the device, so CUDA graphs capture it. Arguments: as gsrq_export.hosting.rows.attend_rows.
+
+    Raises:
+        GsrqError: a tensor is not what it must be, or the kernels do not support the call.
+    """
+    query, key, value = check_rows(layer.shape, tokens, rows, exact, output)
+    batch = int(rows.new.shape[0])
+    key_codes, value_codes = codes
+    call = CallStruct(
+        batch=batch,
+        steps=rows.steps,
+        dtype=DTYPES[query.dtype],
+        exact_dtype=DTYPES[exact.dtype],
+        max_total=check_codes(layer.shape, batch, key_codes, value_codes, block_table, max_total),
+        past_lengths=rows.past.data_ptr(),
+        new_lengths=rows.new.data_ptr(),
+        key_codes=key_codes.data_ptr(),
+        value_codes=value_codes.data_ptr(),
+        block_table=block_table.data_ptr(),
+        page=key_codes.shape[1],
+        table_stride=block_table.shape[1],
+    )
+    struct = RowsStruct(
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        value=value.data_ptr(),
+        output=output.data_ptr(),
+        query_stride=query.stride(0),
+        key_stride=key.stride(0),
+        value_stride=value.stride(0),
+        output_stride=output.stride(0),
+        starts=rows.starts.data_ptr(),
+        key_pages=exact.keys.data_ptr(),
+        value_pages=exact.values.data_ptr(),
+        key_page_bytes=exact.keys.shape[1],
+        value_page_bytes=exact.values.shape[1],
+        exact_table=exact.table.data_ptr(),
+        exact_stride=exact.table.shape[1],
+        exact_pages=exact.table.shape[1],
+    )
+    library, device, pointer = layer.library, layer.shape.device, ctypes.byref(call)
+    with torch.cuda.device(device):
+        size = library.bytes("rows_workspace", layer.pointer, pointer)
+        workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        memory = (layer.prepared.data_ptr(), workspace.data_ptr(), size)
+        library.run("attention_rows", layer.pointer, pointer, ctypes.byref(struct), *memory, stream)
+
+
+def _dense(
+    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], layer: LayerShape
+) -> torch.Tensor:
+    """The tensor, or a copy where a token's heads do not lie together; tokens may be any distance apart."""
+    if tensor.ndim == 3 and tensor.stride(1) == shape[2] and tensor.stride(2) == 1:
+        check_tensor(name, tensor[:0], dtypes, (0, *shape[1:]), layer)
+        if tensor.shape[0] != shape[0]:
+            raise GsrqError(f"{name} has {tensor.shape[0]} tokens, query {shape[0]}", "give the same tokens of each")
+        return tensor
+    dense = tensor.contiguous()
+    check_tensor(name, dense, dtypes, shape, layer)
+    return dense
