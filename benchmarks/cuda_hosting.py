@@ -23,7 +23,7 @@ from environment import environment
 
 from gsrq_export.cache.reference import LayerCache
 from gsrq_export.cuda import Call, CallTensors
-from gsrq_export.cuda.rows import ExactPages, Rows, attention_rows
+from gsrq_export.cuda.rows import ExactPages, Rows, RowsCall, attention_rows
 from gsrq_export.hosting.rows import attention_rows_plainly, read_exact, write_exact
 
 SHAPES = [(1, 8192), (1, 131072), (16, 32768), (64, 8192)]
@@ -60,7 +60,7 @@ class Hosted:
         self.length = length
 
     def step(self, run: Step) -> None:
-        run(self.layer, self.tokens, self.rows, self.codes, self.table, self.exact, self.output, self.length)
+        run(self.layer, RowsCall(self.tokens, self.rows, self.codes, self.table, self.exact, self.output, self.length))
 
     def operator(self) -> Call:
         """The operator on the same pages, its exact vectors and tokens in place already."""

@@ -9,7 +9,7 @@ import torch
 from attention_cases import Case, Data
 
 from gsrq_export.cuda.layer import CudaLayer
-from gsrq_export.cuda.rows import ExactPages, Rows
+from gsrq_export.cuda.rows import ExactPages, Rows, RowsCall
 
 NAN = 127  # a byte of which floats are NaN
 
@@ -39,7 +39,7 @@ class Pool:
     ) -> None:
         """One call for the sequences ``of``, by gsrq_export.hosting.rows.attend_rows or another that takes the same."""
         codes = tuple(part.view(len(part), self.page, -1) for part in self.parts)
-        run(self.layer, tokens, rows, codes, self.table[of], self.exact(of), out)
+        run(self.layer, RowsCall(tokens, rows, codes, self.table[of], self.exact(of), out))
 
 
 def step_of(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from gsrq_export.cuda.layer import CudaLayer
-from gsrq_export.cuda.rows import ExactPages, Rows, Tokens
+from gsrq_export.cuda.rows import ExactPages, Rows, RowsCall, Tokens
 from gsrq_export.errors import GsrqError
 from gsrq_export.hosting.layers import torch_layer
 from gsrq_export.hosting.rows import attend_rows
@@ -136,4 +136,5 @@ def _run(
             raise GsrqError(f"{name} has strides {list(tensor.stride())}", "allocate the slots densely")
     keys, values = (x.flatten(1).view(torch.int8) for x in (key_exact, value_exact))
     exact = ExactPages(keys, values, table, key_exact.dtype)
-    attend_rows(layer, tokens, Rows(new, past, starts, steps), (key_codes, value_codes), table, exact, output)
+    rows = Rows(new, past, starts, steps)
+    attend_rows(layer, RowsCall(tokens, rows, (key_codes, value_codes), table, exact, output))

@@ -49,7 +49,28 @@ class ExactPages(NamedTuple):
     dtype: torch.dtype
 
 
-def check_rows(shape: LayerShape, tokens: Tokens, rows: Rows, exact: ExactPages, output: torch.Tensor) -> Tokens:
+class RowsCall(NamedTuple):
+    """One call.
+
+    Attributes:
+        tokens: query [tokens, heads, head_dim], key and value [tokens, KV heads, head_dim]; query and key rotated.
+        codes: of keys and values, in pages; updated.
+        block_table: as gsrq_export.cuda.check.CallTensors says.
+        exact: updated. Vectors that no token wrote may be anything.
+        output: of query's shape; the rows' tokens are written.
+        max_total: as CudaLayer.__call__ has it.
+    """
+
+    tokens: Tokens
+    rows: Rows
+    codes: tuple[torch.Tensor, torch.Tensor]
+    block_table: torch.Tensor
+    exact: ExactPages
+    output: torch.Tensor
+    max_total: int | None = None
+
+
+def check_rows(shape: LayerShape, call: RowsCall) -> Tokens:
     """Check what is not about codes; what lies in the tensors is not checked.
 
     Returns:
@@ -57,7 +78,8 @@ def check_rows(shape: LayerShape, tokens: Tokens, rows: Rows, exact: ExactPages,
     Raises:
         GsrqError: naming the tensor, what it is and what it must be.
     """
-    batch, (query, key, value) = int(rows.new.shape[0]), tokens
+    rows, exact, output = call.rows, call.exact, call.output
+    batch, (query, key, value) = int(rows.new.shape[0]), call.tokens
     if query.ndim != 3 or query.dtype not in FLOATS:
         raise GsrqError(
             f"query is {query.dtype} {list(query.shape)}", "give float32, float16 or bfloat16 [tokens, heads, head_dim]"
@@ -87,41 +109,32 @@ def check_rows(shape: LayerShape, tokens: Tokens, rows: Rows, exact: ExactPages,
     return dense
 
 
-def attention_rows(
-    layer: CudaLayer,
-    tokens: Tokens,
-    rows: Rows,
-    codes: tuple[torch.Tensor, torch.Tensor],
-    block_table: torch.Tensor,
-    exact: ExactPages,
-    output: torch.Tensor,
-    max_total: int | None = None,
-) -> None:
+def attention_rows(layer: CudaLayer, call: RowsCall) -> None:
     """Append the rows' tokens to their caches and attend, in one call of the library on the current stream.
 
-    Nothing is read from the device, so CUDA graphs capture it. Arguments: as gsrq_export.hosting.rows.attend_rows.
+    Nothing is read from the device, so CUDA graphs capture it.
 
     Raises:
         GsrqError: a tensor is not what it must be, or the kernels do not support the call.
     """
-    query, key, value = check_rows(layer.shape, tokens, rows, exact, output)
-    batch = int(rows.new.shape[0])
-    key_codes, value_codes = codes
-    call = CallStruct(
+    query, key, value = check_rows(layer.shape, call)
+    rows, exact, output, table = call.rows, call.exact, call.output, call.block_table
+    batch, (key_codes, value_codes) = int(rows.new.shape[0]), call.codes
+    of_call = CallStruct(
         batch=batch,
         steps=rows.steps,
         dtype=DTYPES[query.dtype],
         exact_dtype=DTYPES[exact.dtype],
-        max_total=check_codes(layer.shape, batch, key_codes, value_codes, block_table, max_total),
+        max_total=check_codes(layer.shape, batch, key_codes, value_codes, table, call.max_total),
         past_lengths=rows.past.data_ptr(),
         new_lengths=rows.new.data_ptr(),
         key_codes=key_codes.data_ptr(),
         value_codes=value_codes.data_ptr(),
-        block_table=block_table.data_ptr(),
+        block_table=table.data_ptr(),
         page=key_codes.shape[1],
-        table_stride=block_table.shape[1],
+        table_stride=table.shape[1],
     )
-    struct = RowsStruct(
+    of_rows = RowsStruct(
         query=query.data_ptr(),
         key=key.data_ptr(),
         value=value.data_ptr(),
@@ -139,13 +152,13 @@ def attention_rows(
         exact_stride=exact.table.shape[1],
         exact_pages=exact.table.shape[1],
     )
-    library, device, pointer = layer.library, layer.shape.device, ctypes.byref(call)
+    library, device, pointer = layer.library, layer.shape.device, ctypes.byref(of_call)
     with torch.cuda.device(device):
         size = library.bytes("rows_workspace", layer.pointer, pointer)
         workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
         memory = (layer.prepared.data_ptr(), workspace.data_ptr(), size)
-        library.run("attention_rows", layer.pointer, pointer, ctypes.byref(struct), *memory, stream)
+        library.run("attention_rows", layer.pointer, pointer, ctypes.byref(of_rows), *memory, stream)
 
 
 def _dense(

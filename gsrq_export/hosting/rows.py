@@ -8,63 +8,38 @@ from gsrq_export.cache.frame import turn_back
 from gsrq_export.cache.reference import LayerCache
 from gsrq_export.cuda.check import LayerShape
 from gsrq_export.cuda.layer import CudaLayer
-from gsrq_export.cuda.rows import ExactPages, Rows, Tokens, attention_rows, check_rows
+from gsrq_export.cuda.rows import ExactPages, RowsCall, attention_rows, check_rows
 
 
-def attend_rows(
-    layer: CudaLayer,
-    tokens: Tokens,
-    rows: Rows,
-    codes: tuple[torch.Tensor, torch.Tensor],
-    block_table: torch.Tensor,
-    exact: ExactPages,
-    output: torch.Tensor,
-    max_total: int | None = None,
-) -> None:
+def attend_rows(layer: CudaLayer, call: RowsCall) -> None:
     """Append the rows' tokens to their caches and attend.
 
-    Args:
-        tokens: query [tokens, heads, head_dim], key and value [tokens, KV heads, head_dim]; query and key rotated.
-        codes: of keys and values, in pages; updated.
-        block_table: as gsrq_export.cuda.check.CallTensors says.
-        exact: updated. Vectors that no token wrote may be anything.
-        output: of query's shape; the rows' tokens are written.
-        max_total: as CudaLayer.__call__ has it.
     Raises:
         GsrqError: a tensor is not what it must be.
     """
     run = attention_rows if layer.shape.device.type == "cuda" else attention_rows_plainly
-    run(layer, tokens, rows, codes, block_table, exact, output, max_total)
+    run(layer, call)
 
 
-def attention_rows_plainly(
-    layer: CudaLayer,
-    tokens: Tokens,
-    rows: Rows,
-    codes: tuple[torch.Tensor, torch.Tensor],
-    block_table: torch.Tensor,
-    exact: ExactPages,
-    output: torch.Tensor,
-    max_total: int | None = None,
-) -> None:
+def attention_rows_plainly(layer: CudaLayer, call: RowsCall) -> None:
     """`attend_rows` around the layer's operator, by torch; on any device. What the CUDA library does is held to it."""
-    check_rows(layer.shape, tokens, rows, exact, output)
-    new, past, starts, steps = rows
+    check_rows(layer.shape, call)
+    new, past, starts, steps = call.rows
     step = torch.arange(steps, device=new.device)
     index = starts[:, None] + step
     real = step < new[:, None]
     index = torch.where(real, index, starts[:, None])  # padding: some token, which nothing reads
     position = (past[:, None] + step).clamp(max=layer.shape.positions - 1)
-    query, key, value = (x[index].transpose(1, 2) for x in tokens)
+    query, key, value = (x[index].transpose(1, 2) for x in call.tokens)
     query, key = (turned_back(x, position, layer).contiguous() for x in (query, key))
-    keys, values = read_exact(layer.shape, exact, past)
-    cache = LayerCache(*codes, keys, values)
-    found = layer(query, key, value.contiguous(), past, new, cache, block_table, max_total)
+    keys, values = read_exact(layer.shape, call.exact, past)
+    cache = LayerCache(*call.codes, keys, values)
+    found = layer(query, key, value.contiguous(), past, new, cache, call.block_table, call.max_total)
     # Padding goes to a row past the last, which is cut off: to pick what is real would wait for the GPU.
-    grown = torch.cat([output, output[:1]])
-    grown[torch.where(real, index, len(output))] = found
-    output.copy_(grown[:-1])
-    write_exact(exact, keys, values)
+    grown = torch.cat([call.output, call.output[:1]])
+    grown[torch.where(real, index, len(call.output))] = found
+    call.output.copy_(grown[:-1])
+    write_exact(call.exact, keys, values)
 
 
 def turned_back(x: torch.Tensor, position: torch.Tensor, layer: CudaLayer) -> torch.Tensor:

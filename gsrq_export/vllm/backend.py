@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from gsrq_export.cuda.layer import CudaLayer
-from gsrq_export.cuda.rows import Rows
+from gsrq_export.cuda.rows import Rows, RowsCall
 from gsrq_export.errors import GsrqError
 from gsrq_export.hosting.layers import differences, torch_layer
 from gsrq_export.hosting.rows import attend_rows
@@ -173,9 +173,9 @@ class GsrqImpl(AttentionImpl[GsrqMetadata]):  # type: ignore[misc]
         pages = LayerPages(kv_cache, self.layer.shape, self.exact_dtype, self.exact_pages)
         codes = pages.key_codes, pages.value_codes
         for batch in attn_metadata.batches:
-            exact = pages.exact(batch.exact_table)
-            tokens = (query, key, value)
-            attend_rows(self.layer, tokens, batch.rows, codes, batch.block_table, exact, output, batch.max_total)
+            tokens, exact = (query, key, value), pages.exact(batch.exact_table)
+            call = RowsCall(tokens, batch.rows, codes, batch.block_table, exact, output, batch.max_total)
+            attend_rows(self.layer, call)
         return output
 
 
