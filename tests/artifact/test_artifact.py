@@ -389,6 +389,25 @@ def test_publish_into_place_and_over_an_older_one(
     assert not again.exists()
 
 
+def test_an_artifact_that_another_build_put_there_at_this_moment(
+    artifact: Path, sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the destination and the move."""
+    out, other = artifact.parent / "out", shutil.copytree(sound, artifact.parent / "other")
+    rename = Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        if self == artifact:
+            rename(other, target)
+        return rename(self, target)
+
+    edit_manifest(artifact, lambda d: d.update(name="last"))
+    monkeypatch.setattr(Path, "rename", late)
+    publish(artifact, out)
+    assert verify_artifact(out).manifest.name == "last"
+    assert not artifact.exists()
+
+
 def test_the_old_artifact_stays_where_the_new_one_cannot_come(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = artifact.parent / "out"
     publish(shutil.copytree(artifact, artifact.parent / "old"), out)
