@@ -18,7 +18,7 @@ import yaml
 from click.testing import CliRunner, Result
 from families import ROOT
 from published_configs import PUBLISHED
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from gsrq_export.accounting import footprint, token_bytes
 from gsrq_export.build.source import Source, check_stated
@@ -27,7 +27,7 @@ from gsrq_export.commands.app import cli
 from gsrq_export.errors import GsrqError
 from gsrq_export.model.architecture import architecture_of
 from gsrq_export.model.loading import load_model
-from gsrq_export.recipe import CodecSide, LayerBudget, load_recipe
+from gsrq_export.recipe import CodecSide, LayerBudget, Recipe, load_recipe
 from gsrq_export.recipe_files import bundled_recipes, find_recipe
 from gsrq_export.runtime.session import OrtModel
 
@@ -282,3 +282,20 @@ def test_sub_vectors_over_many_heads_keep_them(tmp_path: Path) -> None:
     assert tiny.codec.keys == CodecSide(width=256, stages=16)
     assert [(b.layer, b.keys, b.values) for b in tiny.codec.layers] == [(1, None, CodecSide(width=8, stages=1))]
     check_stated(tiny)
+
+
+def test_a_model_that_another_build_draws_at_this_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(find_recipe("llama-3-8b"))
+    save = PreTrainedModel.save_pretrained
+
+    def late(self: PreTrainedModel, directory: Path, **more: Any) -> None:
+        save(self, directory, **more)
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+        other.append(tiny_recipe(recipe, tmp_path))
+
+    other: list[Recipe] = []
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", late)
+    assert [tiny_recipe(recipe, tmp_path)] == other
+    (drawn,) = tmp_path.iterdir()
+    assert str(drawn) == other[0].model.path
+    check_stated(other[0])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gsrq_export.artifact.manifest import MANIFEST, MAX_MANIFEST_BYTES
 from gsrq_export.errors import ArtifactError
-from gsrq_export.stages.storage import disk_errors, sync_directory, sync_tree
+from gsrq_export.stages.storage import disk_errors, move_to_free_place, sync_directory, sync_tree
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -67,25 +67,12 @@ def publish(built: Path, out: Path) -> None:
         if built.stat().st_dev != out.parent.stat().st_dev:
             raise ArtifactError(f"{built} and {out} are on different disks", "build beside the destination")
         sync_tree(built)
-        if not _first(built, out):
+        if not move_to_free_place(built, out):
             if _exchange(built, out):
                 shutil.rmtree(built, ignore_errors=True)  # a build beside this one may be removing it, too
             else:
                 _swap(built, out)
         sync_directory(out.parent)
-
-
-def _first(built: Path, out: Path) -> bool:
-    """Move to a place where nothing stands; False where something does, maybe since this moment, by a build beside."""
-    if out.exists():
-        return False
-    try:
-        built.rename(out)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return False
-    return True
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -29,6 +29,7 @@ from gsrq_export.recipe import (
     SelfSource,
     TrafficRecipe,
 )
+from gsrq_export.stages.storage import move_to_free_place
 
 LAYERS = 2  # of each kind, where kinds of layers take turns
 HEADS = 2  # KV heads, and at most so many query heads a KV head
@@ -222,7 +223,7 @@ def _draw(architecture: Architecture, path: Path) -> None:
                     weight.add_(0.1 * torch.randn_like(weight))  # norms and biases that do something
         model.save_pretrained(building)
         byte_tokenizer().save_pretrained(building)
-        building.rename(path)
+        move_to_free_place(building, path)  # a build beside this one has drawn the same
 
 
 def _digest(architecture: Architecture) -> str:

@@ -62,6 +62,19 @@ def disk_errors(doing: str, directory: Path) -> Iterator[None]:
         raise GsrqError(f"{doing}: {problem}: {named}", mend) from error
 
 
+def move_to_free_place(directory: Path, to: Path) -> bool:
+    """Rename; False where something stands, maybe since this moment, by a process beside this one."""
+    if to.exists():
+        return False
+    try:
+        directory.rename(to)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file under a temporary name beside ``path``, then put it in place, synced.
 
