@@ -25,8 +25,8 @@ from gsrq_export.errors import GsrqError
 from gsrq_export.stages.keys import stage_key
 from gsrq_export.stages.progress import Reporter, make_reporter, quiet_reporter
 from gsrq_export.stages.storage import (
+    LEFTOVER,
     SHOWN,
-    TEMPORARY,
     await_files,
     disk_errors,
     sync_directory,
@@ -72,7 +72,7 @@ class Context:
 
     def _path(self, name: str) -> Path:
         parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or parts.name.startswith(TEMPORARY) or name == STAMP:
+        if parts.is_absolute() or ".." in parts.parts or parts.name.startswith(LEFTOVER) or name == STAMP:
             raise ValueError(f"{name!r} cannot name a unit")
         return self.directory / parts
 
@@ -183,7 +183,7 @@ class Pipeline:
             if planned.directory.exists():  # its stamp or a file of it is gone
                 shutil.rmtree(planned.directory)
             partial.mkdir(exist_ok=True)
-            for leftover in partial.rglob(f"{TEMPORARY}*"):
+            for leftover in partial.rglob(f"{LEFTOVER}*"):
                 leftover.unlink()
             (partial / STAMP).unlink(missing_ok=True)
             world = self.world if stage.distributed else ALONE

@@ -14,6 +14,7 @@ from pathlib import Path
 from gsrq_export.errors import GsrqError
 
 TEMPORARY = ".tmp-"
+LEFTOVER = ".tmp"  # how names of files begin that a killed process may leave: ours, and those that safetensors renames
 SHOWN = 90.0  # seconds; directories are cached for 60 by default on NFS
 
 
