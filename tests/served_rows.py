@@ -27,19 +27,17 @@ class Pool:
         coded = -(-max(rule.coded(case.steps), 1) // self.page)
         count = 3 + case.batch * (self.exact_pages + coded)
         self.parts = [torch.full((count, size), NAN, dtype=torch.int8, device=device) for size in sizes]
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: -3 or None]
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:-3]
         table = order.view(case.batch, -1).to(device, torch.int32)
         self.exact_table, self.table = (part.contiguous() for part in table.split([self.exact_pages, coded], 1))
 
-    def exact(self, rows: list[int]) -> ExactPages:
-        return ExactPages(*self.parts, self.exact_table[rows], self.case.exact_dtype)
+    def exact(self) -> ExactPages:
+        return ExactPages(*self.parts, self.exact_table, self.case.exact_dtype)
 
-    def attend(
-        self, run: Callable[..., None], tokens: tuple[torch.Tensor, ...], rows: Rows, of: list[int], out: torch.Tensor
-    ) -> None:
-        """One call for the sequences ``of``, by gsrq_export.hosting.rows.attend_rows or another that takes the same."""
+    def attend(self, run: Callable[..., None], tokens: tuple[torch.Tensor, ...], rows: Rows, out: torch.Tensor) -> None:
+        """One call for all sequences, by gsrq_export.hosting.rows.attend_rows or another that takes the same."""
         codes = tuple(part.view(len(part), self.page, -1) for part in self.parts)
-        run(self.layer, RowsCall(tokens, rows, codes, self.table[of], self.exact(of), out))
+        run(self.layer, RowsCall(tokens, rows, codes, self.table, self.exact(), out))
 
 
 def step_of(

@@ -26,6 +26,10 @@ class LayerShape(NamedTuple):
     device: torch.device
     codes_by_head: bool = False
 
+    def exact_bytes(self, dtype: torch.dtype) -> int:
+        """Of a row's exact keys and values."""
+        return 2 * self.kv_heads * self.rule.exact_slots * self.head_dim * dtype.itemsize
+
 
 class CallTensors(NamedTuple):
     """The tensors of one call; docs/operator.md has their meaning.

@@ -84,13 +84,14 @@ def check_rows(shape: LayerShape, call: RowsCall) -> Tokens:
         raise GsrqError(
             f"query is {query.dtype} {list(query.shape)}", "give float32, float16 or bfloat16 [tokens, heads, head_dim]"
         )
-    size, own = (int(query.shape[0]), shape.head_dim), (query.dtype,)
+    own, count = (query.dtype,), int(query.shape[0])
+    of_query, of_key = (count, shape.heads, shape.head_dim), (count, shape.kv_heads, shape.head_dim)
     dense = (
-        _dense("query", query, own, (size[0], shape.heads, size[1]), shape),
-        _dense("key", key, own, (size[0], shape.kv_heads, size[1]), shape),
-        _dense("value", value, own, (size[0], shape.kv_heads, size[1]), shape),
+        _dense("query", query, own, of_query, shape),
+        _dense("key", key, own, of_key, shape),
+        _dense("value", value, own, of_key, shape),
     )
-    if _dense("output", output, own, (size[0], shape.heads, size[1]), shape) is not output:
+    if _dense("output", output, own, of_query, shape) is not output:
         raise GsrqError(f"output has strides {list(output.stride())}", "a token's heads must lie together")
     for name, tensor in (("new", rows.new), ("past", rows.past), ("starts", rows.starts)):
         check_tensor(name, tensor, (torch.int64,), (batch,), shape)
@@ -100,7 +101,7 @@ def check_rows(shape: LayerShape, call: RowsCall) -> Tokens:
     check_tensor("exact.values", exact.values, (torch.int8,), (exact.keys.shape[0], None), shape, exact.dtype.itemsize)
     check_tensor("exact.table", exact.table, (torch.int32,), (batch, None), shape)
     pages, sizes = int(exact.table.shape[1]), [int(part.shape[1]) for part in (exact.keys, exact.values)]
-    need = 2 * shape.kv_heads * shape.rule.exact_slots * shape.head_dim * exact.dtype.itemsize
+    need = shape.exact_bytes(exact.dtype)
     if pages * sum(sizes) < need:
         raise GsrqError(
             f"{pages} pages of {sizes[0]} and {sizes[1]} bytes for {need} bytes of exact vectors a row",

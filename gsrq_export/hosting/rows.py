@@ -62,9 +62,9 @@ def read_exact(shape: LayerShape, exact: ExactPages, past: torch.Tensor) -> tupl
         keys, values, each [B, KV heads, exact slots, head_dim].
     """
     each = (2, shape.kv_heads, shape.rule.exact_slots, shape.head_dim)
-    size = torch.Size(each).numel() * exact.dtype.itemsize
     table = exact.table.long()
-    raw = torch.cat([part[table].flatten(1) for part in (exact.keys, exact.values)], 1)[:, :size].contiguous()
+    raw = torch.cat([part[table].flatten(1) for part in (exact.keys, exact.values)], 1)
+    raw = raw[:, : shape.exact_bytes(exact.dtype)].contiguous()
     unwritten = (shape.rule.slot_tokens(past) < 0)[:, None, None, :, None]
     both = raw.view(exact.dtype).view(-1, *each).masked_fill(unwritten, 0.0)
     # Copies even of one row: the kernels want them aligned.

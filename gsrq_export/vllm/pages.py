@@ -37,8 +37,7 @@ class LayerPages:
             )
         pages, _, page, size = pool.shape
         keys, values = shape.key_bytes, shape.value_bytes
-        exact = (2, shape.kv_heads, shape.rule.exact_slots, shape.head_dim)
-        exact_bytes = torch.Size(exact).numel() * exact_dtype.itemsize
+        exact_bytes = shape.exact_bytes(exact_dtype)
         if size < keys + values or exact_pages * page * (keys + values) < exact_bytes:
             raise GsrqError(
                 f"{exact_pages} pages of {page} tokens of {size} bytes for {keys + values} bytes of codes a token and "

@@ -46,7 +46,7 @@ def main() -> None:
     pool, data, done = Pool(case, layer_of_case(case, case.data(), "cuda")), case.data(), [0, 0, 0]
     for new, spread in (([14, 7, 0], 0), ([1, 1, 1], 3)):
         tokens, rows, output = step_of(case, data, done, new, torch.float16, "cuda", spread)
-        pool.attend(attention_rows, tokens, rows, [0, 1, 2], output)
+        pool.attend(attention_rows, tokens, rows, output)
         torch.cuda.synchronize()
         done = new
     print(f"ran {len(SCENES) + 2} calls")

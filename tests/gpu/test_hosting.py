@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import ROTATED, Case
-from autodeploy.test_slots import CASES, TILE_CASES, batch_info, serve_in_slots
-from cuda_calls import by_head, cache_to, layer_of_case
+from attention_cases import CASES, ROTATED, Case
+from autodeploy.test_slots import batch_info, serve_in_slots
+from cuda_calls import TILE_CASES, by_head, cache_to, layer_of_case
 from served_rows import NAN, Pool, step_of
 from vllm_backend.test_pages import serve_in_pages
 
@@ -117,7 +117,7 @@ def test_the_librarys_rows_are_those_of_torch(case: Case, spread: int, dtype: to
         tokens, rows, output = step_of(case, data, done, new, dtype, "cuda", spread)
         outputs = [output, output.clone()]
         for run, pool, out in zip((attention_rows, attention_rows_plainly), pools, outputs, strict=True):
-            pool.attend(run, tokens, rows, list(range(case.batch)), out)
+            pool.attend(run, tokens, rows, out)
         real = torch.zeros(len(output), dtype=torch.bool)
         for start, count in zip(rows.starts.tolist(), new, strict=True):
             real[start : start + count] = True
@@ -126,7 +126,7 @@ def test_the_librarys_rows_are_those_of_torch(case: Case, spread: int, dtype: to
         assert torch.equal(outputs[0][real.cuda()], outputs[1][real.cuda()])
         done = [n + more for n, more in zip(done, new, strict=True)]
         past = torch.tensor(done, device="cuda")
-        exact = [read_exact(layer.shape, pool.exact(list(range(case.batch))), past) for pool in pools]
+        exact = [read_exact(layer.shape, pool.exact(), past) for pool in pools]
         for found, kept in zip(*exact, strict=True):
             assert torch.equal(found, kept)
         for found, kept in zip(pools[0].parts, pools[1].parts, strict=True):

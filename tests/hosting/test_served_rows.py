@@ -22,7 +22,7 @@ def test_rows_that_cannot_be_are_refused() -> None:
     def refused(message: str, **changes: object) -> None:
         given = {"tokens": (query, key, value), "rows": rows, "out": output, **changes}
         with pytest.raises(GsrqError, match=message):
-            pool.attend(attend_rows, of=[0, 1, 2], **given)  # type: ignore[arg-type]
+            pool.attend(attend_rows, **given)  # type: ignore[arg-type]
 
     refused(r"query is torch.float16 \[10, 64\]", tokens=(query.flatten(1), key, value))
     refused("key has 2 tokens, query 10", tokens=(query, key[:2], value))
@@ -41,5 +41,5 @@ def test_rows_that_cannot_be_are_refused() -> None:
     pool.case = replace(case, exact_dtype=exact)
     assert output.isnan().all()
     assert all((part == NAN).all() for part in pool.parts)
-    pool.attend(attend_rows, (query, key, value), rows, [0, 1, 2], output)
+    pool.attend(attend_rows, (query, key, value), rows, output)
     assert int(output.isfinite().all((1, 2)).sum()) == 6

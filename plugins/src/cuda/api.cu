@@ -82,16 +82,14 @@ int check_memory(const gsrq_layer& layer, const gsrq_call& call, const void* pre
   if (prepared == nullptr) return fail("prepared is null: call gsrq_cuda_prepare first");
   const bool has_codes = gsrq_coded(call.max_total, layer.sinks, layer.window, layer.block) > 0;
   if (has_codes && (call.key_codes == nullptr || call.value_codes == nullptr)) return fail("the code tensors are null");
-  if (reinterpret_cast<uintptr_t>(call.key_codes) % 16 != 0 || reinterpret_cast<uintptr_t>(call.value_codes) % 16 != 0)
-    return fail("the code tensors must be aligned to 16 bytes");
+  if (!aligned(call.key_codes) || !aligned(call.value_codes)) return fail("the code tensors must be aligned to 16 bytes");
   for (const void* pointer : {call.query, call.key, call.value, static_cast<const void*>(call.past_lengths),
                               static_cast<const void*>(call.new_lengths), static_cast<const void*>(call.output),
                               static_cast<const void*>(call.key_exact), static_cast<const void*>(call.value_exact)})
     if (pointer == nullptr) return fail("a tensor of the call is null");
   for (const void* pointer : {call.key, call.value, static_cast<const void*>(call.key_exact),
                               static_cast<const void*>(call.value_exact)})
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
-      return fail("key, value and the exact buffers must be aligned to 16 bytes");
+    if (!aligned(pointer)) return fail("key, value and the exact buffers must be aligned to 16 bytes");
   return 0;
 }
 
@@ -164,6 +162,11 @@ int attend_checked(const gsrq_layer& layer, const gsrq_call& call, const void* p
   Arena constants{static_cast<char*>(const_cast<void*>(prepared))}, scratch{static_cast<char*>(workspace)};
   return decode_supported(layer, call) ? decode(layer, call, constants, scratch, static_cast<cudaStream_t>(stream))
                                        : prefill(layer, call, scratch, static_cast<cudaStream_t>(stream));
+}
+
+int attention_checked(const gsrq_layer& layer, const gsrq_call& call, const void* prepared, void* workspace, void* stream) {
+  return encode_checked(layer, call, prepared, workspace, stream) || attend_checked(layer, call, prepared, workspace, stream) ||
+         append(layer, call, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -291,11 +294,10 @@ int gsrq_cuda_attention_rows(const gsrq_layer* layer, const gsrq_call* call, con
   gsrq_call gathered = *call;
   Arena arena{static_cast<char*>(workspace)};
   rows_workspace(*layer, gathered, arena);
+  void* const rest = arena.base + arena.used;
   const auto stream = static_cast<cudaStream_t>(opaque);
-  return check_rows(*layer, gathered, *rows) ||
-         check_memory(*layer, gathered, prepared, arena.base + arena.used, bytes - arena.used) ||
-         gather(*layer, gathered, *rows, stream) ||
-         gsrq_cuda_attention(layer, &gathered, prepared, arena.base + arena.used, bytes - arena.used, opaque) ||
+  return check_rows(*layer, gathered, *rows) || check_memory(*layer, gathered, prepared, rest, bytes - arena.used) ||
+         gather(*layer, gathered, *rows, stream) || attention_checked(*layer, gathered, prepared, rest, opaque) ||
          scatter(*layer, gathered, *rows, stream);
 }
 
@@ -303,7 +305,5 @@ int gsrq_cuda_attention(const gsrq_layer* layer, const gsrq_call* call, const vo
                         int64_t bytes, void* stream) {
   if (call->batch == 0 || call->steps == 0) return check(*layer, *call);
   return check_memory(*layer, *call, prepared, workspace, bytes) ||
-         encode_checked(*layer, *call, prepared, workspace, stream) ||
-         attend_checked(*layer, *call, prepared, workspace, stream) ||
-         append(*layer, *call, static_cast<cudaStream_t>(stream));
+         attention_checked(*layer, *call, prepared, workspace, stream);
 }

@@ -31,15 +31,13 @@ __global__ void __launch_bounds__(kThreads) append_ring(gsrq_layer layer, gsrq_c
   }
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 }  // namespace
 
 int append(const gsrq_layer& layer, const gsrq_call& call, cudaStream_t stream) {
   const int64_t slots = gsrq_exact_slots(layer.sinks, layer.window, layer.block);
   const int64_t most = std::min<int64_t>(call.steps, slots);
   if (call.batch == 0 || most == 0) return 0;
-  const int64_t bytes = static_cast<int64_t>(layer.head_dim) * (call.dtype == GSRQ_F32 ? 4 : 2);
+  const int64_t bytes = static_cast<int64_t>(layer.head_dim) * dtype_bytes(call.dtype);
   const bool wide = call.dtype == call.exact_dtype && bytes % 16 == 0 && aligned(call.key) && aligned(call.value) &&
                     aligned(call.key_exact) && aligned(call.value_exact);
   const int pieces = wide ? static_cast<int>(bytes / 16) : layer.head_dim;

@@ -246,7 +246,7 @@ int check(const gsrq_clustering& of) {
 int check(const gsrq_clustering& of, const void* workspace, int64_t bytes) {
   if (check(of)) return 1;
   if (of.vectors == nullptr) return fail("clustering: vectors is null");
-  if (reinterpret_cast<uintptr_t>(of.vectors) % 16 != 0) return fail("clustering: vectors must be aligned to 16 bytes");
+  if (!aligned(of.vectors)) return fail("clustering: vectors must be aligned to 16 bytes");
   const int64_t need = gsrq_cuda_clustering_workspace_bytes(&of);
   if (workspace == nullptr || bytes < need)
     return fail("clustering: the workspace has %lld bytes, %lld are needed", static_cast<long long>(bytes),

@@ -95,7 +95,7 @@ struct EncodeSource {
   __device__ Origin origin(const gsrq_layer& layer, const gsrq_call& call, int64_t b, int64_t row) const {
     const int64_t token = layer.sinks + row;
     if (vectors == nullptr) return exact_origin(layer, call, values, b, token, call.past_lengths[b]);
-    const int64_t bytes = row * layer.kv_heads * layer.head_dim * (dtype == GSRQ_F32 ? 4 : 2);
+    const int64_t bytes = row * layer.kv_heads * layer.head_dim * dtype_bytes(dtype);
     return {static_cast<const char*>(vectors) + bytes, layer.head_dim, static_cast<int32_t>(token), dtype, -1};
   }
 

@@ -58,7 +58,6 @@ struct Side {
 };
 
 inline Loads loads_of(const gsrq_layer& layer, const gsrq_call& call, const EncodeSource& source, int width) {
-  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   if (layer.head_dim % 4 != 0 || width % 4 != 0) return Loads::kAny;
   if (source.vectors != nullptr) return aligned(source.vectors) ? Loads::kPlain : Loads::kAny;
   const bool values = aligned(call.value) && aligned(call.value_exact), keys = aligned(call.key) && aligned(call.key_exact);

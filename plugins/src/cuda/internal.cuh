@@ -13,6 +13,10 @@
 namespace gsrq::cuda {
 
 inline bool is_dtype(int32_t dtype) { return dtype == GSRQ_F32 || dtype == GSRQ_F16 || dtype == GSRQ_BF16; }
+__host__ __device__ inline int dtype_bytes(int32_t dtype) { return dtype == GSRQ_F32 ? 4 : 2; }
+
+// To 16 bytes, the longest piece that a thread reads or writes at once.
+__host__ __device__ inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Sets gsrq_cuda_error() of the thread; returns 1.
 int fail(const char* format, ...) __attribute__((format(printf, 1, 2)));

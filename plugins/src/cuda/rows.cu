@@ -11,8 +11,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMostRows = 65535;  // of a grid's second axis
 
-__host__ __device__ inline int dtype_bytes(int32_t dtype) { return dtype == GSRQ_F32 ? 4 : 2; }
-
 __host__ __device__ inline int64_t exact_vector(const gsrq_layer& layer, const gsrq_call& call) {  // bytes
   return static_cast<int64_t>(layer.head_dim) * dtype_bytes(call.exact_dtype);
 }
@@ -131,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) scatter_rows(gsrq_layer layer, gsrq_
 }
 
 bool all_wide(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> sizes) {
-  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }) &&
+  return std::all_of(pointers.begin(), pointers.end(), aligned) &&
          std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size % 16 == 0; });
 }
 

@@ -59,7 +59,7 @@ __device__ inline Origin exact_origin(const gsrq_layer& layer, const gsrq_call& 
     if (call.dtype != call.exact_dtype && call.exact_dtype != GSRQ_F32) out.round_to = call.exact_dtype;
     element = (b * layer.kv_heads * call.steps + token - past) * d;
   }
-  out.from += element * (out.dtype == GSRQ_F32 ? 4 : 2);
+  out.from += element * dtype_bytes(out.dtype);
   return out;
 }
 
